@@ -1,0 +1,16 @@
+# Each target makes .venv from nothing where it is not there; PYTHON chooses the interpreter.
+PYTHON ?= python3
+
+.PHONY: quickstart test
+
+quickstart: .venv/installed
+	.venv/bin/python experiments/quickstart.py
+
+test: .venv/installed
+	.venv/bin/python -m pytest
+
+.venv/installed: requirements.txt setup.cfg
+	$(PYTHON) -m venv .venv
+	.venv/bin/python -m pip install --quiet --requirement requirements.txt
+	.venv/bin/python -m pip install --quiet --no-deps --editable .
+	touch $@

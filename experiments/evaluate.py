@@ -1,0 +1,42 @@
+"""Evaluates a trained run on its whole test set and writes a record.
+
+    python experiments/evaluate.py --workdir=runs/trades-mnist
+    python experiments/evaluate.py --workdir=runs/trades-mnist --record=experiments/records/x.json
+
+The attacks are the config's own. Print tables from records with experiments/tables.py.
+"""
+
+import pathlib
+
+import cli
+from absl import flags
+
+from jaxdefense.evaluation import protocols, records, tables
+from jaxdefense.train import loop
+
+WORKDIR = flags.DEFINE_string("workdir", None, "Folder of a trained run.", required=True)
+KIND = flags.DEFINE_enum("checkpoint", "best", ["best", "last"], "Which checkpoint.")
+RECORD = flags.DEFINE_string("record", None, "Where to write it; default WORKDIR/record.json.")
+EXAMPLES = flags.DEFINE_integer("examples", None, "Only the first so many test examples.")
+PROGRESS = flags.DEFINE_bool("progress", True, "Show a progress bar.")
+
+
+def main(argv):
+    if len(argv) > 1:
+        raise ValueError(f"unexpected arguments: {argv[1:]}")
+    run, variables, meta = loop.restore(WORKDIR.value, kind=KIND.value)
+    record = protocols.paper(
+        run,
+        variables,
+        training={"checkpoint": KIND.value, **meta},
+        examples=EXAMPLES.value,
+        progress=PROGRESS.value,
+    )
+    path = RECORD.value or pathlib.Path(WORKDIR.value) / "record.json"
+    records.save(record, path)
+    print(tables.accuracy_table([record]))
+    print(f"\nrecord: {path}")
+
+
+if __name__ == "__main__":
+    cli.run(main)

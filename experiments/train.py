@@ -1,0 +1,33 @@
+"""Trains one config, or goes on with it where it was interrupted.
+
+    python experiments/train.py --config=trades:mnist --workdir=runs/trades-mnist
+    python experiments/train.py --config=trades:mnist --workdir=runs/s1 --config.seed=1
+
+The workdir then holds config.json, metrics.jsonl, TensorBoard events and the checkpoints `last`
+and `best`; experiments/evaluate.py reads it.
+"""
+
+import json
+
+import cli
+from absl import flags
+
+from jaxdefense.train import train
+
+CONFIG = cli.define_config()
+WORKDIR = flags.DEFINE_string("workdir", None, "The run's own folder.", required=True)
+PROGRESS = flags.DEFINE_bool("progress", True, "Show a progress bar.")
+
+
+def main(argv):
+    if len(argv) > 1:
+        raise ValueError(f"unexpected arguments: {argv[1:]}")
+    if CONFIG.value is None:
+        raise ValueError(f"--config=NAME:VARIANT is needed; names: {', '.join(cli.catalogue())}")
+    summary = train(json.loads(CONFIG.value.to_json()), WORKDIR.value, progress=PROGRESS.value)
+    best = {name: round(value, 2) for name, value in summary["best"].items()}
+    print(f"{summary['steps']} steps in {summary['seconds']:.0f} s; best checkpoint: {best}")
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,81 @@
+"""Attacks: factories with keyword-only hyper-parameters that return pure functions.
+
+attack = attacks.pgd(threat.Linf(8 / 255), steps=10)
+x_adv = attack(predict, key, images, labels)            # inside your own jit, or eagerly
+
+fast = attacks.jitted(attack, apply)                     # apply(variables, images) -> logits
+x_adv = fast(variables, key, images, labels)             # compiled once for all weights
+"""
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxdefense import registry
+from jaxdefense.attacks import checks
+from jaxdefense.attacks.gradient import bim, fgsm, maximize, mi_fgsm, pgd
+from jaxdefense.types import Attack, Images, Key, Labels, Logits, PyTree, Threat
+
+_FACTORIES: dict[str, Callable[..., Attack]] = {f.__name__: f for f in (bim, fgsm, mi_fgsm, pgd)}
+
+__all__ = ["bim", "fgsm", "jitted", "make", "maximize", "mi_fgsm", "names", "pgd"]
+
+
+def names() -> list[str]:
+    """The attacks that `make` knows."""
+    return sorted(_FACTORIES)
+
+
+def make(name: str, threat: Threat, **options: Any) -> Attack:
+    """The attack of a config: `make('pgd', threat, steps=10)`.
+
+    Raises:
+      ValueError: unknown attack or option.
+    """
+    if name not in _FACTORIES:
+        registry.unknown("attack", name, _FACTORIES)
+    factory = _FACTORIES[name]
+    known = list(inspect.signature(factory).parameters)[1:]
+    for option in options:
+        if option not in known:
+            registry.unknown(f"option of attack {name}", option, known)
+    return factory(threat, **options)
+
+
+def jitted(
+    attack: Attack, apply: Callable[[PyTree, Images], Logits]
+) -> Callable[[PyTree, Key, Images, Labels], Images]:
+    """`attack` compiled once: weights are arguments, so new ones never recompile.
+
+    Args:
+      attack: any `Attack`.
+      apply: (variables, images) -> logits, eval mode.
+
+    Returns:
+      (variables, key, images, labels) -> images; one compilation per shape of images. Bad
+      images, labels and keys raise a ValueError at each call before compilation; that `apply`
+      returns probabilities or NaN is found at the first call.
+    """
+
+    @jax.jit
+    def run(variables, key, images, labels):
+        return attack(lambda x: apply(variables, x), key, images, labels)
+
+    forward = jax.jit(apply)
+    seen = set()
+
+    def call(variables: PyTree, key: Key, images: Images, labels: Labels) -> Images:
+        images, labels = jnp.asarray(images), jnp.asarray(labels)
+        if not isinstance(images, jax.core.Tracer):
+            checks.check_images(images)
+            if images.shape not in seen:
+                checks.check_logits(forward(variables, images), images.shape[0])
+                seen.add(images.shape)
+            classes = checks.num_classes(lambda x: forward(variables, x), images)
+            checks.check_labels(labels, images.shape[0], classes)
+        return run(variables, key, images, labels)
+
+    return call

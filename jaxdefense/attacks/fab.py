@@ -1,0 +1,404 @@
+"""FAB: the nearest adversarial example, by projections onto linearised decision boundaries."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxdefense import losses
+from jaxdefense.attacks import checks
+from jaxdefense.attacks.outcome import (
+    Passes,
+    between,
+    few_classes,
+    fooled,
+    keep_inside,
+    pick,
+    rivals,
+)
+from jaxdefense.types import (
+    Array,
+    Attack,
+    Images,
+    Key,
+    Labels,
+    PerExample,
+    Predict,
+    Threat,
+    example_keys,
+    fold_in,
+    per_example,
+)
+
+Boundary = Callable[[Images], tuple[PerExample, Images]]  # gap and normal
+
+
+def boundary(predict: Predict, labels: Labels, targets: Labels) -> Boundary:
+    """Where z_t = z_y, linearised at x: the gap z_y - z_t and its normal, grad (z_t - z_y)."""
+
+    def linearise(x):
+        logits, pull = jax.vjp(predict, x)
+        return _face(logits, pull, labels, targets)
+
+    return linearise
+
+
+def nearest_boundary(
+    predict: Predict, labels: Labels, threat: Threat, candidates: Array | None = None
+) -> Boundary:
+    """The linearised boundary that is nearest in the threat's norm, over the other classes.
+
+    One forward pass, then one backward pass a class, of which only the nearest is kept: the
+    (B, K, ...) Jacobian never exists.
+
+    Args:
+      predict: the model.
+      labels: (B,).
+      threat: gives the dual norm.
+      candidates: (B, n) classes to look at; None for all others.
+    """
+
+    def linearise(x):
+        logits, pull = jax.vjp(predict, x)
+        count = logits.shape[-1] - 1 if candidates is None else candidates.shape[1]
+
+        def look(i, carry):
+            nearest, gap, normal = carry
+            others = i + (i >= labels) if candidates is None else candidates[:, i]
+            new_gap, new_normal = _face(logits, pull, labels, others)
+            distance = jnp.abs(new_gap) / (threat.dual(new_normal) + 1e-12)
+            closer = distance < nearest
+            return (
+                jnp.where(closer, distance, nearest),
+                jnp.where(closer, new_gap, gap),
+                pick(closer, new_normal, normal),
+            )
+
+        far = jnp.full(x.shape[0], jnp.inf, x.dtype)
+        return jax.lax.fori_loop(0, count, look, (far, far, jnp.zeros_like(x)))[1:]
+
+    return linearise
+
+
+def _face(
+    logits: Array, pull: Callable[[Array], tuple[Images]], labels: Labels, targets: Labels
+) -> tuple[PerExample, Images]:
+    classes = logits.shape[-1]
+    cotangent = jax.nn.one_hot(targets, classes, dtype=logits.dtype)
+    cotangent -= jax.nn.one_hot(labels, classes, dtype=logits.dtype)
+    (normal,) = pull(cotangent)
+    wide = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
+    gap = -jnp.sum(cotangent.astype(wide.dtype) * wide, -1)
+    return gap.astype(normal.dtype), normal
+
+
+def _length(threat: Threat, step: Images) -> PerExample:
+    return threat.distance(step, jnp.zeros_like(step))
+
+
+def _walk(
+    linearise: Boundary,
+    predict: Predict,
+    x: Images,
+    labels: Labels,
+    threat: Threat,
+    start: Images,
+    best_x: Images,
+    best: PerExample,
+    *,
+    steps: int,
+    alpha_max: float,
+    eta: float,
+    beta: float,
+    enough: PerExample,
+) -> tuple[Images, PerExample]:
+    """One run; an example whose best distance is at most `enough` is finished."""
+
+    def step(carry: Any) -> Any:
+        n, z, best_x, best = carry
+        gap, normal = linearise(z)
+        lead = jnp.sum(normal * (z - x), range(1, x.ndim))
+        from_z = threat.reach(z, normal, gap)
+        from_x = threat.reach(x, normal, gap + lead)
+        near, far = (jnp.maximum(_length(threat, d), 1e-8) for d in (from_z, from_x))
+        alpha = per_example(jnp.minimum(near / (near + far), alpha_max), x)
+        z = (1 - alpha) * (z + eta * from_z) + alpha * (x + eta * from_x)
+        z = jnp.clip(z, *threat.bounds).astype(x.dtype)
+        hit = fooled(predict(z), labels)
+        distance = threat.distance(z, x)
+        closer = hit & (distance < best) & (best > enough)
+        best_x, best = pick(closer, z, best_x), jnp.where(closer, distance, best)
+        return n + 1, pick(hit, x + beta * (z - x), z), best_x, best
+
+    def going(carry: Any) -> Array:
+        return (carry[0] < steps) & jnp.any(carry[3] > enough)
+
+    return jax.lax.while_loop(going, step, (jnp.array(0), start, best_x, best))[2:]
+
+
+def refine(
+    predict: Predict,
+    x: Images,
+    labels: Labels,
+    x_adv: Images,
+    *,
+    steps: int,
+) -> Images:
+    """The final search: fooling points ever closer to x on the segment from x to x_adv.
+
+    False position between the last right and the last fooled point, moved half-way to the fooled
+    one, because a point exactly on the boundary is no result. One forward pass a step and two at
+    the start. Examples that x_adv does not fool stay.
+    """
+
+    def margin(z: Images) -> PerExample:
+        return losses.margin(predict(z), labels).astype(x.dtype)
+
+    def step(_: Any, carry: Any) -> Any:
+        low, low_margin, high, high_margin = carry
+        share = -low_margin / jnp.maximum(high_margin - low_margin, 1e-12)
+        middle = low + (high - low) * (1 + jnp.clip(share, 0, 1)) / 2
+        value = margin(between(x, x_adv, middle))
+        hit = value > 0
+        return (
+            jnp.where(hit, low, middle),
+            jnp.where(hit, low_margin, value),
+            jnp.where(hit, middle, high),
+            jnp.where(hit, value, high_margin),
+        )
+
+    if not steps:
+        return x_adv
+    zeros = jnp.zeros(x.shape[0], x.dtype)
+    start = (zeros, margin(x), zeros + 1, margin(x_adv))
+    high = jax.lax.fori_loop(0, steps, step, start)[2]
+    able = (start[1] <= 0) & (start[3] > 0) & (high < 1)
+    return pick(able, between(x, x_adv, high), x_adv)
+
+
+def passes(
+    *,
+    steps: int = 100,
+    restarts: int = 1,
+    num_classes: int | None = None,
+    targets: int = 1,
+    search: int = 3,
+) -> Passes:
+    """A forward pass on the image; two forward a step; the search; its gradients.
+
+    Args:
+      steps: of a run.
+      restarts: runs, for each of `targets`.
+      num_classes: K of the untargeted attack, which takes K - 1 gradients a step; None for the
+        targeted one, which takes one.
+      targets: of the targeted attack.
+      search: steps of the final search.
+    """
+    runs = restarts * targets * steps
+    gradients = runs if num_classes is None else runs * (num_classes - 1)
+    return Passes(1 + 2 * runs + (search + 2 if search else 0), gradients)
+
+
+def _check_options(
+    steps: int, restarts: int, alpha_max: float, eta: float, beta: float, search: int
+) -> None:
+    checks.check_count("steps", steps)
+    checks.check_count("restarts", restarts)
+    checks.check_count("search", search, least=0)
+    for name, value in (("alpha_max", alpha_max), ("beta", beta)):
+        if not 0 <= value <= 1:
+            raise ValueError(f"{name} must be in [0, 1], got {value!r}")
+    if not eta >= 1:
+        raise ValueError(f"eta must be at least 1, got {eta!r}")
+
+
+def _runs(
+    linearise: Callable[[Any], Boundary],
+    predict: Predict,
+    key: Key,
+    x: Images,
+    labels: Labels,
+    threat: Threat,
+    right: Array,
+    *,
+    runs: int,
+    restarts: int,
+    minimal: bool,
+    search: int,
+    **options: Any,
+) -> Images:
+    """Runs over targets and restarts, the nearest point of all, the final search, the ball."""
+    keys = example_keys(key, x.shape[0])
+    eps = jnp.broadcast_to(jnp.asarray(threat.eps, x.dtype), right.shape)
+    enough = jnp.zeros_like(eps) if minimal else eps
+
+    def run(carry: Any) -> Any:
+        n, best_x, best = carry
+        start = x
+        if restarts > 1:
+            noisy = threat.scaled(0.5).sample(fold_in(keys, n), x)
+            start = jnp.where(n % restarts > 0, noisy, x)
+        best_x, best = _walk(
+            linearise(n),
+            predict,
+            x,
+            labels,
+            threat,
+            start,
+            best_x,
+            best,
+            enough=enough,
+            **options,
+        )
+        return n + 1, best_x, best
+
+    def going(carry: Any) -> Array:
+        return (carry[0] < runs) & jnp.any(carry[2] > enough)
+
+    # The misclassified need no step: their distance is 0.
+    best = jnp.where(right, jnp.inf, 0).astype(x.dtype)
+    best_x = jax.lax.while_loop(going, run, (jnp.array(0), x, best))[1]
+    best_x = refine(predict, x, labels, best_x, steps=search)
+    best_x = best_x if minimal else keep_inside(best_x, x, threat)
+    return jax.lax.stop_gradient(best_x)
+
+
+def fab(
+    threat: Threat,
+    *,
+    steps: int = 100,
+    restarts: int = 1,
+    alpha_max: float = 0.1,
+    eta: float = 1.05,
+    beta: float = 0.9,
+    search: int = 3,
+    minimal: bool = False,
+) -> Attack:
+    """FAB: the nearest misclassified point, whatever eps, by projections onto the boundary.
+
+    At the iterate z the decision boundary nearest in the norm is linearised, and z and the image x
+    are both projected onto that hyperplane inside the box, by steps d and d_x:
+
+        z <- clip((1 - alpha) (z + eta d) + alpha (x + eta d_x)),
+        alpha = min(|d| / (|d| + |d_x|), alpha_max)
+
+    The step is biased to x by alpha and overshoots by eta; a misclassified z is noted, and goes
+    back to x + beta (z - x).
+
+    Args:
+      threat: norm, bounds; eps for what is returned and for the random starts.
+      steps: of a run; each takes K - 1 gradients.
+      restarts: further runs start at random points of the ball of eps / 2.
+      alpha_max: largest bias to the image.
+      eta: overshoot, 1 or more.
+      beta: how far a misclassified iterate goes back to the image.
+      search: steps of the final search on the segment to the image.
+      minimal: return the nearest misclassified point however far it is, and use all steps to
+        bring it nearer. False: an example is finished inside the ball, and keeps its image where
+        nothing inside was found.
+
+    Returns:
+      An `Attack`; with `minimal`, `threat.distance(x_adv, images)` is the distance found, and the
+      image itself says that nothing was found (or that it is misclassified).
+
+    Raises:
+      ValueError: counts or shares out of range; at the call, bad images, labels or keys.
+
+    Reference: Croce, Hein, Minimally distorted adversarial examples with a fast adaptive boundary
+      attack, arXiv 1907.02044, algorithm 1.
+
+    Deviation: the final search runs once, on the nearest point of all runs.
+    """
+    _check_options(steps, restarts, alpha_max, eta, beta, search)
+
+    def attack(predict: Predict, key: Key, images: Images, labels: Labels) -> Images:
+        x = jax.lax.stop_gradient(images)
+        linearise = nearest_boundary(predict, labels, threat)
+        return _runs(
+            lambda n: linearise,
+            predict,
+            key,
+            x,
+            labels,
+            threat,
+            ~fooled(predict(x), labels),
+            runs=restarts,
+            restarts=restarts,
+            minimal=minimal,
+            search=search,
+            steps=steps,
+            alpha_max=alpha_max,
+            eta=eta,
+            beta=beta,
+        )
+
+    return checks.checked(attack, threat, "fab")
+
+
+def fab_targeted(
+    threat: Threat,
+    *,
+    targets: int = 9,
+    steps: int = 100,
+    restarts: int = 1,
+    alpha_max: float = 0.1,
+    eta: float = 1.05,
+    beta: float = 0.9,
+    search: int = 3,
+    minimal: bool = False,
+) -> Attack:
+    """FAB-T: FAB against one boundary at a time, to each of the most likely wrong classes.
+
+    One gradient a step instead of K - 1.
+
+    Args:
+      threat: see `fab`.
+      targets: wrong classes tried, ranked by the clean logits; at most K - 1.
+      steps: of a run.
+      restarts: runs for each class.
+      alpha_max: see `fab`.
+      eta: see `fab`.
+      beta: see `fab`.
+      search: see `fab`.
+      minimal: see `fab`.
+
+    Returns:
+      An `Attack`, as `fab`; any wrong class counts.
+
+    Raises:
+      ValueError: counts or shares out of range; at the call, bad images, labels or keys.
+
+    With K <= targets there are K - 1 targets (a FewClassesWarning says so).
+
+    Reference: Croce, Hein, arXiv 1907.02044 and arXiv 2003.01690, section 5.
+    """
+    _check_options(steps, restarts, alpha_max, eta, beta, search)
+    checks.check_count("targets", targets)
+
+    def attack(predict: Predict, key: Key, images: Images, labels: Labels) -> Images:
+        x = jax.lax.stop_gradient(images)
+        clean = predict(x)
+        if clean.shape[-1] <= targets:
+            tried = clean.shape[-1] - 1
+            few_classes(f"{targets} targets", clean.shape[-1], f"{tried} are tried")
+        ranked = rivals(clean, labels, targets)
+        return _runs(
+            lambda n: boundary(predict, labels, ranked[:, n // restarts]),
+            predict,
+            key,
+            x,
+            labels,
+            threat,
+            ~fooled(clean, labels),
+            runs=ranked.shape[1] * restarts,
+            restarts=restarts,
+            minimal=minimal,
+            search=search,
+            steps=steps,
+            alpha_max=alpha_max,
+            eta=eta,
+            beta=beta,
+        )
+
+    return checks.checked(attack, threat, "fab_targeted")

@@ -1,0 +1,290 @@
+"""Square attack: random search over square windows, with the model's outputs only."""
+
+from typing import Any, NamedTuple, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxdefense import losses
+from jaxdefense.attacks import checks
+from jaxdefense.attacks.outcome import Passes, pick
+from jaxdefense.types import (
+    Array,
+    Attack,
+    Images,
+    Key,
+    Labels,
+    PerExample,
+    Predict,
+    Threat,
+    example_keys,
+    fold_in,
+    per_example,
+)
+
+# p is halved after these queries, in an attack of 10,000.
+_HALVED_AFTER = (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000)
+
+
+class _Proposal(Protocol):
+    """A norm's way to start and to change a perturbation; u are uniform numbers (B, draws)."""
+
+    def side(self, p: float, height: int, width: int) -> int: ...
+    def tables(self, sides: np.ndarray) -> np.ndarray: ...
+    def starts(self, shape: tuple[int, ...]) -> int: ...
+    def draws(self, channels: int) -> int: ...
+    def start(self, x: Images, threat: Threat, u: Array) -> Images: ...
+    def change(
+        self, x_adv: Images, x: Images, threat: Threat, u: Array, side: Array, table: Array
+    ) -> Images: ...
+
+
+def _signs(u: Array, dtype: Any) -> Array:
+    return jnp.where(u < 0.5, -1, 1).astype(dtype)
+
+
+def _corner(u: Array, side: Array, length: int) -> Array:
+    """Uniform over the positions at which a window of that side fits."""
+    return jnp.minimum((u * (length - side + 1)).astype(jnp.int32), length - side)
+
+
+def _window(x: Images, row: Array, column: Array, side: Array) -> tuple[Array, Array, Array]:
+    """(B, H, W) mask of each example's window, and the pixels' (B, H), (B, W) places in it."""
+    rows = jnp.arange(x.shape[1]) - row[:, None]
+    columns = jnp.arange(x.shape[2]) - column[:, None]
+    in_rows, in_columns = (rows >= 0) & (rows < side), (columns >= 0) & (columns < side)
+    return in_rows[:, :, None] & in_columns[:, None, :], rows, columns
+
+
+class _Stripes(NamedTuple):
+    """L_inf: vertical stripes of +-eps, then windows of +-eps, one sign per channel."""
+
+    def side(self, p, height, width):
+        side = max(round(float(np.sqrt(p * height * width))), 1)
+        return min(side, height, width)
+
+    def tables(self, sides):
+        return np.zeros((len(sides), 1, 1), np.float32)
+
+    def starts(self, shape):
+        return shape[1] * shape[2]
+
+    def draws(self, channels):
+        return 2 + channels
+
+    def start(self, x, threat, u):
+        batch, _, width, channels = x.shape
+        signs = _signs(u, x.dtype).reshape(batch, 1, width, channels)
+        return threat.project(x + per_example(threat.eps, x) * signs, x)
+
+    def change(self, x_adv, x, threat, u, side, table):
+        row, column = _corner(u[:, 0], side, x.shape[1]), _corner(u[:, 1], side, x.shape[2])
+        mask = _window(x, row, column, side)[0][..., None]
+        signs = _signs(u[:, 2:], x.dtype)[:, None, None, :]
+        return threat.project(x_adv + jnp.where(mask, 2 * per_example(threat.eps, x) * signs, 0), x)
+
+
+class _Masses(NamedTuple):
+    """L2 and L1: two-sided bumps; a change moves one window's mass into another.
+
+    Attributes:
+      power: the norm's.
+      falloff: the bump's rings weigh 1 / ring ** falloff.
+      spread: L1's new windows get C times their mass (the projection takes the excess).
+    """
+
+    power: int
+    falloff: int
+    spread: bool
+
+    def side(self, p, height, width):
+        side = max(round(float(np.sqrt(p * height * width))), 3)
+        return min(side + 1 - side % 2, height, width)
+
+    def tables(self, sides):
+        """(n, S, S) bumps of the sides, in the upper left corners."""
+        largest = int(max(sides))
+        tables = np.zeros((len(sides), largest, largest), np.float32)
+        for table, side in zip(tables, sides):
+            table[:side, :side] = self._bump(int(side))
+        return tables
+
+    def starts(self, shape):
+        side, rows, columns = self._tiles(shape)
+        return rows * columns * (1 + shape[2])
+
+    def draws(self, channels):
+        return 5 + channels
+
+    def start(self, x, threat, u):
+        """A grid of bumps, about 5 x 5, scaled to the ball."""
+        batch, height, width, channels = x.shape
+        side, rows, columns = self._tiles(x.shape[1:])
+        tiles = rows * columns
+        bump = jnp.asarray(self._bump(side), x.dtype)
+        flip = (u[:, :tiles] < 0.5).reshape(batch, rows, columns, 1, 1)
+        grid = jnp.where(flip, bump.T, bump)[..., None]  # (B, rows, columns, side, side, 1)
+        signs = _signs(u[:, tiles:], x.dtype).reshape(batch, rows, columns, 1, 1, channels)
+        grid = (grid * signs).swapaxes(2, 3)
+        grid = grid.reshape(batch, rows * side, columns * side, channels)
+        spare = (height - rows * side, width - columns * side)
+        pads = [(n // 2, n - n // 2) for n in spare]
+        return self._fit(jnp.pad(grid, [(0, 0), *pads, (0, 0)]), x, threat)
+
+    def change(self, x_adv, x, threat, u, side, table):
+        height, width, channels = x.shape[1:]
+        eps, delta = per_example(threat.eps, x), x_adv - x
+        row, column = _corner(u[:, 0], side, height), _corner(u[:, 1], side, width)
+        window, rows, columns = _window(x, row, column, side)
+        donor = _window(x, _corner(u[:, 2], side, height), _corner(u[:, 3], side, width), side)[0]
+        window, donor = window[..., None], donor[..., None]
+        bump = self._placed(table, rows, columns, u[:, 4] < 0.5).astype(x.dtype)
+        signs = _signs(u[:, 5:], x.dtype)[:, None, None, :]
+
+        spent = jnp.sum(self._mass(delta), -1, keepdims=True)  # of the whole image
+        free = jnp.maximum(eps**self.power - spent, 0) / channels
+        mass = free + self._mass(jnp.where(window | donor, delta, 0))
+        old = jnp.where(window, delta, 0)
+        new = bump * signs + old / (self._root(self._mass(old)) + 1e-12)
+        new = new / (self._root(self._mass(new)) + 1e-12) * self._root(mass)
+        new = new * channels if self.spread else new
+        moved = jnp.where(window, new, jnp.where(donor, 0, delta))
+        return self._fit(moved, x, threat)
+
+    def _tiles(self, shape):
+        """Side, rows and columns of the first grid."""
+        side = max(min(shape[0] // 5, shape[1]), 1)
+        return side, shape[0] // side, shape[1] // side
+
+    def _bump(self, side):
+        """A bump over a square, of norm 1: its upper half positive, its lower half negative."""
+        halves = []
+        for sign, height in ((1, side // 2), (-1, side - side // 2)):
+            rings = np.maximum(
+                np.abs(np.arange(height) - height // 2)[:, None],
+                np.abs(np.arange(side) - side // 2)[None, :],
+            )
+            weights = 1 / np.arange(1.0, side // 2 + 2) ** self.falloff
+            half = np.cumsum(weights[::-1])[::-1][rings]  # rings nest: the inner ones add up
+            if height:
+                halves.append(sign * half / np.sum(half**self.power) ** (1 / self.power))
+        bump = np.concatenate(halves)
+        return bump / np.sum(np.abs(bump) ** self.power) ** (1 / self.power)
+
+    def _placed(self, table, rows, columns, flip):
+        """(B, H, W, 1): the bump at each example's window, upright or on its side."""
+        last = table.shape[0] - 1
+        i = jnp.clip(rows, 0, last)[:, :, None]
+        j = jnp.clip(columns, 0, last)[:, None, :]
+        flip = flip[:, None, None]
+        place = jnp.where(flip, j, i) * (last + 1) + jnp.where(flip, i, j)
+        return jnp.take(table.reshape(-1), place)[..., None]
+
+    def _mass(self, delta):
+        """Each channel's share of the norm's power, (B, 1, 1, C)."""
+        return jnp.sum(jnp.abs(delta) ** self.power, (1, 2), keepdims=True)
+
+    def _root(self, mass):
+        return mass ** (1 / self.power)
+
+    def _fit(self, delta, x, threat):
+        """On the sphere, cut to the box; in L1 the nearest point of ball and box."""
+        if not self.spread:
+            length = jnp.sum(self._mass(delta), -1, keepdims=True) ** (1 / self.power)
+            delta = delta * (per_example(threat.eps, x) / (length + 1e-12))
+        return threat.project(x + delta, x)
+
+
+_PROPOSALS: dict[str, _Proposal] = {
+    "linf": _Stripes(),
+    "l2": _Masses(power=2, falloff=2, spread=False),
+    "l1": _Masses(power=1, falloff=4, spread=True),
+}
+
+
+def _shares(queries: int, p_init: float, rescale: bool) -> np.ndarray:
+    """(queries,) the share p of the pixels that each query changes."""
+    n = np.arange(queries)
+    n = (n / queries * 10_000).astype(int) if rescale else n
+    return p_init / 2 ** np.sum(n[:, None] > np.asarray(_HALVED_AFTER), -1)
+
+
+def passes(*, queries: int = 5000) -> Passes:
+    """A forward pass on the image, one on the start, one a query; no gradients."""
+    return Passes(queries + 2, 0)
+
+
+def square(
+    threat: Threat, *, queries: int = 5000, p_init: float = 0.8, rescale: bool = False
+) -> Attack:
+    """Square attack: keep a random change of a square window where it raises the margin.
+
+    Per query and example a window of side sqrt(p H W) at a random place is changed, and the change
+    is kept where max_{k != y} z_k - z_y rises. L_inf: the window's channels go to +-eps, from a
+    start of vertical stripes. L2, L1: the window receives a bump and the mass of a second window,
+    which is emptied, from a start of a grid of bumps. p starts at `p_init` and is halved after 10,
+    50, 200, 500, 1000, 2000, 4000, 6000 and 8000 queries.
+
+    Args:
+      threat: norm, eps, bounds.
+      queries: changes tried.
+      p_init: share of the pixels that the first windows cover.
+      rescale: stretch p's schedule, made for 10,000 queries, to `queries`. AutoAttack does not.
+
+    Returns:
+      An `Attack`: the first fooling point, or the point of the largest margin; the image itself
+      where it is misclassified. It stops once the whole batch is fooled.
+
+    Raises:
+      ValueError: counts or shares out of range; at the call, bad images, labels or keys, or images
+        that are not (B, H, W, C).
+
+    Reference: Andriushchenko et al., Square attack: a query-efficient black-box adversarial attack
+      via random search, arXiv 1912.00049; L1: Croce, Hein, arXiv 2103.01208, section 4.3.
+
+    Deviations: as in the paper, each example has windows and signs of its own, and a window may
+    lie at the last rows and columns (in the authors' code a batch shares them, and it may not).
+    """
+    checks.check_count("queries", queries)
+    if not 0 < p_init <= 1:
+        raise ValueError(f"p_init must be in (0, 1], got {p_init!r}")
+    proposal = _PROPOSALS[threat.norm]
+
+    def attack(predict: Predict, key: Key, images: Images, labels: Labels) -> Images:
+        if images.ndim != 4:
+            raise ValueError(f"square needs images (B, H, W, C), got shape {images.shape}")
+        x = jax.lax.stop_gradient(images)
+        batch, height, width, channels = x.shape
+        keys = example_keys(key, batch)
+        shares = _shares(queries, p_init, rescale)
+        values, which = np.unique(shares, return_inverse=True)
+        sides = np.array([proposal.side(p, height, width) for p in values], np.int32)
+        tables, sides, which = map(jnp.asarray, (proposal.tables(sides), sides, which))
+
+        def uniform(n: Any, count: int) -> Array:
+            return jax.vmap(lambda k: jax.random.uniform(k, (count,)))(fold_in(keys, n))
+
+        def margin(x_adv: Images) -> PerExample:
+            values = losses.margin(predict(x_adv), labels)
+            return jnp.where(jnp.isnan(values), -jnp.inf, values)
+
+        def going(carry: Any) -> Array:
+            return (carry[0] < queries) & ~jnp.all(carry[2] > 0)
+
+        def query(carry: Any) -> Any:
+            n, x_best, best = carry
+            u = uniform(n + 1, proposal.draws(channels))
+            k = which[n]
+            x_new = proposal.change(x_best, x, threat, u, sides[k], tables[k])
+            value = margin(x_new)
+            better = (value > best) & (best <= 0)
+            return n + 1, pick(better, x_new, x_best), jnp.where(better, value, best)
+
+        clean = margin(x)
+        first = proposal.start(x, threat, uniform(0, proposal.starts(x.shape[1:])))
+        best = jnp.where(clean > 0, clean, margin(first))
+        start = (jnp.array(0), pick(clean > 0, x, first), best)
+        return jax.lax.while_loop(going, query, start)[1]
+
+    return checks.checked(attack, threat, "square")

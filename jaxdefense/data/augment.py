@@ -1,0 +1,289 @@
+"""On-device augmentation: pure functions `(key, images) -> images` for use inside the jitted step.
+
+    view = make("strong", "cifar10")
+    images = view(key, images)
+
+Images are (B, H, W, C) floats in [0, 1] and stay there. `key` is one typed key or one per example;
+every example draws for itself. Factories take keyword-only hyper-parameters; `compose` chains.
+"""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+from jaxdefense import registry
+from jaxdefense.types import Array, Images, Key, example_keys, fold_in
+
+Augment = Callable[[Key, Images], Images]
+
+# The augmentations' defaults are for 32x32 images; the crop's padding is scaled for others.
+_SIZES = {"digits": 8, "mnist": 28, "fashion_mnist": 28, "cifar10": 32, "cifar100": 32}
+_NO_FLIP = ("digits", "mnist")  # a mirrored digit is no digit
+_GRAY = (0.2989, 0.587, 0.114)  # torchvision's luma weights
+
+
+def identity(key: Key, images: Images) -> Images:
+    """The images as they are."""
+    del key
+    return images
+
+
+def compose(*augments: Augment) -> Augment:
+    """The augmentations one after another, each with randomness of its own."""
+
+    def apply(key: Key, images: Images) -> Images:
+        for i, augment in enumerate(augments):
+            images = augment(fold_in(key, i), images)
+        return images
+
+    return apply
+
+
+def random_crop(*, padding: int = 4) -> Augment:
+    """A shift by up to `padding` pixels each way, black coming in.
+
+    Args:
+      padding: pixels added on every side before a crop of the original size.
+
+    Raises:
+      ValueError: `padding` is negative.
+    """
+    if padding < 0:
+        raise ValueError(f"padding must not be negative, got {padding}")
+
+    def apply(key: Key, images: Images) -> Images:
+        sides = (padding, padding)
+        padded = jnp.pad(images, ((0, 0), sides, sides, (0, 0)))
+
+        def crop(key: Key, image: Array) -> Array:
+            row, column = jax.random.randint(key, (2,), 0, 2 * padding + 1)
+            return jax.lax.dynamic_slice(image, (row, column, 0), images.shape[1:])
+
+        return jax.vmap(crop)(example_keys(key, len(images)), padded)
+
+    return apply
+
+
+def random_flip(*, p: float = 0.5) -> Augment:
+    """A horizontal mirror image with probability `p`.
+
+    Raises:
+      ValueError: `p` is outside [0, 1].
+    """
+    _check_probability(p)
+
+    def apply(key: Key, images: Images) -> Images:
+        return _where(_chosen(key, p, len(images)), images[:, :, ::-1], images)
+
+    return apply
+
+
+def random_resized_crop(
+    *, scale: tuple[float, float] = (0.2, 1.0), ratio: tuple[float, float] = (3 / 4, 4 / 3)
+) -> Augment:
+    """A random rectangle resized to the whole image, bilinear, as torchvision's RandomResizedCrop.
+
+    As there, the first of ten (area, aspect) draws that fits the image counts, and if none does,
+    the largest centred rectangle within `ratio`. A crop is never larger than the image, so that it
+    is only enlarged and antialiasing has nothing to do.
+
+    Args:
+      scale: bounds of the crop's area as a share of the image's; drawn uniformly.
+      ratio: bounds of width / height; its logarithm is drawn uniformly.
+
+    Raises:
+      ValueError: bounds not in order, a scale outside (0, 1], or a ratio that is not positive.
+    """
+    if not 0 < scale[0] <= scale[1] <= 1:
+        raise ValueError(f"need 0 < scale[0] <= scale[1] <= 1, got {scale}")
+    if not 0 < ratio[0] <= ratio[1]:
+        raise ValueError(f"need 0 < ratio[0] <= ratio[1], got {ratio}")
+
+    def rectangle(key: Key, height: int, width: int) -> tuple[Array, Array, Array, Array]:
+        draws = jax.random.uniform(key, (22,))
+        area = height * width * (scale[0] + draws[:10] * (scale[1] - scale[0]))
+        low, high = jnp.log(ratio[0]), jnp.log(ratio[1])
+        aspect = jnp.exp(low + draws[10:20] * (high - low))
+        w = jnp.round(jnp.sqrt(area * aspect))
+        h = jnp.round(jnp.sqrt(area / aspect))
+        fits = (0 < w) & (w <= width) & (0 < h) & (h <= height)
+        first = jnp.argmax(fits)
+        # No draw fits: the whole image, or what of it the bounds on the aspect allow.
+        whole_w = min(width, round(height * ratio[1]))
+        whole_h = min(height, round(width / ratio[0]))
+        h = jnp.where(fits[first], h[first], whole_h)
+        w = jnp.where(fits[first], w[first], whole_w)
+        spare = jnp.stack([height - h, width - w])
+        # The last float below 1 times spare + 1 may round up to spare + 1.
+        corner = jnp.minimum(jnp.floor(draws[20:] * (spare + 1)), spare)
+        top, left = jnp.where(fits[first], corner, spare // 2)
+        return top, left, h, w
+
+    def apply(key: Key, images: Images) -> Images:
+        batch, height, width, _ = images.shape
+        top, left, h, w = jax.vmap(lambda k: rectangle(k, height, width))(example_keys(key, batch))
+        rows = _interpolation(top, h, height)
+        columns = _interpolation(left, w, width)
+        # Bilinear sampling is separable: one small matrix product for each direction.
+        images = jnp.einsum("bih,bhwc->biwc", rows, images, precision="highest")
+        images = jnp.einsum("bjw,biwc->bijc", columns, images, precision="highest")
+        return jnp.clip(images, 0, 1)  # weights may add up to a little more than 1
+
+    return apply
+
+
+def color_jitter(
+    *,
+    brightness: float = 0.4,
+    contrast: float = 0.4,
+    saturation: float = 0.4,
+    hue: float = 0.1,
+    p: float = 0.8,
+) -> Augment:
+    """torchvision's ColorJitter with probability `p`: four changes in random order.
+
+    Brightness blends with black, contrast with the image's mean gray, saturation with its gray
+    image, each by a factor f uniform in [max(0, 1 - x), 1 + x] (x' = f x + (1 - f) other, clipped);
+    the hue turns by a share of the circle uniform in [-hue, hue]. Images of one channel have
+    neither saturation nor hue.
+
+    Raises:
+      ValueError: a negative strength, `hue` above 0.5, or `p` outside [0, 1].
+    """
+    _check_probability(p)
+    strengths = (brightness, contrast, saturation)
+    if min(strengths) < 0 or not 0 <= hue <= 0.5:
+        raise ValueError(f"strengths must not be negative, hue in [0, 0.5]: {(*strengths, hue)}")
+
+    def apply(key: Key, images: Images) -> Images:
+        color = _check_channels(images) == 3
+        batch = len(images)
+        low = jnp.maximum(0, 1 - jnp.asarray(strengths, images.dtype))
+        high = 1 + jnp.asarray(strengths, images.dtype)
+        keys = example_keys(key, batch)
+
+        def draw(key: Key) -> tuple[Array, Array, Array]:
+            factors = jax.random.uniform(fold_in(key, 0), (3,), images.dtype, low, high)
+            turn = jax.random.uniform(fold_in(key, 1), (), images.dtype, -hue, hue)
+            return factors, turn, jax.random.permutation(fold_in(key, 2), 4)
+
+        factors, turns, orders = jax.vmap(draw)(keys)
+        jittered = images
+        for position in range(4):
+            change = orders[:, position]
+            gray = _to_gray(jittered)
+            mean = gray.mean((1, 2, 3), keepdims=True)
+            # Three of the four changes are one blend, by a factor, with black, the mean or gray.
+            factor = jnp.take_along_axis(factors, jnp.minimum(change, 2)[:, None], 1)[:, 0]
+            if not color:
+                factor = jnp.where(change == 2, 1, factor)
+            other = _where(change == 1, mean, _where(change == 2, gray, jnp.zeros_like(gray)))
+            factor = factor[:, None, None, None]
+            blended = jnp.clip(factor * jittered + (1 - factor) * other, 0, 1)
+            turned = _turn_hue(jittered, turns) if color and hue else jittered
+            jittered = _where(change == 3, turned, blended)
+        return _where(_chosen(fold_in(key, 1), p, batch), jittered, images)
+
+    return apply
+
+
+def random_gray(*, p: float = 0.2) -> Augment:
+    """The gray image (luma in every channel) with probability `p`.
+
+    Raises:
+      ValueError: `p` is outside [0, 1].
+    """
+    _check_probability(p)
+
+    def apply(key: Key, images: Images) -> Images:
+        _check_channels(images)
+        gray = jnp.broadcast_to(_to_gray(images), images.shape)
+        return _where(_chosen(key, p, len(images)), gray, images)
+
+    return apply
+
+
+def make(name: str, dataset: str) -> Augment:
+    """A named view of a data set's images.
+
+    Args:
+      name: 'none'; 'crop_flip', a padded crop by an eighth of the size and a flip, none for digits;
+        'weak', the same under the name it has in contrastive training; 'strong', a resized crop,
+        a flip (none for digits), colour jitter and random gray.
+      dataset: one of the data sets of `datasets.names()`.
+
+    Raises:
+      ValueError: unknown name or data set.
+    """
+    if dataset not in _SIZES:
+        registry.unknown("data set", dataset, _SIZES)
+    flip = () if dataset in _NO_FLIP else (random_flip(),)
+    crop_flip = compose(random_crop(padding=_SIZES[dataset] // 8), *flip)
+    views = {
+        "none": identity,
+        "crop_flip": crop_flip,
+        "weak": crop_flip,
+        "strong": compose(random_resized_crop(), *flip, color_jitter(), random_gray()),
+    }
+    if name not in views:
+        registry.unknown("augmentation", name, views)
+    return views[name]
+
+
+def _check_probability(p: float) -> None:
+    if not 0 <= p <= 1:
+        raise ValueError(f"p must be a probability, got {p}")
+
+
+def _check_channels(images: Images) -> int:
+    channels = images.shape[-1]
+    if channels not in (1, 3):
+        raise ValueError(f"need images of 1 or 3 channels, got {channels}")
+    return channels
+
+
+def _chosen(key: Key, p: float, batch: int) -> Array:
+    """(batch,) bool: True with probability `p`."""
+    return jax.vmap(lambda k: jax.random.bernoulli(k, p))(example_keys(key, batch))
+
+
+def _where(chosen: Array, x: Array, y: Array) -> Array:
+    """`x` for the chosen examples, `y` for the others."""
+    return jnp.where(chosen[:, None, None, None], x, y)
+
+
+def _interpolation(start: Array, length: Array, size: int) -> Array:
+    """Weights (B, size, size) that enlarge `length` pixels from `start` to `size`, per example."""
+    start, length = start[:, None], length[:, None]
+    centres = (jnp.arange(size) + 0.5) * length / size - 0.5  # half-pixel centres
+    centres = start + jnp.clip(centres, 0, length - 1)  # the crop's edge is repeated
+    return jnp.maximum(0, 1 - jnp.abs(centres[:, :, None] - jnp.arange(size)))
+
+
+def _to_gray(images: Images) -> Array:
+    """(B, H, W, 1): luma of three channels, or the one channel itself."""
+    if images.shape[-1] == 1:
+        return images
+    red, green, blue = (images[..., i : i + 1] for i in range(3))
+    return _GRAY[0] * red + _GRAY[1] * green + _GRAY[2] * blue
+
+
+def _turn_hue(images: Images, turns: Array) -> Images:
+    """The hue turned by a share of the circle (B,), through HSV and back."""
+    red, green, blue = images[..., 0], images[..., 1], images[..., 2]
+    value = images.max(-1)
+    chroma = value - images.min(-1)
+    divisor = jnp.where(chroma == 0, 1, chroma)
+    sixths = jnp.where(
+        value == red,
+        (green - blue) / divisor,
+        jnp.where(value == green, 2 + (blue - red) / divisor, 4 + (red - green) / divisor),
+    )
+    sixths = sixths + 6 * turns[:, None, None]
+    # Each channel is a trapezium of the hue, value on top and value - chroma below.
+    channels = []
+    for offset in (5, 3, 1):
+        k = jnp.mod(offset + sixths, 6)
+        channels.append(value - chroma * jnp.clip(jnp.minimum(k, 4 - k), 0, 1))
+    return jnp.stack(channels, -1)

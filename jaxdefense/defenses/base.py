@@ -1,0 +1,145 @@
+"""What a defence is: its parameters, its phases of updates, and how the deployed model predicts.
+
+One train loop runs any list of phases, so no defence has a trainer of its own:
+
+    params   by role: {"classifier": ..., "generator": ...}
+    carry    what is neither trained nor data: BatchNorm statistics, teachers, averages; by role
+    batch    {"image", "label", "id", "step", "epoch"} and what views and crafts add to it
+    Craft    (params, carry, batch, key) -> batch      the inner maximisation; never differentiated
+    Loss     (params, carry, batch, key) -> (scalar, (carry, metrics))   the outer minimisation
+    metrics  {name: (sum, count)}
+
+Craft and loss run inside the mapped axis `AXIS`; the step averages over it.
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from jaxdefense import losses
+from jaxdefense.types import Array, Images, Key, Labels, Logits, Predict, PyTree
+
+AXIS = "batch"
+
+Params = dict[str, PyTree]
+Carry = dict[str, PyTree]
+Batch = dict[str, Any]
+Metrics = dict[str, tuple[Array, Array]]
+Craft = Callable[[Params, Carry, Batch, Key], Batch]
+Loss = Callable[[Params, Carry, Batch, Key], tuple[Array, tuple[Carry, Metrics]]]
+After = Callable[[Params, Carry, Batch], Carry]
+View = Callable[[Key, Images], dict[str, Images]]
+Predictor = Callable[[Params, Carry], Predict]
+
+
+@dataclasses.dataclass(frozen=True)
+class Update:
+    """One optimiser step.
+
+    Attributes:
+      loss: what is minimised over the trained roles.
+      roles: whose parameters move; each role's optimiser state is its own.
+      craft: adds the adversarial inputs (and whatever else needs no gradient) to the batch.
+    """
+
+    loss: Loss
+    roles: tuple[str, ...] = ("classifier",)
+    craft: Craft | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Phase:
+    """A stretch of training in which the same updates are applied, in order, to every batch.
+
+    Attributes:
+      name: shown in logs.
+      updates: applied one after the other to each batch.
+      length: epochs, or "500s" or "30%" of the run (`train.optim.steps_of`); None: an equal share
+        of what the other phases leave of the run.
+      optimizers: {role: optimiser spec} where they differ from the run's (`train.optim`).
+      view: (key, images) -> {"image": ..., ...}; None: the run's augmentation.
+      fresh_params: roles initialised anew (with their optimiser) when the phase begins.
+      fresh_optimizers: roles whose optimiser begins anew.
+      after: run after the updates of each batch (running averages of parameters).
+    """
+
+    name: str
+    updates: tuple[Update, ...]
+    length: float | str | None = None
+    optimizers: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
+    view: View | None = None
+    fresh_params: tuple[str, ...] = ()
+    fresh_optimizers: tuple[str, ...] = ()
+    after: tuple[After, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class Defense:
+    """A defence of a classifier.
+
+    Attributes:
+      init: (key, example images (1, H, W, C)) -> (params, carry).
+      phases: run in order; the same Phase may stand in the list several times.
+      predictors: {name: (params, carry) -> Predict}; the first is the deployed classifier.
+    """
+
+    init: Callable[[Key, Images], tuple[Params, Carry]]
+    phases: tuple[Phase, ...]
+    predictors: Mapping[str, Predictor]
+
+    @property
+    def primary(self) -> str:
+        """The name of the deployed classifier's predictor."""
+        return next(iter(self.predictors))
+
+
+@dataclasses.dataclass(frozen=True)
+class Net:
+    """A Flax module in a role: params[role] are its parameters, carry[role] its statistics."""
+
+    module: nn.Module
+    role: str = "classifier"
+
+    def init(self, key: Key, images: Images) -> tuple[Params, Carry]:
+        """({role: parameters}, {role: running statistics})."""
+        variables = jax.jit(self.module.init)(key, images)
+        return {self.role: variables["params"]}, {self.role: variables.get("batch_stats", {})}
+
+    def predict(self, params: Params, carry: Carry) -> Predict:
+        """The network in eval mode."""
+        variables = {"params": params[self.role], "batch_stats": carry[self.role]}
+        return lambda x: self.module.apply(variables, x)
+
+    def train(self, params: Params, carry: Carry, x: Images, **kwargs: Any) -> tuple[Any, Carry]:
+        """(output, carry): BatchNorm on the batch's statistics, which the carry follows."""
+        variables = {"params": params[self.role], "batch_stats": carry[self.role]}
+        out, new = self.module.apply(variables, x, train=True, mutable=["batch_stats"], **kwargs)
+        return out, {**carry, self.role: new.get("batch_stats", {})}
+
+
+def single(net: Net, loss: Loss, *, craft: Craft | None = None, phase: str = "train") -> Defense:
+    """The defence of one network, one phase, one update per batch."""
+    update = Update(loss, (net.role,), craft)
+    return Defense(net.init, (Phase(phase, (update,)),), {net.role: net.predict})
+
+
+def targets(batch: Batch, logits: Logits, *, smoothing: float = 0.0) -> Array:
+    """The batch's soft targets (B, K) where a transform put some, else the smoothed labels."""
+    if "target" in batch:
+        return batch["target"]
+    return losses.one_hot(batch["label"], logits.shape[-1], smoothing=smoothing)
+
+
+def ramp(batch: Batch, epochs: float) -> Array | float:
+    """The factor of eps that grows from 0 to 1 over the first `epochs` (1 where epochs is 0)."""
+    return jnp.minimum(batch["epoch"] / epochs, 1.0) if epochs else 1.0
+
+
+def accuracy(logits: Logits, labels: Labels) -> tuple[Array, Array]:
+    """(correct, count) as a metric."""
+    hits = jnp.argmax(logits, -1) == labels
+    return jnp.sum(hits, dtype=jnp.float32), jnp.float32(hits.size)

@@ -1,0 +1,74 @@
+"""TRADES: the natural loss, and how far an attack can move the prediction."""
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from jaxdefense import attacks, losses
+from jaxdefense.defenses import base
+from jaxdefense.types import Threat
+
+
+def make(
+    model: nn.Module,
+    threat: Threat,
+    *,
+    beta: float = 6.0,
+    steps: int = 10,
+    step_size: float | None = None,
+    noise: float = 1e-3,
+    smoothing: float = 0.0,
+    ramp_epochs: float = 0.0,
+) -> base.Defense:
+    """mean CE(f(x), y) + beta KL(f(x) || f(x')), x' the maximum of the same KL around x.
+
+    Args:
+      model: images (B, H, W, C) -> logits (B, K).
+      threat: the set that x' is searched in.
+      beta: weight of the KL (the paper's 1 / lambda).
+      steps, step_size: of the inner maximisation; step_size in image units, by default eps / 4.
+      noise: standard deviation of the Gaussian start; the KL's gradient vanishes at x itself.
+      smoothing: label smoothing of the natural loss, in [0, 1).
+      ramp_epochs: eps and step size grow linearly from 0 over so many epochs.
+
+    Returns:
+      A `Defense` with the role and predictor `classifier`.
+
+    Reference: Zhang et al., Theoretically principled trade-off between robustness and accuracy,
+      arXiv 1901.08573, eq. 5. As in the authors' code the attack runs on the eval-mode network,
+      and clean and adversarial images pass BatchNorm as two batches, clean first.
+    """
+    net = base.Net(model)
+    step_size = threat.eps / 4 if step_size is None else step_size
+
+    def craft(params: Any, carry: Any, batch: base.Batch, key: Any) -> base.Batch:
+        predict, x = net.predict(params, carry), batch["image"]
+        clean = predict(x)
+        factor = base.ramp(batch, ramp_epochs)
+        x_adv = attacks.maximize(
+            lambda z: losses.kl(clean, predict(z)),
+            x,
+            threat.scaled(factor),
+            key,
+            steps=steps,
+            step_size=step_size * factor,
+            start=x + noise * jax.random.normal(key, x.shape, x.dtype),
+        )
+        return {**batch, "adversarial": x_adv}
+
+    def loss(params: Any, carry: Any, batch: base.Batch, key: Any) -> Any:
+        clean, carry = net.train(params, carry, batch["image"])
+        moved, carry = net.train(params, carry, batch["adversarial"])
+        target = base.targets(batch, clean, smoothing=smoothing)
+        natural = losses.cross_entropy(clean, target)
+        robust = losses.kl(clean, moved)
+        metrics = {
+            "accuracy": base.accuracy(clean, batch["label"]),
+            "robust_accuracy": base.accuracy(moved, batch["label"]),
+            "kl": (jnp.sum(robust), jnp.float32(robust.size)),
+        }
+        return jnp.mean(natural + beta * robust), (carry, metrics)
+
+    return base.single(net, loss, craft=craft)

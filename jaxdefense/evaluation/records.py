@@ -1,0 +1,143 @@
+"""Records: what was measured, of what, with what, in one JSON file that tables and plots read.
+
+    {"format": 1, "name": "trades-mnist", "config": {...}, "seed": 0, "dataset": {...},
+     "results": {predictor: {attack: {"accuracy", "per_class", "n", "bits"}}},
+     "training": {...}, "reported": {...}, "versions": {...}, "device": {...},
+     "git": "...", "date": "...", "seconds": ...}
+
+Bits are one per example in the order of the test set, base64 of NumPy's packbits.
+"""
+
+import base64
+import datetime
+import importlib.metadata
+import json
+import os
+import pathlib
+import platform
+import subprocess
+import tempfile
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+
+FORMAT = 1
+_PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "tensorflow-datasets", "numpy")
+
+Record = dict[str, Any]
+
+
+def pack(bits: np.ndarray) -> str:
+    """Booleans (N,) as text."""
+    return base64.b64encode(np.packbits(bits)).decode()
+
+
+def unpack(text: str, n: int) -> np.ndarray:
+    """The booleans (n,) of `pack`."""
+    return np.unpackbits(np.frombuffer(base64.b64decode(text), np.uint8), count=n).astype(bool)
+
+
+def environment() -> Record:
+    """Versions, device, git revision and date of this process."""
+    devices = jax.local_devices()
+    return {
+        "versions": {
+            "python": platform.python_version(),
+            **{name: importlib.metadata.version(name) for name in _PACKAGES},
+        },
+        "device": {
+            "platform": devices[0].platform,
+            "kind": devices[0].device_kind,
+            "count": jax.device_count(),
+            "host": f"{platform.machine()}, {os.cpu_count()} cores",
+        },
+        "git": _git_revision(),
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+    }
+
+
+def _git_revision() -> str:
+    """The revision of the checkout this file lies in, "-dirty" with uncommitted changes."""
+    folder = pathlib.Path(__file__).parent
+    command = ["git", "-C", str(folder), "describe", "--always", "--dirty", "--exclude=*"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+def make(
+    name: str,
+    config: Mapping[str, Any],
+    results: Mapping[str, Mapping[str, Any]],
+    *,
+    seed: int,
+    seconds: float,
+    **more: Any,
+) -> Record:
+    """A record of this process's environment.
+
+    Args:
+      name: the row's name in tables, one per configuration.
+      config: plain values.
+      results: {predictor: {attack: {"accuracy", "per_class", "n", "bits"}}}, percent.
+      seed: of the run.
+      seconds: wall time of the evaluation.
+      **more: further plain values ("training", "reported", "flags", ...).
+    """
+    return {
+        "format": FORMAT,
+        "name": name,
+        "config": dict(config),
+        "seed": seed,
+        "results": results,
+        "seconds": seconds,
+        **more,
+        **environment(),
+    }
+
+
+def write_text(path: str | os.PathLike, text: str) -> None:
+    """Writes a file whole or not at all: a temporary name, then a rename."""
+    path = pathlib.Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False, suffix=".tmp") as file:
+        file.write(text)
+    pathlib.Path(file.name).chmod(0o644)
+    os.replace(file.name, path)
+
+
+def save(record: Record, path: str | os.PathLike) -> None:
+    """Writes a record, whole or not at all."""
+    write_text(path, json.dumps(record, indent=1) + "\n")
+
+
+def load(path: str | os.PathLike) -> Record:
+    """Reads a record.
+
+    Raises:
+      ValueError: not a record, or one of another format.
+    """
+    try:
+        record = json.loads(pathlib.Path(path).read_text())
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path} is not a record: {error}") from error
+    if not isinstance(record, dict) or record.get("format") != FORMAT:
+        raise ValueError(f"{path} is not a record of format {FORMAT}")
+    return record
+
+
+def load_all(paths: Iterable[str | os.PathLike]) -> list[Record]:
+    """The records of files and folders (searched for *.json), in the order of their paths.
+
+    Raises:
+      ValueError: a path that does not exist, or a file that is no record.
+    """
+    found = []
+    for path in map(pathlib.Path, paths):
+        if not path.exists():
+            raise ValueError(f"no such file or folder: {path}")
+        found += sorted(path.rglob("*.json")) if path.is_dir() else [path]
+    return [load(path) for path in found]

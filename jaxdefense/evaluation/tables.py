@@ -1,0 +1,114 @@
+"""Markdown tables from records: mean ± std (n) over seeds, reported beside measured."""
+
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from jaxdefense.evaluation.records import Record
+
+Cell = list[float]
+
+
+def markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A Markdown table; columns but the first are right-aligned."""
+    lines = [header, ["---"] + ["---:"] * (len(header) - 1), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def number(values: Cell) -> str:
+    """ "97.31", or "97.31 ± 0.12 (3)": mean, sample standard deviation, number of seeds."""
+    if not values:
+        return "–"
+    mean = statistics.fmean(values)
+    if len(values) == 1:
+        return f"{mean:.2f}"
+    return f"{mean:.2f} ± {statistics.stdev(values):.2f} ({len(values)})"
+
+
+def group(records: Iterable[Record]) -> dict[tuple[str, str], list[Record]]:
+    """{(record name, predictor): records over seeds}, in order of appearance.
+
+    Raises:
+      ValueError: two records of the same name, predictor and seed.
+    """
+    rows: dict[tuple[str, str], list[Record]] = {}
+    for record in records:
+        for predictor in record["results"]:
+            same = rows.setdefault((record["name"], predictor), [])
+            if record["seed"] in [other["seed"] for other in same]:
+                raise ValueError(f"two records of {record['name']} with seed {record['seed']}")
+            same.append(record)
+    return rows
+
+
+def columns(records: Iterable[Record]) -> list[str]:
+    """The attacks that any record holds, in order of appearance."""
+    seen: dict[str, None] = {}
+    for record in records:
+        for attacks in record["results"].values():
+            seen |= dict.fromkeys(attacks)
+    return list(seen)
+
+
+def _measured(records: Iterable[Record], predictor: str, column: str) -> Cell:
+    found = [record["results"][predictor].get(column) for record in records]
+    return [result["accuracy"] for result in found if result is not None]
+
+
+def _reported(record: Record, column: str) -> str:
+    """A paper's number with its status, e.g. "92.81 (FOUND)"; nothing unless the record has one."""
+    entry: Mapping[str, Any] | None = record.get("reported", {}).get(column)
+    return f"{entry['value']:.2f} ({entry['status']})" if entry else ""
+
+
+def accuracy_table(records: Sequence[Record]) -> str:
+    """A row per record name and predictor, a column per attack, percent.
+
+    A cell is the measured mean ± std (seeds), behind it the reported number where one is known.
+    """
+    names = columns(records)
+    rows = []
+    for (name, predictor), same in group(records).items():
+        label = name if predictor == next(iter(same[0]["results"])) else f"{name} [{predictor}]"
+        cells = []
+        for column in names:
+            reported = _reported(same[0], column)
+            cell = number(_measured(same, predictor, column))
+            cells.append(f"{cell}; reported {reported}" if reported else cell)
+        rows.append([label, *cells])
+    return markdown(["accuracy, %", *names], rows)
+
+
+def class_table(records: Sequence[Record], column: str) -> str:
+    """A row per record name and predictor, a column per class, percent under one attack."""
+    rows, classes = [], 0
+    for (name, predictor), same in group(records).items():
+        lists = [
+            r["results"][predictor][column]["per_class"]
+            for r in same
+            if column in r["results"][predictor]
+        ]
+        if not lists:
+            continue
+        classes = max(classes, len(lists[0]))
+        cells = [[v for v in values if v is not None] for values in zip(*lists, strict=True)]
+        rows.append([f"{name} [{predictor}]", *map(number, cells)])
+    return markdown([f"{column}, %", *map(str, range(classes))], rows)
+
+
+def provenance(records: Sequence[Record]) -> str:
+    """Where the numbers come from: devices, versions, revisions, dates, seeds."""
+
+    def distinct(read):
+        return ", ".join(dict.fromkeys(read(record) for record in records))
+
+    device = distinct(
+        lambda r: f"{r['device']['count']} x {r['device']['kind']} ({r['device']['host']})"
+    )
+    versions = distinct(lambda r: f"jax {r['versions']['jax']} on Python {r['versions']['python']}")
+    dates = sorted(r["date"][:10] for r in records)
+    seeds = ", ".join(map(str, sorted({r["seed"] for r in records})))
+    return (
+        f"{len(records)} records; {device}; {versions}; git {distinct(lambda r: r['git'])}; "
+        f"{' to '.join(dict.fromkeys((dates[0], dates[-1])))}; seeds {seeds}."
+    )

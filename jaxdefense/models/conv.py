@@ -1,0 +1,257 @@
+"""Convolution with explicit gradients, for `nn.Conv(conv_general_dilated=conv)`.
+
+XLA:CPU takes 3 to 190 times longer for the two gradients of a convolution inside a loop (`scan`,
+`fori_loop`, `while_loop`) than outside, in the form that autodiff gives them: reversed windows,
+batch and feature axes exchanged. The gradients here are forward convolutions and matrix products,
+which XLA runs as fast inside a loop as outside. Three rules choose between the forms; the figures
+are ms inside a loop on two cores, jax 0.10.2 and 0.11.2 agreeing within the noise
+(experiments/benchmark_conv.py repeats them).
+
+* Patches. Forward and weight gradient are one matrix product of the image's patches where those
+  are cheap to make: 1x1 kernels (32x32x64 -> 128, stride 2: forward 4.2 -> 1.6, weights
+  14 -> 2), or a stride and at most four channels (28x28x1 -> 16, 4x4, stride 2, 1,000 images:
+  forward 7.4 -> 3.1, weights 4.8 -> 3.4). Otherwise the forward pass is XLA's, and the weight
+  gradient a convolution of the images by the cotangent, the batch being the contracted channel.
+* Phases. The gradient with respect to the images of a convolution with stride s is s*s ordinary
+  convolutions of the cotangent, one for each pixel of an s x s block; where s divides the kernel
+  they have one shape, hence are one convolution, whose channels are then spread over the block
+  (14x14x16 -> 32, 4x4, stride 2, 1,000 images: 53 by dilating the cotangent, 8 so). Stride 1 is
+  the case of one phase: the kernel flipped, in and out exchanged.
+* Overlapping add. Where s does not divide the kernel, the phases waste work or fall apart, and
+  where the images have few channels, a convolution with so few outputs wastes the vector unit
+  (28x28x1 -> 16: 9 dilated, 6 by phases, 2 to 4 so; 32x32x3 -> 6, 5x5: 7.8 -> 1.6). There every
+  cotangent pixel is multiplied by the whole kernel, and the kernel-sized results are added up
+  where they overlap (64 images, 3x3, stride 2: 32x32x64 -> 128 40 -> 21, 8x8x256 -> 512 14 -> 11).
+
+Nobody has measured this on a GPU or TPU yet: there autodiff's form stays the default.
+"""
+
+import contextlib
+import contextvars
+from collections.abc import Iterator, Sequence
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+Array = jax.Array
+Pair = tuple[int, int]
+Pads = tuple[Pair, Pair]
+
+_LAYOUT = ("NHWC", "HWIO", "NHWC")
+_forced: contextvars.ContextVar[bool | None] = contextvars.ContextVar("forced", default=None)
+
+
+@contextlib.contextmanager
+def explicit_gradients(on: bool | None) -> Iterator[None]:
+    """Inside this context `conv` is traced with explicit gradients, or with autodiff's.
+
+    What counts is the moment of tracing: a function compiled before keeps its form.
+
+    Args:
+      on: True or False for every backend; None for the default, True on the CPU only.
+    """
+    token = _forced.set(on)
+    try:
+        yield
+    finally:
+        _forced.reset(token)
+
+
+def conv(
+    lhs: Array,
+    rhs: Array,
+    window_strides: Sequence[int],
+    padding: str | Sequence[Pair],
+    lhs_dilation: Sequence[int] | None = None,
+    rhs_dilation: Sequence[int] | None = None,
+    dimension_numbers: Any = None,
+    feature_group_count: int = 1,
+    batch_group_count: int = 1,
+    precision: Any = None,
+    preferred_element_type: Any = None,
+) -> Array:
+    """`jax.lax.conv_general_dilated`, with gradients that XLA:CPU runs fast inside loops.
+
+        y[n, i, j, o] = sum_{a, b, c} x[n, i s + a - lo, j s + b - lo, c] w[a, b, c, o]
+
+    Two-dimensional, ungrouped, undilated convolutions of floats in the layout of `flax.linen`
+    (images (B, H, W, C), kernels (kh, kw, C, K)) get explicit gradients; all others, and every
+    one on another backend than the CPU unless `explicit_gradients(True)` says so, are passed on
+    to `jax.lax` unchanged. Explicit gradients can be differentiated again, in reverse mode only:
+    `jax.jvp` needs `explicit_gradients(False)`.
+
+    Args:
+      lhs, rhs, window_strides, ...: as in `jax.lax.conv_general_dilated`.
+
+    Returns:
+      The convolution, of lhs's dtype (`preferred_element_type` if given). Sums of products of
+      bfloat16 are taken in float32 and rounded once.
+    """
+    forced = _forced.get()
+    wanted = jax.default_backend() == "cpu" if forced is None else forced
+    covered = (
+        lhs.ndim == 4
+        and lhs.size > 0
+        and lhs.dtype == rhs.dtype
+        and jnp.issubdtype(lhs.dtype, jnp.floating)
+        and preferred_element_type in (None, lhs.dtype)
+        and feature_group_count == batch_group_count == 1
+        and all(d == 1 for d in (*(lhs_dilation or ()), *(rhs_dilation or ())))
+        and lax.conv_dimension_numbers(lhs.shape, rhs.shape, dimension_numbers)
+        == lax.conv_dimension_numbers(lhs.shape, rhs.shape, _LAYOUT)
+    )
+    if wanted and covered:
+        if isinstance(padding, str):
+            pads = lax.padtype_to_pads(lhs.shape[1:3], rhs.shape[:2], window_strides, padding)
+        else:
+            pads = padding
+        pads = tuple((int(lo), int(hi)) for lo, hi in pads)
+        strides = tuple(int(s) for s in window_strides)
+        fits = all(
+            lo >= 0 and hi >= 0 and size + lo + hi >= k
+            for size, k, (lo, hi) in zip(lhs.shape[1:3], rhs.shape[:2], pads)
+        )
+        if fits:  # no negative padding, and a result that is not empty
+            return _conv(lhs, rhs, strides, pads, precision)
+    return lax.conv_general_dilated(
+        lhs,
+        rhs,
+        window_strides,
+        padding,
+        lhs_dilation,
+        rhs_dilation,
+        dimension_numbers,
+        feature_group_count,
+        batch_group_count,
+        precision,
+        preferred_element_type,
+    )
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
+def _conv(x: Array, w: Array, strides: Pair, pads: Pads, precision: Any) -> Array:
+    if _by_patches(w, strides):
+        patches = _patches(x, w.shape[:2], strides, pads)
+        return _dot(patches, w.reshape(-1, w.shape[-1]), (3, 0), precision)
+    return lax.conv_general_dilated(
+        x, w, strides, pads, dimension_numbers=_LAYOUT, precision=precision
+    )
+
+
+def _forward(x: Array, w: Array, strides: Pair, pads: Pads, precision: Any) -> tuple:
+    return _conv(x, w, strides, pads, precision), (x, w)
+
+
+def _backward(strides: Pair, pads: Pads, precision: Any, saved: tuple, dy: Array) -> tuple:
+    x, w = saved
+    (kh, kw, c, _), size = w.shape, x.shape[1:3]
+    if c <= 8 or kh % strides[0] or kw % strides[1]:
+        dx = _overlapping_add(dy, w, strides, pads, size, precision)
+    else:
+        dx = _phases(dy, w, strides, pads, size, precision)
+    return dx, _weight_gradient(x, dy, w, strides, pads, precision)
+
+
+_conv.defvjp(_forward, _backward)
+
+
+def _by_patches(w: Array, strides: Pair) -> bool:
+    return w.shape[:2] == (1, 1) or (max(strides) > 1 and w.shape[2] <= 4)
+
+
+def _dot(a: Array, b: Array, axes: Any, precision: Any) -> Array:
+    """`jnp.tensordot`, with sums in float32 at least."""
+    wide = jnp.promote_types(a.dtype, jnp.float32)
+    y = jnp.tensordot(a, b, axes, precision=precision, preferred_element_type=wide)
+    return y.astype(a.dtype)
+
+
+def _patches(x: Array, window: Pair, strides: Pair, pads: Pads) -> Array:
+    """The windows of x that each output pixel sees: (B, n, m, kh * kw * C)."""
+    (kh, kw), (sh, sw) = window, strides
+    x = jnp.pad(x, ((0, 0), *pads, (0, 0)))
+    n, m = (x.shape[1] - kh) // sh + 1, (x.shape[2] - kw) // sw + 1
+    taps = [
+        x[:, a : a + (n - 1) * sh + 1 : sh, b : b + (m - 1) * sw + 1 : sw]
+        for a in range(kh)
+        for b in range(kw)
+    ]
+    return jnp.concatenate(taps, axis=-1)
+
+
+def _weight_gradient(
+    x: Array, dy: Array, w: Array, strides: Pair, pads: Pads, precision: Any
+) -> Array:
+    """dw[a, b, c, o] = sum_{n, i, j} x[n, i s + a - lo, j s + b - lo, c] dy[n, i, j, o]."""
+    if _by_patches(w, strides):
+        patches = _patches(x, w.shape[:2], strides, pads)
+        return _dot(patches, dy, ((0, 1, 2), (0, 1, 2)), precision).reshape(w.shape)
+    # The cotangent's pixels are s apart over the image, and what the stride left over at the
+    # image's end is cut off by a negative padding.
+    dilated = [(n - 1) * s + 1 for n, s in zip(dy.shape[1:3], strides)]
+    edges = [
+        (lo, k - 1 + d - size - lo)
+        for k, d, size, (lo, _) in zip(w.shape[:2], dilated, x.shape[1:3], pads)
+    ]
+    dw = conv(
+        x.transpose(3, 1, 2, 0),
+        dy.transpose(1, 2, 0, 3),
+        (1, 1),
+        edges,
+        rhs_dilation=strides,
+        dimension_numbers=_LAYOUT,
+        precision=precision,
+    )
+    return dw.transpose(1, 2, 0, 3)
+
+
+def _blocks(size: Pair, strides: Pair, pads: Pads) -> tuple[list[int], list[int], list[int]]:
+    """How the padded image's s x s blocks cover the image: blocks before, pixels cut, blocks."""
+    before = [lo // s for (lo, _), s in zip(pads, strides)]
+    cut = [lo % s for (lo, _), s in zip(pads, strides)]
+    count = [-(-(n + c) // s) for n, c, s in zip(size, cut, strides)]
+    return before, cut, count
+
+
+def _phases(dy: Array, w: Array, strides: Pair, pads: Pads, size: Pair, precision: Any) -> Array:
+    """dx by one convolution: with a = r + s b, dx[s q + r - lo] = sum_b dy[q - b] w[r + s b]."""
+    (kh, kw, c, k), (sh, sw) = w.shape, strides
+    before, cut, count = _blocks(size, strides, pads)
+    taps = (kh // sh, kw // sw)
+    kernel = w.reshape(taps[0], sh, taps[1], sw, c, k)[::-1, :, ::-1]
+    kernel = kernel.transpose(0, 2, 5, 1, 3, 4).reshape(*taps, k, sh * sw * c)
+    edges = [(t - 1 - b, q - n + b) for t, b, q, n in zip(taps, before, count, dy.shape[1:3])]
+    z = conv(dy, kernel, (1, 1), edges, dimension_numbers=_LAYOUT, precision=precision)
+    z = z.reshape(-1, *count, sh, sw, c).transpose(0, 1, 3, 2, 4, 5)
+    return _crop(z.reshape(-1, count[0] * sh, count[1] * sw, c), cut, size)
+
+
+def _overlapping_add(
+    dy: Array, w: Array, strides: Pair, pads: Pads, size: Pair, precision: Any
+) -> Array:
+    """dx by one matrix product: dx[s i + a - lo] += dy[i] w[a], phase by phase."""
+    (kh, kw, c, _), (sh, sw) = w.shape, strides
+    before, cut, count = _blocks(size, strides, pads)
+    wide = jnp.promote_types(dy.dtype, jnp.float32)
+    z = jnp.tensordot(dy, w, (3, 3), precision=precision, preferred_element_type=wide)
+    zero = jnp.zeros((), wide)
+
+    def shifted(a: int, b: int) -> Array:
+        low = (a // sh - before[0], b // sw - before[1])
+        edges = [(lo, q - n - lo, 0) for lo, q, n in zip(low, count, dy.shape[1:3])]
+        return lax.pad(z[:, :, :, a, b], zero, ((0, 0, 0), *edges, (0, 0, 0)))
+
+    def phase(r: int, t: int) -> Array:
+        taps = [shifted(a, b) for a in range(r, kh, sh) for b in range(t, kw, sw)]
+        return sum(taps, start=jnp.zeros((dy.shape[0], *count, c), wide))
+
+    rows = [jnp.stack([phase(r, t) for t in range(sw)], axis=3) for r in range(sh)]
+    dx = jnp.stack(rows, axis=2).reshape(-1, count[0] * sh, count[1] * sw, c)
+    return _crop(dx, cut, size).astype(dy.dtype)
+
+
+def _crop(x: Array, start: Sequence[int], size: Pair) -> Array:
+    return x[:, start[0] : start[0] + size[0], start[1] : start[1] + size[1]]

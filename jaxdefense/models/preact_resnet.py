@@ -1,0 +1,111 @@
+"""ResNet-18 with BatchNorm and ReLU before the convolutions."""
+
+from functools import partial
+from typing import Any
+
+import flax.linen as nn
+import jax
+
+from jaxdefense.models import layers
+
+
+class Block(nn.Module):
+    """shortcut + conv(relu(bn(conv(relu(bn(x)))))).
+
+    The shortcut is x itself, or a 1x1 convolution of relu(bn(x)) where the shape changes.
+
+    Attributes:
+      channels: of both convolutions.
+      stride: of the first convolution and of the shortcut.
+      dtype: compute dtype.
+      bn_axis: mapped axis over which BatchNorm averages, or None.
+    """
+
+    channels: int
+    stride: int
+    dtype: str
+    bn_axis: str | None
+
+    @nn.compact
+    def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
+        """(B, H, W, C) -> (B, H / stride, W / stride, channels)."""
+        conv = partial(layers.Conv, self.channels, use_bias=False, dtype=self.dtype)
+        norm = partial(
+            layers.BatchNorm,
+            use_running_average=not train,
+            dtype=self.dtype,
+            axis_name=self.bn_axis,
+        )
+        y = nn.relu(norm(name="bn1")(x))
+        if self.stride != 1 or x.shape[-1] != self.channels:
+            x = conv((1, 1), self.stride, padding=0, name="shortcut_conv")(y)
+        y = conv((3, 3), self.stride, padding=1, name="conv1")(y)
+        y = nn.relu(norm(name="bn2")(y))
+        return x + conv((3, 3), padding=1, name="conv2")(y)
+
+
+class PreActResNet(nn.Module):
+    """3x3 stem, four stages of two blocks (strides 1, 2, 2, 2), global mean, K logits.
+
+    11,172,170 parameters with ten classes, 11,171,146 without the final BatchNorm. PyTorch's
+    default initialisation. Submodules: conv1, stage{1..4}_block{1,2}, bn (if final_norm), head.
+    Running statistics: `batch_stats`.
+
+    Attributes:
+      num_classes: K.
+      width: channels of the first stage; doubled at each next one.
+      final_norm: BatchNorm and ReLU before the mean, as Rice et al. do; the network of most other
+        codebases has neither.
+      dtype: compute dtype, "float32" or "bfloat16"; parameters and logits are float32.
+      mean: C numbers subtracted inside the model, or None.
+      std: C numbers divided by inside the model, or None.
+      bn_axis: mapped axis over which BatchNorm averages in training, or None.
+
+    Reference: He et al., Identity mappings in deep residual networks, arXiv 1603.05027; Rice et
+    al., Overfitting in adversarially robust deep learning, arXiv 2002.11569.
+    """
+
+    num_classes: int
+    width: int = 64
+    final_norm: bool = True
+    dtype: str = "float32"
+    mean: tuple[float, ...] | None = None
+    std: tuple[float, ...] | None = None
+    bn_axis: str | None = None
+
+    @nn.compact
+    def __call__(
+        self, x: jax.Array, *, train: bool = False, features: bool = False
+    ) -> jax.Array | tuple[jax.Array, jax.Array]:
+        """Logits (B, K), or (logits, features (B, 8 * width)), of images x (B, H, W, C).
+
+        With `train`, BatchNorm uses the batch's statistics and updates `batch_stats` (make it
+        mutable).
+
+        Raises:
+          ValueError: x is not of rank 4 or not floating.
+        """
+        x = layers.normalise(x, self.mean, self.std, self.dtype)
+        x = layers.Conv(
+            self.width, (3, 3), padding=1, use_bias=False, dtype=self.dtype, name="conv1"
+        )(x)
+        for stage in range(4):
+            for i in range(2):
+                x = Block(
+                    channels=self.width * 2**stage,
+                    stride=2 if stage > 0 and i == 0 else 1,
+                    dtype=self.dtype,
+                    bn_axis=self.bn_axis,
+                    name=f"stage{stage + 1}_block{i + 1}",
+                )(x, train=train)
+        if self.final_norm:
+            x = layers.BatchNorm(
+                use_running_average=not train, dtype=self.dtype, axis_name=self.bn_axis, name="bn"
+            )(x)
+            x = nn.relu(x)
+        return layers.classify(x.mean((1, 2)), self.num_classes, features)
+
+
+def make(num_classes: int, **kwargs: Any) -> PreActResNet:
+    """`PreActResNet` for `num_classes` classes; keyword arguments are its attributes."""
+    return layers.build(PreActResNet, num_classes, kwargs)

@@ -1,0 +1,388 @@
+"""Threat models: a norm ball around each image, cut by the box of valid images.
+
+Each norm is one frozen dataclass with exact operations; nothing else in the library branches on
+the norm. `eps` and distances are in image units ([0, 1] pixels unless `bounds` says otherwise);
+`eps` is one number or one per example, and may be traced, so a grid of eps is one program.
+"""
+
+import dataclasses
+import math
+from typing import Any, ClassVar, Self
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxdefense import registry
+from jaxdefense.types import (
+    Array,
+    Images,
+    Key,
+    PerExample,
+    Threat,
+    example_keys,
+    fold_in,
+    per_example,
+)
+
+# Halvings that shrink an interval of float32 numbers below their spacing.
+_HALVINGS = 32
+
+
+def _flat(x: Array) -> Array:
+    return x.reshape(x.shape[0], -1)
+
+
+def _like(flat: Array, x: Array) -> Array:
+    return flat.reshape(x.shape)
+
+
+def _column(value: float | Array, x: Array) -> Array:
+    """`value`, () or (B,), as a (B, 1) column."""
+    return jnp.broadcast_to(per_example(value, _flat(x)), (x.shape[0], 1))
+
+
+def _concrete(value: Any) -> np.ndarray | None:
+    return None if isinstance(value, jax.core.Tracer) else np.asarray(value)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Ball:
+    """What the norms share: eps, bounds, their checks, and the box."""
+
+    eps: float | PerExample
+    bounds: tuple[float, float] = (0.0, 1.0)
+    norm: ClassVar[str]
+    _exponent: ClassVar[float]  # the norm of n ones is n to this power
+
+    def __post_init__(self) -> None:
+        low, high = self.bounds
+        if not low < high:
+            raise ValueError(f"bounds must be (low, high) with low < high, got {self.bounds}")
+        eps = _concrete(self.eps)
+        if eps is None or eps.dtype == object:  # traced, or a pytree's placeholder
+            return
+        if eps.ndim > 1 or not np.issubdtype(eps.dtype, np.number):
+            raise ValueError(f"eps must be a number or one per example, got {self.eps!r}")
+        if not np.all(np.isfinite(eps)) or np.any(eps < 0):
+            raise ValueError(f"eps must be finite and not negative, got {self.eps!r}")
+        limit = self.diameter(math.inf)
+        if np.any(eps > limit):
+            raise ValueError(
+                f"eps={self.eps!r} is larger than {limit:g}, all that images in {self.bounds} "
+                f"allow; eps is in image units: write 8/255, not 8"
+            )
+
+    def diameter(self, n: float) -> float:
+        """The box's diameter for images of n values; no eps is larger in the right units."""
+        width = self.bounds[1] - self.bounds[0]
+        return width * n**self._exponent
+
+    def scaled(self, factor: float | PerExample) -> Self:
+        """The same threat with `factor` times the eps (warm-up of eps, eps grids)."""
+        return dataclasses.replace(self, eps=self.eps * factor)
+
+    def resized(self, eps: float | PerExample) -> Self:
+        """The same norm and bounds with another eps (a ball that an attack grows and shrinks)."""
+        return dataclasses.replace(self, eps=eps)
+
+    def reach(self, x: Images, normal: Images, gap: PerExample) -> Images:
+        """The shortest step inside the box with <normal, step> = gap: onto a hyperplane.
+
+        The step is sign(gap normal) min(t r, room) with r the norm's rates and the smallest t
+        that closes the gap. What t gains is concave and piecewise linear, so Newton's method from
+        the left reaches the exact t after finitely many steps. Where the box holds no point of
+        the hyperplane, the step goes to the box's nearest corner.
+
+        Args:
+          x: (B, ...) images in the box.
+          normal: (B, ...) the hyperplane's normal at each image.
+          gap: (B,) what the step has to gain; negative goes down the normal.
+
+        Returns:
+          (B, ...) steps, zero where the normal is.
+
+        Reference: Croce, Hein, Minimally distorted adversarial examples with a fast adaptive
+          boundary attack, arXiv 1907.02044, eq. 4 (solved there by sorting).
+        """
+        gap = gap.astype(x.dtype)
+        normal = normal * per_example(jnp.where(gap < 0, -1, 1), x)
+        size = jnp.abs(_flat(normal))
+        # Scaled to a largest entry of 1: squares of tiny gradients would underflow.
+        scale = jnp.max(size, -1, keepdims=True)
+        size = size / jnp.where(scale > 0, scale, 1)
+        room = jnp.where(size > 0, _flat(self._room(normal, x)), 0)
+        most = jnp.sum(size * room, -1, keepdims=True)
+        goal = jnp.minimum(jnp.abs(gap)[:, None] / jnp.where(scale > 0, scale, 1), most)
+        return _like(self._spend(size, room, goal), x) * jnp.sign(normal)
+
+    def _eps(self, x: Array) -> Array:
+        return per_example(self.eps, x)
+
+    def _clip(self, x: Images) -> Images:
+        return jnp.clip(x, *self.bounds)
+
+    def _room(self, delta: Images, x: Images) -> Images:
+        """How far each coordinate of x can go in the direction of delta, >= 0."""
+        low, high = self.bounds
+        return jnp.maximum(jnp.where(delta > 0, high - x, x - low), 0)
+
+
+@dataclasses.dataclass(frozen=True)
+class Linf(_Ball):
+    """max_i |x'_i - x_i| <= eps.
+
+    Args:
+      eps: radius in image units, () or (B,), at most the box's width.
+      bounds: (low, high) of valid images.
+    """
+
+    norm: ClassVar[str] = "linf"
+    _exponent: ClassVar[float] = 0.0
+
+    def project(self, x_adv: Images, x: Images) -> Images:
+        """The nearest point of ball and box, for x in the box: clip to both."""
+        eps = self._eps(x)
+        return self._clip(jnp.clip(x_adv, x - eps, x + eps))
+
+    def sample(self, key: Key, x: Images) -> Images:
+        """x plus uniform noise of the ball, cut to the box."""
+        noise = _draw(jax.random.uniform, key, x, minval=-1.0, maxval=1.0)
+        return self._clip(x + self._eps(x) * noise)
+
+    def ascent(self, grad: Images, x: Images, step_size: float | PerExample) -> Images:
+        """The step of that length that raises a linear function most: step_size * sign(grad)."""
+        return per_example(step_size, x) * jnp.sign(grad)
+
+    def distance(self, x_adv: Images, x: Images) -> PerExample:
+        """max |x' - x| per example, (B,)."""
+        return jnp.max(jnp.abs(_flat(x_adv - x)), -1)
+
+    def dual(self, grad: Images) -> PerExample:
+        """||grad||_1: what a step of length 1 gains at most, (B,)."""
+        return jnp.sum(jnp.abs(_flat(grad)), -1)
+
+    def _spend(self, size: Array, room: Array, goal: Array) -> Array:
+        return _fill(size, jnp.ones_like(size), room, goal)
+
+
+@dataclasses.dataclass(frozen=True)
+class L2(_Ball):
+    """||x' - x||_2 <= eps.
+
+    Args:
+      eps: radius in image units, () or (B,).
+      bounds: (low, high) of valid images.
+    """
+
+    norm: ClassVar[str] = "l2"
+    _exponent: ClassVar[float] = 0.5
+
+    def project(self, x_adv: Images, x: Images) -> Images:
+        """The nearest point of ball and box, for x in the box.
+
+        It is x + sign(d) min(t |d|, room) with d = x' - x and the largest t <= 1 that stays in
+        the ball. The squared length is concave and piecewise linear in t^2, so Newton's method
+        from the left reaches the exact t after finitely many steps. (Scaling to the ball and
+        then clipping, as other libraries do, also lands inside, but not at the nearest point;
+        the two agree where no pixel is at the box.)
+        """
+        delta = _flat(x_adv - x)
+        room = _flat(self._room(x_adv - x, x))
+        eps2 = jnp.square(_column(self.eps, x))
+        d2, room2 = jnp.square(delta), jnp.square(room)
+
+        def newton(carry):
+            t2, _ = carry
+            cut = t2 * d2 >= room2
+            free = jnp.sum(jnp.where(cut, 0, d2), -1, keepdims=True)
+            left = eps2 - jnp.sum(jnp.where(cut, room2, 0), -1, keepdims=True)
+            new = jnp.where(free > 0, jnp.maximum(left, 0) / jnp.where(free > 0, free, 1), 1)
+            new = jnp.clip(new, t2, 1)
+            return new, jnp.any(new > t2)
+
+        total = jnp.sum(d2, -1, keepdims=True)
+        start = jnp.minimum(eps2 / jnp.where(total > 0, total, 1), 1)
+        start = jnp.where(total > 0, start, 1)
+        t2, _ = jax.lax.while_loop(lambda carry: carry[1], newton, (start, jnp.array(True)))
+        step = jnp.sign(delta) * jnp.minimum(jnp.sqrt(t2) * jnp.abs(delta), room)
+        # A point that is inside already stays as it is, to the bit.
+        inside = jnp.sum(jnp.minimum(d2, room2), -1, keepdims=True) <= eps2
+        flat = jnp.where(inside, _flat(x_adv), _flat(x) + step)
+        return self._clip(_like(flat, x))
+
+    def sample(self, key: Key, x: Images) -> Images:
+        """x plus uniform noise of the ball, cut to the box."""
+        noise = _draw(jax.random.normal, key, x)
+        radius = _draw(jax.random.uniform, _other(key, 1, x), x, ()) ** (1 / x[0].size)
+        length = jnp.sqrt(jnp.sum(jnp.square(_flat(noise)), -1))
+        return self._clip(x + self._eps(x) * noise * per_example(radius / length, x))
+
+    def ascent(self, grad: Images, x: Images, step_size: float | PerExample) -> Images:
+        """The step of that length that raises a linear function most: along grad / ||grad||_2."""
+        scale = jnp.max(jnp.abs(_flat(grad)), -1)  # squares of tiny gradients would underflow
+        grad = grad / per_example(jnp.where(scale > 0, scale, 1), x)
+        length = jnp.sqrt(jnp.sum(jnp.square(_flat(grad)), -1))
+        return per_example(step_size, x) * grad / per_example(jnp.where(length > 0, length, 1), x)
+
+    def distance(self, x_adv: Images, x: Images) -> PerExample:
+        """||x' - x||_2 per example, (B,)."""
+        return jnp.sqrt(jnp.sum(jnp.square(_flat(x_adv - x)), -1))
+
+    def dual(self, grad: Images) -> PerExample:
+        """||grad||_2: what a step of length 1 gains at most, (B,)."""
+        scale = jnp.max(jnp.abs(_flat(grad)), -1)
+        unit = _flat(grad) / jnp.where(scale > 0, scale, 1)[:, None]
+        return scale * jnp.sqrt(jnp.sum(jnp.square(unit), -1))
+
+    def _spend(self, size: Array, room: Array, goal: Array) -> Array:
+        return _fill(size, size, room, goal)
+
+
+@dataclasses.dataclass(frozen=True)
+class L1(_Ball):
+    """||x' - x||_1 <= eps.
+
+    Args:
+      eps: radius in image units, () or (B,).
+      bounds: (low, high) of valid images.
+    """
+
+    norm: ClassVar[str] = "l1"
+    _exponent: ClassVar[float] = 1.0
+
+    def project(self, x_adv: Images, x: Images) -> Images:
+        """The nearest point of ball and box, for x in the box.
+
+        It is x + sign(d) clip(|d| - lambda, 0, room) with the smallest lambda >= 0 that stays
+        in the ball. Halving finds lambda's linear piece to the spacing of the floats; the
+        closed form on that piece finishes.
+        """
+        delta = x_adv - x
+        size, room = jnp.abs(_flat(delta)), _flat(self._room(delta, x))
+        eps = _column(self.eps, x)
+
+        def length(lam):
+            return jnp.sum(jnp.clip(size - lam, 0, room), -1, keepdims=True)
+
+        def halve(_, interval):
+            low, high = interval
+            middle = (low + high) / 2
+            outside = length(middle) > eps
+            return jnp.where(outside, middle, low), jnp.where(outside, high, middle)
+
+        inside = length(0.0) <= eps
+        low, high = jnp.zeros_like(eps), jnp.max(size, -1, keepdims=True)
+        low, high = jax.lax.fori_loop(0, _HALVINGS, halve, (low, high))
+        full, free = size - high >= room, size > high
+        count = jnp.sum(free & ~full, -1, keepdims=True)
+        spent = jnp.sum(jnp.where(full, room, jnp.where(free, size, 0)), -1, keepdims=True)
+        closed = (spent - eps) / jnp.maximum(count, 1)
+        lam = jnp.where(count > 0, jnp.clip(closed, low, high), high)
+        step = jnp.sign(_flat(delta)) * jnp.clip(size - lam, 0, room)
+        return self._clip(_like(jnp.where(inside, _flat(x_adv), _flat(x) + step), x))
+
+    def sample(self, key: Key, x: Images) -> Images:
+        """x plus uniform noise of the ball, cut to the box.
+
+        Exponential magnitudes over their sum plus one more exponential are uniform in the
+        simplex's interior; random signs make it the ball.
+        """
+        size = _draw(jax.random.exponential, key, x)
+        sign = _draw(jax.random.rademacher, _other(key, 1, x), x)
+        rest = _draw(jax.random.exponential, _other(key, 2, x), x, ())
+        noise = sign * size / per_example(jnp.sum(_flat(size), -1) + rest, x)
+        return self._clip(x + self._eps(x) * noise)
+
+    def ascent(self, grad: Images, x: Images, step_size: float | PerExample) -> Images:
+        """The step of that length that raises a linear function most inside the box.
+
+        Without the box that is the one coordinate of the largest gradient. With it, each
+        coordinate in the order of |grad| goes to its bound until the length is spent.
+        """
+        size = jnp.abs(_flat(grad))
+        order = jnp.argsort(-size, -1)
+        room = jnp.take_along_axis(_flat(self._room(grad, x)) * (size > 0), order, -1)
+        before = jnp.cumsum(room, -1) - room
+        spent = jnp.clip(_column(step_size, x) - before, 0, room)
+        back = jnp.argsort(order, -1)
+        return _like(jnp.sign(_flat(grad)) * jnp.take_along_axis(spent, back, -1), x)
+
+    def distance(self, x_adv: Images, x: Images) -> PerExample:
+        """||x' - x||_1 per example, (B,)."""
+        return jnp.sum(jnp.abs(_flat(x_adv - x)), -1)
+
+    def dual(self, grad: Images) -> PerExample:
+        """max |grad|: what a step of length 1 gains at most, (B,)."""
+        return jnp.max(jnp.abs(_flat(grad)), -1)
+
+    def _spend(self, size: Array, room: Array, goal: Array) -> Array:
+        """A knapsack: the largest sizes go to their bounds, the last one as far as needed.
+
+        Halving finds the last one's size without a sort; equal sizes share what is left.
+        """
+
+        def halve(_, interval):
+            low, high = interval
+            middle = (low + high) / 2
+            gained = jnp.sum(jnp.where(size > middle, size * room, 0), -1, keepdims=True)
+            return jnp.where(gained > goal, middle, low), jnp.where(gained > goal, high, middle)
+
+        low, high = jnp.zeros_like(goal), jnp.ones_like(goal)
+        low, high = jax.lax.fori_loop(0, _HALVINGS, halve, (low, high))
+        full = size > high
+        last = (size > low) & ~full
+        left = goal - jnp.sum(jnp.where(full, size * room, 0), -1, keepdims=True)
+        held = jnp.sum(jnp.where(last, size * room, 0), -1, keepdims=True)
+        share = jnp.clip(left / jnp.where(held > 0, held, 1), 0, 1)
+        return jnp.where(full, room, jnp.where(last, share * room, 0))
+
+
+def _fill(size: Array, rate: Array, room: Array, goal: Array) -> Array:
+    """min(t rate, room) with the smallest t for which sum size * min(t rate, room) = goal."""
+
+    def newton(carry):
+        t, _ = carry
+        cut = t * rate >= room
+        free = jnp.sum(jnp.where(cut, 0, size * rate), -1, keepdims=True)
+        left = goal - jnp.sum(jnp.where(cut, size * room, 0), -1, keepdims=True)
+        new = jnp.maximum(jnp.where(free > 0, left / jnp.where(free > 0, free, 1), t), t)
+        return new, jnp.any(new > t)
+
+    start = (jnp.zeros_like(goal), jnp.array(True))
+    t, _ = jax.lax.while_loop(lambda carry: carry[1], newton, start)
+    return jnp.minimum(t * rate, room)
+
+
+def _draw(
+    sampler: Any, key: Key, x: Array, shape: tuple[int, ...] | None = None, **kwargs: float
+) -> Array:
+    """Draws of x's dtype, (B, *shape) or like x, each example's from its own key."""
+    shape = x.shape[1:] if shape is None else shape
+    keys = example_keys(key, x.shape[0])
+    return jax.vmap(lambda k: sampler(k, shape, dtype=x.dtype, **kwargs))(keys)
+
+
+def _other(key: Key, number: int, x: Array) -> Key:
+    return fold_in(example_keys(key, x.shape[0]), number)
+
+
+_NORMS = {cls.norm: cls for cls in (Linf, L2, L1)}
+for _cls in _NORMS.values():
+    jax.tree_util.register_dataclass(_cls, data_fields=["eps"], meta_fields=["bounds"])
+
+
+def names() -> list[str]:
+    """The norms that `make` knows."""
+    return sorted(_NORMS)
+
+
+def make(norm: str, eps: float, bounds: tuple[float, float] = (0.0, 1.0)) -> Threat:
+    """The threat of a config: `make(norm='linf', eps=8/255)`.
+
+    Raises:
+      ValueError: unknown norm, or an eps of the wrong scale.
+    """
+    if norm not in _NORMS:
+        registry.unknown("norm", norm, _NORMS)
+    return _NORMS[norm](eps, tuple(bounds))

@@ -1,0 +1,89 @@
+"""Checkpoints by orbax: whole or not there, `last` to go on from and `best` to deploy.
+
+Orbax writes to a temporary name and renames, so a killed process leaves the previous one.
+"""
+
+import json
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+
+from jaxdefense.types import PyTree
+
+
+class Store:
+    """The newest `keep` checkpoints of one kind in a folder."""
+
+    def __init__(self, folder: pathlib.Path, *, keep: int = 1):
+        options = ocp.CheckpointManagerOptions(
+            max_to_keep=keep, create=True, enable_async_checkpointing=False
+        )
+        self.folder = folder.resolve()
+        self._manager = ocp.CheckpointManager(self.folder, options=options)
+
+    def steps(self) -> list[int]:
+        """The steps that are there, oldest first."""
+        return sorted(self._manager.all_steps())
+
+    def save(self, step: int, items: Mapping[str, PyTree], meta: Mapping[str, Any]) -> None:
+        """Writes named trees of arrays, and metadata, under `step`, replacing what stood there."""
+        if step in self._manager.all_steps():
+            self._manager.delete(step)
+        saved = {
+            name: ocp.args.StandardSave(jax.tree.map(np.asarray, tree))
+            for name, tree in items.items()
+        }
+        meta = json.loads(json.dumps(meta))
+        args = ocp.args.Composite(**saved, meta=ocp.args.JsonSave(meta))
+        self._manager.save(step, args=args, force=True)
+        self._manager.wait_until_finished()
+
+    def meta(self) -> dict[str, Any]:
+        """The newest checkpoint's metadata, and its "step"."""
+        step = self._newest()
+        args = ocp.args.Composite(meta=ocp.args.JsonRestore())
+        return {**self._manager.restore(step, args=args)["meta"], "step": step}
+
+    def restore(self, name: str, like: PyTree) -> PyTree:
+        """The newest checkpoint's tree `name`, on the host.
+
+        Args:
+          name: as given to `save`.
+          like: a tree of the same structure, shapes and dtypes.
+
+        Raises:
+          ValueError: no checkpoint, a damaged one, or one of another structure or shapes.
+        """
+        step = self._newest()
+        like = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), like)
+        where = f"the checkpoint {self.folder / str(step)}"
+        try:
+            args = ocp.args.Composite(**{name: ocp.args.StandardRestore(like)})
+            tree = self._manager.restore(step, args=args)[name]
+        except Exception as error:
+            raise ValueError(
+                f"cannot read {where}: it is damaged or of another model "
+                f"({type(error).__name__}: {error})"
+            ) from error
+        wanted = jax.tree_util.tree_leaves_with_path(like)
+        for (path, want), got in zip(wanted, jax.tree.leaves(tree), strict=True):
+            if np.shape(got) != want.shape:
+                raise ValueError(
+                    f"{where} is of another model: {jax.tree_util.keystr(path)} has shape "
+                    f"{np.shape(got)}, not {want.shape}"
+                )
+        return tree
+
+    def close(self) -> None:
+        """Releases the manager's threads."""
+        self._manager.close()
+
+    def _newest(self) -> int:
+        steps = self.steps()
+        if not steps:
+            raise ValueError(f"no checkpoint in {self.folder}")
+        return steps[-1]

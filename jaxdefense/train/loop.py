@@ -1,0 +1,362 @@
+"""The train loop: any defence's phases, resumable to the bit.
+
+A workdir holds config.json, metrics.jsonl, TensorBoard events, and the checkpoints `last` (to go
+on from) and `best` (by accuracy on the validation split, never on the test set). A run that was
+killed goes on from `last` and ends with the same bits as one that was not.
+"""
+
+import contextlib
+import json
+import os
+import pathlib
+import signal
+import time
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import flax.jax_utils
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tensorboardX
+from tqdm import tqdm
+
+from jaxdefense import data
+from jaxdefense.evaluation import records, robust
+from jaxdefense.train import checkpoint, optim, plan
+from jaxdefense.train.run import Run, build
+from jaxdefense.train.step import Chunk, State, make_chunk, make_step
+from jaxdefense.types import Array, Images, Key
+
+
+class Diverged(RuntimeError):
+    """A loss was not finite."""
+
+
+class Interrupted(RuntimeError):
+    """The process was asked to end; the state was saved."""
+
+
+class Log:
+    """Scalars as JSON lines and TensorBoard events; a resumed run goes on where it was."""
+
+    def __init__(self, workdir: pathlib.Path, step: int):
+        self._path = workdir / "metrics.jsonl"
+        if self._path.exists():  # what a killed run wrote after its last checkpoint
+            lines = self._path.read_text().splitlines()
+            kept = [line for line in lines if json.loads(line)["step"] <= step]
+            records.write_text(self._path, "".join(line + "\n" for line in kept))
+        self._file = self._path.open("a")
+        self._board = tensorboardX.SummaryWriter(str(workdir / "tensorboard"), purge_step=step)
+
+    def write(self, step: int, values: Mapping[str, float], **more: Any) -> None:
+        """One line, flushed."""
+        self._file.write(json.dumps({"step": step, **more, **values}) + "\n")
+        self._file.flush()
+        for name, value in values.items():
+            self._board.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        """Flushes everything."""
+        self._file.close()
+        self._board.close()
+
+
+@contextlib.contextmanager
+def _sigterm() -> Iterator[list[int]]:
+    """Collects SIGTERM in a list instead of dying; elsewhere than the main thread, nothing."""
+    received: list[int] = []
+    try:
+        before = signal.signal(signal.SIGTERM, lambda number, _: received.append(number))
+    except ValueError:  # signals belong to the main thread
+        yield received
+        return
+    try:
+        yield received
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+class Trainer:
+    """One run: its state, and what moves it forward."""
+
+    def __init__(self, run: Run, workdir: pathlib.Path):
+        self.run, self.workdir = run, workdir
+        options = run.train
+        arrays = run.arrays("train")
+        pipeline = data.Streaming if options["streaming"] else data.OnDevice
+        self.batches = pipeline(arrays, batch_size=options["batch_size"], seed=run.seed)
+        self.per_epoch = self.batches.steps_per_epoch
+        self.segments = plan.make(
+            run.defense.phases,
+            options["optimizer"],
+            length=options["length"],
+            per_epoch=self.per_epoch,
+        )
+        self.total = self.segments[-1].end
+        self.examples = data.to_float(arrays.images[:1])
+        self.held_out = run.arrays("validation")
+        self.augment = data.make_augment(options["augment"], arrays.name)
+        self.evaluator = robust.Evaluator(
+            run.apply(run.defense.primary), run.threat, batch_size=500
+        )
+        self._chunks: dict[Any, Chunk] = {}
+        self.stores = {
+            "last": checkpoint.Store(workdir / "last"),
+            "best": checkpoint.Store(workdir / "best"),
+        }
+        self.best: dict[str, Any] = {}
+        self.seconds = 0.0
+
+    def every(self, name: str) -> int:
+        """The steps between two validations or checkpoints."""
+        length = self.run.train[name]
+        return max(1, optim.steps_of(length, total=self.total, per_epoch=self.per_epoch))
+
+    def view(self, key: Key, images: Images) -> dict[str, Images]:
+        """The run's augmentation, for phases without a view of their own."""
+        return {"image": self.augment(key, images)}
+
+    def chunk(self, segment: plan.Segment) -> Chunk:
+        """The compiled steps of a segment; equal phases with equal optimisers share them."""
+        name = (id(segment.phase), tuple(sorted(segment.optimizers.items())))
+        if name not in self._chunks:
+            step = make_step(
+                segment.phase,
+                segment.build(),
+                segment.phase.view or self.view,
+                seed=self.run.seed,
+                per_epoch=self.per_epoch,
+            )
+            self._chunks[name] = make_chunk(step, self.batches.gather)
+        return self._chunks[name]
+
+    def fresh(self) -> State:
+        """The state before the first step, on the host."""
+        params, carry = self.run.init(self.examples)
+        return State(jnp.zeros((), jnp.int32), params, carry, {})
+
+    def enter(self, state: State, segment: plan.Segment) -> State:
+        """The state with what a segment renews: parameters of roles, optimiser states."""
+        params, opt = dict(state.params), dict(state.opt)
+        if segment.phase.fresh_params:
+            key = jax.random.fold_in(jax.random.key(self.run.seed), segment.start)
+            new, _ = self.run.defense.init(key, jnp.asarray(self.examples))
+            params |= {role: new[role] for role in segment.phase.fresh_params}
+        built = segment.build()
+        opt |= {role: built[role].init(params[role]) for role in segment.fresh}
+        return State(state.step, params, state.carry, opt)
+
+    def resume(self) -> State:
+        """The last checkpoint's state, or a fresh one."""
+        last = self.stores["last"]
+        if not last.steps():
+            return self.fresh()
+        meta = last.meta()
+        self.best, self.seconds = meta["best"], meta["seconds"]
+
+        def passed():
+            state = self.fresh()
+            for segment in self.segments:
+                if segment.start < meta["step"]:
+                    state = self.enter(state, segment)
+            return state
+
+        like = jax.eval_shape(passed)
+        model = last.restore("model", {"params": like.params, "carry": like.carry})
+        opt = last.restore("optimizer", like.opt)
+        return State(jnp.int32(meta["step"]), model["params"], model["carry"], opt)
+
+    def save(self, kind: str, state: State) -> None:
+        """Writes a checkpoint of the replicated state; `best` needs no optimiser."""
+        if jax.process_index() != 0:
+            return
+        host = flax.jax_utils.unreplicate(state)
+        items = {"model": {"params": host.params, "carry": host.carry}}
+        if kind == "last":
+            items["optimizer"] = host.opt
+        meta = {"best": self.best, "seconds": self.seconds}
+        self.stores[kind].save(int(host.step), items, meta)
+
+    def validate(self, state: State) -> dict[str, float]:
+        """Clean and robust accuracy on the validation split, percent."""
+        host = flax.jax_utils.unreplicate(state)
+        arrays = self.held_out
+        bits = self.evaluator.bits(
+            {"params": host.params, "carry": host.carry},
+            data.to_float(arrays.images),
+            arrays.labels,
+            arrays.ids,
+            {"robust": self.run.validation},
+            seed=self.run.seed,
+        )
+        return {f"validation_{name}": 100 * float(b.mean()) for name, b in bits.items()}
+
+    def better(self, scores: Mapping[str, float], step: int) -> bool:
+        """Whether these scores beat the best so far; ties go to the other score, then to later."""
+        first = "validation_" + self.run.train["select"]
+        second = {"validation_robust": "validation_clean"}.get(first, "validation_robust")
+        if self.best and (scores[first], scores[second]) < (self.best[first], self.best[second]):
+            return False
+        self.best = {"step": step, **scores}
+        return True
+
+    def go(self, *, progress: bool) -> dict[str, Any]:
+        """Runs to the end; returns the summary that the record's "training" holds."""
+        state = self.resume()
+        step = int(state.step)
+        log = Log(self.workdir, step)
+        bar = tqdm(total=self.total, initial=step, disable=not progress, unit="step", smoothing=0.1)
+        began, before = time.monotonic(), self.seconds
+        longest = self.run.train["steps_per_dispatch"]
+        stops = sorted(self.every(name) for name in ("validate_every", "checkpoint_every"))
+        with _sigterm() as received:
+            for segment in self.segments:
+                if segment.end <= step:
+                    continue
+                if segment.start == step:
+                    state = self.enter(state, segment)
+                state = flax.jax_utils.replicate(state)
+                chunk = self.chunk(segment)
+                while step < segment.end:
+                    # Chunks end at validations, checkpoints and phases; their length changes no
+                    # bit, since a step depends on its own number only.
+                    end = min(segment.end, step + longest, *(step - step % s + s for s in stops))
+                    state, sums, bad = chunk(
+                        state,
+                        self.batches.resident,
+                        self._items(step, end - step, longest),
+                        jnp.int32(end - step),
+                    )
+                    self._check_finite(bad)
+                    bar.update(end - step)
+                    step = end
+                    self.seconds = before + time.monotonic() - began
+                    self._report(log, bar, segment, step, sums)
+                    last = step == self.total
+                    if last or step % self.every("validate_every") == 0:
+                        scores = self.validate(state)
+                        log.write(step, scores, epoch=step / self.per_epoch)
+                        bar.write(_line(step, self.per_epoch, scores), end="\n")
+                        if self.better(scores, step):
+                            self.save("best", state)
+                    if last or received or step % self.every("checkpoint_every") == 0:
+                        self.save("last", state)
+                    if received:
+                        log.close()
+                        raise Interrupted(
+                            f"signal {received[0]} at step {step}; saved in {self.workdir}: "
+                            f"the same command goes on from there"
+                        )
+                state = flax.jax_utils.unreplicate(state)
+        bar.close()
+        log.close()
+        return {"steps": self.total, "seconds": self.seconds, "best": self.best}
+
+    def _items(self, step: int, count: int, longest: int) -> Any:
+        """The next `count` steps' items, padded to the one shape that is compiled."""
+
+        def pad(leaf):
+            width = [(0, 0)] * leaf.ndim
+            width[1] = (0, longest - count)
+            return np.pad(leaf, width, mode="edge")
+
+        return jax.tree.map(pad, self.batches.chunk(step, count))
+
+    def _check_finite(self, bad: Array) -> None:
+        if (at := int(bad[0])) >= 0:
+            good = {kind: store.steps() for kind, store in self.stores.items()}
+            raise Diverged(
+                f"the loss was not finite at step {at} (epoch {at / self.per_epoch:.2f}); "
+                f"the last good checkpoints in {self.workdir}: {good}"
+            )
+
+    def _report(self, log: Log, bar: tqdm, segment: plan.Segment, step: int, sums: Any) -> None:
+        values = {n: float(s[0]) / max(float(c[0]), 1e-12) for n, (s, c) in sums.items()}
+        log.write(step, values, epoch=step / self.per_epoch, phase=segment.phase.name)
+        bar.set_postfix_str(
+            segment.phase.name + " " + " ".join(f"{n} {v:.3f}" for n, v in values.items())
+        )
+
+
+def _line(step: int, per_epoch: int, scores: Mapping[str, float]) -> str:
+    shown = ", ".join(f"{name.removeprefix('validation_')} {v:.2f} %" for name, v in scores.items())
+    return f"epoch {step / per_epoch:.4g}: validation {shown}"
+
+
+def _claim(config: Mapping[str, Any], workdir: pathlib.Path) -> None:
+    """Writes config.json, or checks that the workdir belongs to this config."""
+    path = workdir / "config.json"
+    text = json.dumps(config, indent=1, sort_keys=True) + "\n"
+    if not path.exists():
+        records.write_text(path, text)
+        return
+    there = json.loads(path.read_text())
+    if there != json.loads(text):
+        changed = [k for k in {*there, *config} if there.get(k) != json.loads(text).get(k)]
+        raise ValueError(
+            f"{workdir} holds a run of another config (it differs in {sorted(changed)}); "
+            f"choose another workdir, or remove it"
+        )
+
+
+def train(
+    config: Mapping[str, Any], workdir: str | os.PathLike, *, progress: bool = True
+) -> dict[str, Any]:
+    """Trains what a config describes, or goes on with it.
+
+    Args:
+      config: plain values, see `jaxdefense.train.run`.
+      workdir: its own folder; made if it is not there.
+      progress: show a bar with rate and time left.
+
+    Returns:
+      {"steps", "seconds", "best": {"step", "validation_clean", "validation_robust"}}.
+
+    Raises:
+      ValueError: a wrong config, or a workdir of another config; before any compilation.
+      Diverged: a loss that is not finite; names the step and the last good checkpoint.
+      Interrupted: after SIGTERM, when the state is saved.
+    """
+    run = build(config)
+    workdir = pathlib.Path(workdir)
+    workdir.mkdir(parents=True, exist_ok=True)
+    _claim(config, workdir)
+    trainer = Trainer(run, workdir)
+    try:
+        return trainer.go(progress=progress)
+    finally:
+        for store in trainer.stores.values():
+            store.close()
+
+
+def restore(
+    workdir: str | os.PathLike, *, kind: str = "best"
+) -> tuple[Run, dict[str, Any], dict[str, Any]]:
+    """A trained run from its workdir.
+
+    Args:
+      workdir: of a run that has at least one checkpoint.
+      kind: "best" or "last".
+
+    Returns:
+      (run, {"params", "carry"}, the checkpoint's metadata with its "step").
+
+    Raises:
+      ValueError: no run there, no checkpoint, or a damaged one.
+    """
+    workdir = pathlib.Path(workdir)
+    path = workdir / "config.json"
+    if not path.exists():
+        raise ValueError(f"{workdir} holds no run: there is no {path.name}")
+    run = build(json.loads(path.read_text()))
+    if not (workdir / kind).is_dir():
+        raise ValueError(f"{workdir} has no checkpoint {kind!r}")
+    store = checkpoint.Store(workdir / kind)
+    try:
+        meta = store.meta()
+        params, carry = jax.eval_shape(run.init, run.arrays("validation").images)
+        model = store.restore("model", {"params": params, "carry": carry})
+    finally:
+        store.close()
+    return run, model, meta

@@ -1,0 +1,134 @@
+"""The train step: written once, mapped over the devices in exactly one place."""
+
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from jaxdefense.defenses.base import AXIS, Batch, Carry, Metrics, Params, Phase, Update, View
+from jaxdefense.types import Array, Key, PyTree
+
+
+class State(NamedTuple):
+    """All that a run changes. On devices, each array has a leading local-device axis."""
+
+    step: Array  # () int32, batches seen
+    params: Params
+    carry: Carry
+    opt: dict[str, PyTree]  # optimiser state by role
+
+
+# (state, resident data, items (n, ...), how many of them) -> (state, metric sums, first bad step)
+Chunk = Callable[[State, PyTree, PyTree, Array], tuple[State, Metrics, Array]]
+
+
+def _average(old: PyTree, new: PyTree) -> PyTree:
+    """The devices' mean of what changed; what the loss passed through (a teacher) stays."""
+
+    def one(was, now):
+        return now if now is was or not jnp.issubdtype(now.dtype, jnp.inexact) else _pmean(now)
+
+    if jax.tree.structure(old) != jax.tree.structure(new):
+        return _pmean(new)
+    return jax.tree.map(one, old, new)
+
+
+def _pmean(tree: PyTree) -> PyTree:
+    return jax.lax.pmean(tree, AXIS)
+
+
+def _apply(
+    update: Update,
+    txs: Mapping[str, optax.GradientTransformation],
+    state: State,
+    batch: Batch,
+    key: Key,
+) -> tuple[State, Metrics]:
+    """One optimiser step: craft, gradient, mean over devices, optax."""
+    k_craft, k_loss = jax.random.split(key)
+    if update.craft is not None:
+        crafted = update.craft(state.params, state.carry, batch, k_craft)
+        batch = jax.lax.stop_gradient(crafted)
+
+    def objective(trained):
+        return update.loss({**state.params, **trained}, state.carry, batch, k_loss)
+
+    trained = {role: state.params[role] for role in update.roles}
+    (value, (carry, metrics)), grads = jax.value_and_grad(objective, has_aux=True)(trained)
+    metrics = {"loss": (value, jnp.ones(())), **metrics}
+    grads, metrics = _pmean((grads, metrics))
+    params, opt = dict(state.params), dict(state.opt)
+    for role in update.roles:
+        change, opt[role] = txs[role].update(grads[role], opt[role], params[role])
+        params[role] = optax.apply_updates(params[role], change)
+    return State(state.step, params, _average(state.carry, carry), opt), metrics
+
+
+def make_step(
+    phase: Phase,
+    txs: Mapping[str, optax.GradientTransformation],
+    view: View,
+    *,
+    seed: int,
+    per_epoch: int,
+) -> Callable[[State, Batch], tuple[State, Metrics]]:
+    """The pure step of one device: (state, batch of images in [0, 1]) -> (state, metrics).
+
+    Its key is fold_in(fold_in(seed, step), axis_index), so what is drawn depends on nothing else.
+    """
+
+    def step(state: State, batch: Batch) -> tuple[State, Metrics]:
+        key = jax.random.fold_in(jax.random.key(seed), state.step)
+        key = jax.random.fold_in(key, jax.lax.axis_index(AXIS))
+        k_view, key = jax.random.split(key)
+        epoch = state.step.astype(jnp.float32) / per_epoch
+        batch = {**batch, "step": state.step, "epoch": epoch}
+        batch = {**batch, **view(k_view, batch["image"])}
+        metrics: Metrics = {}
+        for i, update in enumerate(phase.updates):
+            state, new = _apply(update, txs, state, batch, jax.random.fold_in(key, i))
+            prefix = f"update{i}_" if len(phase.updates) > 1 else ""
+            metrics |= {prefix + name: metric for name, metric in new.items()}
+        carry = state.carry
+        for follow in phase.after:
+            carry = follow(state.params, carry, batch)
+        return State(state.step + 1, state.params, carry, state.opt), metrics
+
+    return step
+
+
+def make_chunk(
+    step: Callable[[State, Batch], tuple[State, Metrics]],
+    gather: Callable[[PyTree, PyTree], Batch],
+) -> Chunk:
+    """Several steps in one dispatch, mapped over the local devices, the state donated.
+
+    The number of steps is an argument, not a shape: one compilation serves chunks of any length.
+    The loop ends early at a loss that is not finite; the third result is that step, or -1.
+    """
+
+    def run(state, resident, items, count):
+        def take(i):
+            return gather(resident, jax.tree.map(lambda leaf: leaf[i], items))
+
+        def go_on(carry):
+            i, _, _, bad = carry
+            return (i < count) & (bad < 0)
+
+        def body(carry):
+            i, state, sums, bad = carry
+            at = state.step
+            state, metrics = step(state, take(i))
+            finite = jnp.all(jnp.stack([jnp.isfinite(s) for s, _ in metrics.values()]))
+            sums = jax.tree.map(jnp.add, sums, metrics)
+            return i + 1, state, sums, jnp.where(finite, bad, at)
+
+        shapes = jax.eval_shape(step, state, jax.eval_shape(take, 0))[1]
+        zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+        start = (jnp.int32(0), state, zeros, jnp.int32(-1))
+        _, state, sums, bad = jax.lax.while_loop(go_on, body, start)
+        return state, sums, bad
+
+    return jax.pmap(run, axis_name=AXIS, in_axes=(0, 0, 0, None), donate_argnums=0)

@@ -1,0 +1,80 @@
+"""The types that the floors share.
+
+Images are (B, H, W, C) floats in the threat's bounds ([0, 1] unless said), labels (B,) integers,
+logits (B, K) floats. A `Key` is one typed PRNG key, or one key per example, shape (B,): then what
+an attack draws for an example does not depend on the batch it sits in.
+"""
+
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+
+Array = jax.Array
+Images = jax.Array  # (B, H, W, C)
+Labels = jax.Array  # (B,)
+Logits = jax.Array  # (B, K)
+Key = jax.Array  # () or (B,) typed PRNG keys
+PerExample = jax.Array  # (B,)
+PyTree = Any
+
+Predict = Callable[[Images], Logits]  # parameters already inside, eval mode
+LossFn = Callable[[Logits, Labels], PerExample]
+Objective = Callable[[Images], PerExample]
+
+
+class Attack(Protocol):
+    """`attack(predict, key, images, labels) -> images`: inside the threat's ball and box."""
+
+    def __call__(self, predict: Predict, key: Key, images: Images, labels: Labels) -> Images: ...
+
+
+class Threat(Protocol):
+    """A norm ball around each image, cut by the box of valid images."""
+
+    eps: float | Array
+    bounds: tuple[float, float]
+
+    def diameter(self, n: float) -> float: ...
+    def project(self, x_adv: Images, x: Images) -> Images: ...
+    def sample(self, key: Key, x: Images) -> Images: ...
+    def ascent(self, grad: Images, x: Images, step_size: float | PerExample) -> Images: ...
+    def distance(self, x_adv: Images, x: Images) -> PerExample: ...
+    def scaled(self, factor: float | PerExample) -> "Threat": ...
+
+
+def example_keys(key: Key, batch: int) -> Key:
+    """One key per example: `key` itself if it has shape (batch,), else `fold_in(key, row)`.
+
+    Raises:
+      ValueError: `key` is no typed key, or has another shape.
+    """
+    if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
+        raise ValueError(f"need a typed key (jax.random.key), got an array of {key.dtype}")
+    if key.shape == (batch,):
+        return key
+    if key.shape != ():
+        raise ValueError(
+            f"need one key or one per example: shape () or ({batch},), got {key.shape}"
+        )
+    return jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(batch))
+
+
+def fold_in(key: Key, data: int | Array) -> Key:
+    """`jax.random.fold_in` for one key or for one key per example."""
+    if key.ndim:
+        return jax.vmap(jax.random.fold_in, (0, None))(key, data)
+    return jax.random.fold_in(key, data)
+
+
+def per_example(value: float | Array, x: Array) -> Array:
+    """`value`, () or (B,), shaped to broadcast against `x` (B, ...), in x's dtype.
+
+    Raises:
+      ValueError: `value` has another shape.
+    """
+    value = jnp.asarray(value, x.dtype)
+    if value.ndim > 1 or (value.ndim == 1 and value.shape[0] != x.shape[0]):
+        raise ValueError(f"need one value or one per example ({x.shape[0]}), got {value.shape}")
+    return value.reshape(value.shape + (1,) * (x.ndim - 1)) if value.ndim else value

@@ -1,0 +1,25 @@
+"""Two CPU devices, so that what is mapped is tested as mapped; a cache of compiled programs."""
+
+import os
+import pathlib
+
+os.environ["XLA_FLAGS"] = (
+    os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=2"
+)
+
+import jax
+import pytest
+
+ROOT = pathlib.Path(__file__).parents[1]
+
+jax.config.update("jax_numpy_rank_promotion", "raise")
+jax.config.update("jax_compilation_cache_dir", str(ROOT / ".cache" / "xla"))
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+
+
+@pytest.fixture(scope="session")
+def tfds_dir():
+    """Where tests keep prepared data sets, between sessions."""
+    folder = ROOT / ".cache" / "tfds"
+    folder.mkdir(parents=True, exist_ok=True)
+    return str(folder)
