@@ -33,7 +33,8 @@ def check_images(images: Images, bounds: tuple[float, float] = (0.0, 1.0)) -> No
         raise ValueError(f"images must be a batch (B, H, W, C), got shape {images.shape}")
     if images.size == 0 or not _concrete(images):
         return
-    low, high = float(images.min()), float(images.max())
+    with jax.ensure_compile_time_eval():  # concrete images may be met inside a jit
+        low, high = float(images.min()), float(images.max())
     if not np.isfinite(low + high):
         raise ValueError("images contain NaN or infinite values")
     if low < bounds[0] or high > bounds[1]:
@@ -55,7 +56,8 @@ def check_labels(labels: Labels, batch: int, num_classes: int) -> None:
         )
     if batch == 0 or not _concrete(labels):
         return
-    low, high = int(labels.min()), int(labels.max())
+    with jax.ensure_compile_time_eval():
+        low, high = int(labels.min()), int(labels.max())
     if low < 0 or high >= num_classes:
         raise ValueError(f"labels must be in [0, {num_classes}), got values in [{low}, {high}]")
 

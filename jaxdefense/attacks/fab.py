@@ -67,7 +67,7 @@ def nearest_boundary(
             nearest, gap, normal = carry
             others = i + (i >= labels) if candidates is None else candidates[:, i]
             new_gap, new_normal = _face(logits, pull, labels, others)
-            distance = jnp.abs(new_gap) / (threat.dual(new_normal) + 1e-12)
+            distance = _length(threat, threat.reach(x, new_normal, new_gap))
             closer = distance < nearest
             return (
                 jnp.where(closer, distance, nearest),

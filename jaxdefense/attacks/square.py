@@ -111,7 +111,7 @@ class _Masses(NamedTuple):
         return tables
 
     def starts(self, shape):
-        side, rows, columns = self._tiles(shape)
+        _, rows, columns = self._tiles(shape)
         return rows * columns * (1 + shape[2])
 
     def draws(self, channels):

@@ -219,7 +219,8 @@ def make(name: str, dataset: str) -> Augment:
     if dataset not in _SIZES:
         registry.unknown("data set", dataset, _SIZES)
     flip = () if dataset in _NO_FLIP else (random_flip(),)
-    crop_flip = compose(random_crop(padding=_SIZES[dataset] // 8), *flip)
+    # The flip comes first: XLA:CPU fuses a reversal into the crop's gather, 20 times as slow.
+    crop_flip = compose(*flip, random_crop(padding=_SIZES[dataset] // 8))
     views = {
         "none": identity,
         "crop_flip": crop_flip,
@@ -271,19 +272,18 @@ def _to_gray(images: Images) -> Array:
 
 def _turn_hue(images: Images, turns: Array) -> Images:
     """The hue turned by a share of the circle (B,), through HSV and back."""
-    red, green, blue = images[..., 0], images[..., 1], images[..., 2]
-    value = images.max(-1)
-    chroma = value - images.min(-1)
-    divisor = jnp.where(chroma == 0, 1, chroma)
+    red, green, blue = planes = jnp.moveaxis(images, -1, 0)  # (3, B, H, W)
+    value = planes.max(0)
+    chroma = value - planes.min(0)
+    scale = 1 / jnp.where(chroma == 0, 1, chroma)
     sixths = jnp.where(
         value == red,
-        (green - blue) / divisor,
-        jnp.where(value == green, 2 + (blue - red) / divisor, 4 + (red - green) / divisor),
+        (green - blue) * scale,
+        jnp.where(value == green, 2 + (blue - red) * scale, 4 + (red - green) * scale),
     )
     sixths = sixths + 6 * turns[:, None, None]
-    # Each channel is a trapezium of the hue, value on top and value - chroma below.
-    channels = []
-    for offset in (5, 3, 1):
-        k = jnp.mod(offset + sixths, 6)
-        channels.append(value - chroma * jnp.clip(jnp.minimum(k, 4 - k), 0, 1))
-    return jnp.stack(channels, -1)
+    # Each channel is a trapezium of the hue: value on top, value - chroma below.
+    k = sixths + jnp.asarray([5, 3, 1], images.dtype)[:, None, None, None]
+    k = k - 6 * jnp.floor(k / 6)  # eight times as fast on the CPU as jnp.mod
+    planes = value - chroma * jnp.clip(jnp.minimum(k, 4 - k), 0, 1)
+    return jnp.moveaxis(planes, 0, -1)

@@ -36,7 +36,7 @@ View = Callable[[Key, Images], dict[str, Images]]
 Predictor = Callable[[Params, Carry], Predict]
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Update:
     """One optimiser step.
 
@@ -51,7 +51,7 @@ class Update:
     craft: Craft | None = None
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Phase:
     """A stretch of training in which the same updates are applied, in order, to every batch.
 
@@ -77,7 +77,7 @@ class Phase:
     after: tuple[After, ...] = ()
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Defense:
     """A defence of a classifier.
 

@@ -16,8 +16,8 @@ def _map_phases(
     defense: base.Defense, change: Callable[[base.Phase], base.Phase]
 ) -> tuple[base.Phase, ...]:
     """Every phase changed; what was one Phase in several places stays one."""
-    changed = {id(phase): change(phase) for phase in defense.phases}
-    return tuple(changed[id(phase)] for phase in defense.phases)
+    changed = {phase: change(phase) for phase in defense.phases}
+    return tuple(changed[phase] for phase in defense.phases)
 
 
 def with_ema(defense: base.Defense, *, decay: float = 0.9995) -> base.Defense:

@@ -14,7 +14,6 @@ import time
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-import flax.jax_utils
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -25,8 +24,15 @@ from jaxdefense import data
 from jaxdefense.evaluation import records, robust
 from jaxdefense.train import checkpoint, optim, plan
 from jaxdefense.train.run import Run, build
-from jaxdefense.train.step import Chunk, State, make_chunk, make_step
-from jaxdefense.types import Array, Images, Key
+from jaxdefense.train.step import (
+    Chunk,
+    State,
+    make_chunk,
+    make_step,
+    replicate,
+    unreplicate,
+)
+from jaxdefense.types import Images, Key
 
 
 class Diverged(RuntimeError):
@@ -119,7 +125,7 @@ class Trainer:
 
     def chunk(self, segment: plan.Segment) -> Chunk:
         """The compiled steps of a segment; equal phases with equal optimisers share them."""
-        name = (id(segment.phase), tuple(sorted(segment.optimizers.items())))
+        name = (segment.phase, tuple(sorted(segment.optimizers.items())))
         if name not in self._chunks:
             step = make_step(
                 segment.phase,
@@ -171,7 +177,7 @@ class Trainer:
         """Writes a checkpoint of the replicated state; `best` needs no optimiser."""
         if jax.process_index() != 0:
             return
-        host = flax.jax_utils.unreplicate(state)
+        host = unreplicate(state)
         items = {"model": {"params": host.params, "carry": host.carry}}
         if kind == "last":
             items["optimizer"] = host.opt
@@ -180,7 +186,7 @@ class Trainer:
 
     def validate(self, state: State) -> dict[str, float]:
         """Clean and robust accuracy on the validation split, percent."""
-        host = flax.jax_utils.unreplicate(state)
+        host = unreplicate(state)
         arrays = self.held_out
         bits = self.evaluator.bits(
             {"params": host.params, "carry": host.carry},
@@ -205,71 +211,76 @@ class Trainer:
         """Runs to the end; returns the summary that the record's "training" holds."""
         state = self.resume()
         step = int(state.step)
-        log = Log(self.workdir, step)
-        bar = tqdm(total=self.total, initial=step, disable=not progress, unit="step", smoothing=0.1)
-        began, before = time.monotonic(), self.seconds
-        longest = self.run.train["steps_per_dispatch"]
-        stops = sorted(self.every(name) for name in ("validate_every", "checkpoint_every"))
-        with _sigterm() as received:
+        with (
+            contextlib.closing(Log(self.workdir, step)) as log,
+            tqdm(total=self.total, initial=step, disable=not progress, unit="step") as bar,
+            _sigterm() as received,
+        ):
             for segment in self.segments:
                 if segment.end <= step:
                     continue
                 if segment.start == step:
                     state = self.enter(state, segment)
-                state = flax.jax_utils.replicate(state)
-                chunk = self.chunk(segment)
+                state = replicate(state)
                 while step < segment.end:
-                    # Chunks end at validations, checkpoints and phases; their length changes no
-                    # bit, since a step depends on its own number only.
-                    end = min(segment.end, step + longest, *(step - step % s + s for s in stops))
-                    state, sums, bad = chunk(
-                        state,
-                        self.batches.resident,
-                        self._items(step, end - step, longest),
-                        jnp.int32(end - step),
-                    )
-                    self._check_finite(bad)
+                    began = time.monotonic()
+                    end = self._next_stop(step, segment)
+                    state, sums = self._advance(state, segment, step, end)
                     bar.update(end - step)
                     step = end
-                    self.seconds = before + time.monotonic() - began
                     self._report(log, bar, segment, step, sums)
-                    last = step == self.total
-                    if last or step % self.every("validate_every") == 0:
+                    if self._due("validate_every", step):
                         scores = self.validate(state)
                         log.write(step, scores, epoch=step / self.per_epoch)
-                        bar.write(_line(step, self.per_epoch, scores), end="\n")
+                        bar.write(_line(step, self.per_epoch, scores))
                         if self.better(scores, step):
                             self.save("best", state)
-                    if last or received or step % self.every("checkpoint_every") == 0:
+                    self.seconds += time.monotonic() - began
+                    if received or self._due("checkpoint_every", step):
                         self.save("last", state)
                     if received:
-                        log.close()
                         raise Interrupted(
                             f"signal {received[0]} at step {step}; saved in {self.workdir}: "
                             f"the same command goes on from there"
                         )
-                state = flax.jax_utils.unreplicate(state)
-        bar.close()
-        log.close()
+                state = unreplicate(state)
         return {"steps": self.total, "seconds": self.seconds, "best": self.best}
 
-    def _items(self, step: int, count: int, longest: int) -> Any:
-        """The next `count` steps' items, padded to the one shape that is compiled."""
+    def _next_stop(self, step: int, segment: plan.Segment) -> int:
+        """Where the next dispatch ends: a validation, a checkpoint, a phase, or at its longest.
 
-        def pad(leaf):
-            width = [(0, 0)] * leaf.ndim
-            width[1] = (0, longest - count)
-            return np.pad(leaf, width, mode="edge")
+        Where dispatches end changes no bit, since a step depends on its own number only.
+        """
+        every = [self.every(name) for name in ("validate_every", "checkpoint_every")]
+        longest = step + self.run.train["steps_per_dispatch"]
+        return min(segment.end, longest, *(step - step % length + length for length in every))
 
-        return jax.tree.map(pad, self.batches.chunk(step, count))
+    def _due(self, name: str, step: int) -> bool:
+        return step == self.total or step % self.every(name) == 0
 
-    def _check_finite(self, bad: Array) -> None:
+    def _advance(
+        self, state: State, segment: plan.Segment, step: int, end: int
+    ) -> tuple[State, Any]:
+        """The replicated state after the steps step..end-1, and their metrics' sums."""
+        items = self._items(step, end - step)
+        chunk = self.chunk(segment)
+        state, sums, bad = chunk(state, self.batches.resident, items, jnp.int32(end - step))
         if (at := int(bad[0])) >= 0:
             good = {kind: store.steps() for kind, store in self.stores.items()}
             raise Diverged(
                 f"the loss was not finite at step {at} (epoch {at / self.per_epoch:.2f}); "
                 f"the last good checkpoints in {self.workdir}: {good}"
             )
+        return state, sums
+
+    def _items(self, step: int, count: int) -> Any:
+        """The next `count` steps' items, padded to the one shape that is compiled."""
+        missing = self.run.train["steps_per_dispatch"] - count
+
+        def pad(leaf):
+            return np.pad(leaf, [(0, 0), (0, missing)] + [(0, 0)] * (leaf.ndim - 2), mode="edge")
+
+        return jax.tree.map(pad, self.batches.chunk(step, count))
 
     def _report(self, log: Log, bar: tqdm, segment: plan.Segment, step: int, sums: Any) -> None:
         values = {n: float(s[0]) / max(float(c[0]), 1e-12) for n, (s, c) in sums.items()}

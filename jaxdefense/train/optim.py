@@ -82,15 +82,11 @@ def _one_cycle(
     share = steps_of(peak, total=total, per_epoch=per_epoch) / max(total, 1)
     if not 0 < share < 1:
         raise ValueError(f"one_cycle's peak must lie inside the run, got {peak!r} of {total} steps")
-    options = {"pct_final": 1.0} if shape == "linear" else {}
-    return shapes[shape](
-        max(total, 1),
-        lr,
-        pct_start=share,
-        div_factor=1 / start,
-        final_div_factor=start / final,
-        **options,
-    )
+    # optax divides the first rate by the cosine's last factor, and the peak by the line's.
+    last = {"final_div_factor": start / final}
+    if shape == "linear":
+        last = {"final_div_factor": 1 / final, "pct_final": 1.0}
+    return shapes[shape](max(total, 1), lr, pct_start=share, div_factor=1 / start, **last)
 
 
 def _exponential(

@@ -3,8 +3,10 @@
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
+import flax.jax_utils
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from jaxdefense.defenses.base import AXIS, Batch, Carry, Metrics, Params, Phase, Update, View
@@ -18,6 +20,16 @@ class State(NamedTuple):
     params: Params
     carry: Carry
     opt: dict[str, PyTree]  # optimiser state by role
+
+
+def replicate(state: State) -> State:
+    """One copy per local device, laid out as the mapped step returns it, or pmap would compile twice."""
+    return flax.jax_utils.replicate(state, axis_name=AXIS)
+
+
+def unreplicate(state: State) -> State:
+    """The first local device's copy, on the host."""
+    return jax.tree.map(lambda leaf: np.asarray(leaf.addressable_shards[0].data)[0], state)
 
 
 # (state, resident data, items (n, ...), how many of them) -> (state, metric sums, first bad step)
