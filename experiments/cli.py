@@ -5,26 +5,22 @@ import pathlib
 import sys
 from collections.abc import Callable, Sequence
 
+import configs
+import jax
 from absl import app, flags, logging
-from ml_collections import config_flags
+
+from jaxdefense import registry
+from jaxdefense.train.loop import Diverged, Interrupted
 
 CONFIGS = pathlib.Path(__file__).parent / "configs"
 CACHE = pathlib.Path(__file__).parents[1] / ".cache" / "xla"
 
 
-def define_config() -> flags.FlagHolder:
-    """The flag --config=NAME:VARIANT, e.g. --config=trades:mnist, or a path instead of NAME."""
-    return config_flags.DEFINE_config_file(
-        "config",
-        None,
-        f"NAME:VARIANT, e.g. trades:mnist or trades:mnist_debug. Names: {', '.join(catalogue())}; "
-        "or the path of a config file. Values are changed by --config.train.length=5e and so on.",
-    )
-
-
-def catalogue() -> list[str]:
-    """The configs' names."""
-    return sorted(path.stem for path in CONFIGS.glob("*.py") if path.stem != "recipes")
+CONFIG_HELP = (
+    "NAME:VARIANT, e.g. trades:mnist or trades:mnist_debug, or the path of a config file instead "
+    f"of NAME. Names: {', '.join(configs.names())}. Values are changed by "
+    "--config.train.length=5e and so on."
+)
 
 
 def expand(argv: Sequence[str]) -> list[str]:
@@ -33,40 +29,36 @@ def expand(argv: Sequence[str]) -> list[str]:
     Raises:
       ValueError: no config of that name; the nearest are named.
     """
-    from jaxdefense import registry
-
     expanded = list(argv)
     for i, word in enumerate(expanded):
         if word in ("--config", "-config") and i + 1 < len(expanded):
-            expanded[i + 1] = _path(expanded[i + 1], registry)
+            expanded[i + 1] = _path(expanded[i + 1])
         elif word.startswith(("--config=", "-config=")):
             flag, _, value = word.partition("=")
-            expanded[i] = f"{flag}={_path(value, registry)}"
+            expanded[i] = f"{flag}={_path(value)}"
     return expanded
 
 
-def _path(value, registry):
+def _path(value: str) -> str:
     name, colon, variant = value.partition(":")
     if name.endswith(".py") or "/" in name:
         if not pathlib.Path(name).exists():
-            raise ValueError(f"no config file {name}; names: {', '.join(catalogue())}")
+            raise ValueError(f"no config file {name}; names: {', '.join(configs.names())}")
         return value
-    if name not in catalogue():
-        registry.unknown("config", name, catalogue())
+    if name not in configs.names():
+        registry.unknown("config", name, configs.names())
+    configs.load(name, variant)  # an unknown variant is said here, without absl's traceback
     return f"{CONFIGS / name}.py{colon}{variant}"
 
 
 def enable_cache() -> None:
     """Keeps compiled programs between processes, in the checkout's .cache."""
-    import jax
-
     jax.config.update("jax_compilation_cache_dir", os.environ.get("JAX_CACHE_DIR", str(CACHE)))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
 
 def run(main: Callable[[Sequence[str]], None]) -> None:
     """absl's app.run; a ValueError is an answer to the user, not a traceback."""
-    from jaxdefense.train.loop import Diverged, Interrupted
 
     def guarded(argv):
         enable_cache()

@@ -47,7 +47,7 @@ def boundary(predict: Predict, labels: Labels, targets: Labels) -> Boundary:
 def nearest_boundary(
     predict: Predict, labels: Labels, threat: Threat, candidates: Array | None = None
 ) -> Boundary:
-    """The linearised boundary that is nearest in the threat's norm, over the other classes.
+    """The linearised boundary that is nearest inside the box, over the other classes.
 
     One forward pass, then one backward pass a class, of which only the nearest is kept: the
     (B, K, ...) Jacobian never exists.
@@ -55,7 +55,7 @@ def nearest_boundary(
     Args:
       predict: the model.
       labels: (B,).
-      threat: gives the dual norm.
+      threat: norm and bounds.
       candidates: (B, n) classes to look at; None for all others.
     """
 
@@ -67,7 +67,7 @@ def nearest_boundary(
             nearest, gap, normal = carry
             others = i + (i >= labels) if candidates is None else candidates[:, i]
             new_gap, new_normal = _face(logits, pull, labels, others)
-            distance = _length(threat, threat.reach(x, new_normal, new_gap))
+            distance = _depth(threat, x, new_gap, new_normal)
             closer = distance < nearest
             return (
                 jnp.where(closer, distance, nearest),
@@ -91,6 +91,19 @@ def _face(
     wide = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
     gap = -jnp.sum(cotangent.astype(wide.dtype) * wide, -1)
     return gap.astype(normal.dtype), normal
+
+
+def _depth(threat: Threat, x: Images, gap: PerExample, normal: Images) -> PerExample:
+    """The hyperplane's distance from x inside the box, (B,).
+
+    One that the box does not meet, or without a normal, comes behind all others, in the order of
+    the distances that the norm alone would give.
+    """
+    step = threat.reach(x, normal, gap)
+    gained = jnp.abs(jnp.sum(normal * step, range(1, x.ndim)))
+    met = (gained > 0) & (gained >= 0.999 * jnp.abs(gap))
+    behind = threat.diameter(x[0].size) + jnp.abs(gap) / (threat.dual(normal) + 1e-12)
+    return jnp.where(met, _length(threat, step), behind)
 
 
 def _length(threat: Threat, step: Images) -> PerExample:
@@ -308,7 +321,9 @@ def fab(
     Reference: Croce, Hein, Minimally distorted adversarial examples with a fast adaptive boundary
       attack, arXiv 1907.02044, algorithm 1.
 
-    Deviation: the final search runs once, on the nearest point of all runs.
+    Deviations: the nearest boundary is the nearest inside the box (the paper ranks the classes by
+    |z_y - z_t| over the gradient's dual norm, blind to the box), and the final search runs once, on
+    the nearest point of all runs.
     """
     _check_options(steps, restarts, alpha_max, eta, beta, search)
 

@@ -278,7 +278,11 @@ def _cifar_splits(name: str, folder: pathlib.Path) -> dict[str, Iterator[Keyed]]
     contents = {file: _content(name, folder / file) for file in _FILES[name]}
     splits = {}
     for split in ("train", "test"):
-        data = b"".join(value for file, value in contents.items() if (split == "test") == file.startswith("test"))
+        data = b"".join(
+            value
+            for file, value in contents.items()
+            if (split == "test") == file.startswith("test")
+        )
         rows = np.frombuffer(data, np.uint8).reshape(-1, len(columns) + 3072)
         planes = rows[:, len(columns) :].reshape(-1, 3, 32, 32)
         splits[split] = _examples(

@@ -130,7 +130,10 @@ def load(path: str | os.PathLike) -> Record:
 
 
 def load_all(paths: Iterable[str | os.PathLike]) -> list[Record]:
-    """The records of files and folders (searched for *.json), in the order of their paths.
+    """The records of files and folders, in the order of their paths.
+
+    A folder gives every *.json below it that says it is a record; a config beside it is passed
+    over.
 
     Raises:
       ValueError: a path that does not exist, or a file that is no record.
@@ -139,5 +142,8 @@ def load_all(paths: Iterable[str | os.PathLike]) -> list[Record]:
     for path in map(pathlib.Path, paths):
         if not path.exists():
             raise ValueError(f"no such file or folder: {path}")
-        found += sorted(path.rglob("*.json")) if path.is_dir() else [path]
+        if path.is_dir():
+            found += [p for p in sorted(path.rglob("*.json")) if '"format"' in p.read_text()]
+        else:
+            found.append(path)
     return [load(path) for path in found]

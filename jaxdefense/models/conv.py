@@ -182,6 +182,17 @@ def _patches(x: Array, window: Pair, strides: Pair, pads: Pads) -> Array:
     return jnp.concatenate(taps, axis=-1)
 
 
+def _cut(x: Array, edges: Sequence[Pair]) -> tuple[Array, list[Pair]]:
+    """x without the rows and columns that negative padding removes, and the padding left to do.
+
+    XLA:CPU reads beyond the array in a convolution with negative padding (openxla/xla#48713; jax
+    0.10.2 and 0.11.2). Autodiff asks for one where the padding is as large as the kernel.
+    """
+    negative = [(min(lo, 0), min(hi, 0), 0) for lo, hi in edges]
+    x = lax.pad(x, jnp.zeros((), x.dtype), ((0, 0, 0), *negative, (0, 0, 0)))
+    return x, [(max(lo, 0), max(hi, 0)) for lo, hi in edges]
+
+
 def _weight_gradient(
     x: Array, dy: Array, w: Array, strides: Pair, pads: Pads, precision: Any
 ) -> Array:
@@ -189,13 +200,12 @@ def _weight_gradient(
     if _by_patches(w, strides):
         patches = _patches(x, w.shape[:2], strides, pads)
         return _dot(patches, dy, ((0, 1, 2), (0, 1, 2)), precision).reshape(w.shape)
-    # The cotangent's pixels are s apart over the image, and what the stride left over at the
-    # image's end is cut off by a negative padding.
-    dilated = [(n - 1) * s + 1 for n, s in zip(dy.shape[1:3], strides)]
+    # The cotangent's pixels are s apart over the image; rows that no window reached are cut off.
     edges = [
-        (lo, k - 1 + d - size - lo)
-        for k, d, size, (lo, _) in zip(w.shape[:2], dilated, x.shape[1:3], pads)
+        (lo, k + (n - 1) * s - size - lo)
+        for k, n, s, size, (lo, _) in zip(w.shape, dy.shape[1:3], strides, x.shape[1:3], pads)
     ]
+    x, edges = _cut(x, edges)
     dw = conv(
         x.transpose(3, 1, 2, 0),
         dy.transpose(1, 2, 0, 3),
@@ -224,6 +234,7 @@ def _phases(dy: Array, w: Array, strides: Pair, pads: Pads, size: Pair, precisio
     kernel = w.reshape(taps[0], sh, taps[1], sw, c, k)[::-1, :, ::-1]
     kernel = kernel.transpose(0, 2, 5, 1, 3, 4).reshape(*taps, k, sh * sw * c)
     edges = [(t - 1 - b, q - n + b) for t, b, q, n in zip(taps, before, count, dy.shape[1:3])]
+    dy, edges = _cut(dy, edges)
     z = conv(dy, kernel, (1, 1), edges, dimension_numbers=_LAYOUT, precision=precision)
     z = z.reshape(-1, *count, sh, sw, c).transpose(0, 1, 3, 2, 4, 5)
     return _crop(z.reshape(-1, count[0] * sh, count[1] * sw, c), cut, size)

@@ -23,7 +23,7 @@ class State(NamedTuple):
 
 
 def replicate(state: State) -> State:
-    """One copy per local device, laid out as the mapped step returns it, or pmap would compile twice."""
+    """One copy per local device, laid out as the step returns it, or pmap would compile twice."""
     return flax.jax_utils.replicate(state, axis_name=AXIS)
 
 

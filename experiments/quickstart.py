@@ -1,0 +1,57 @@
+"""Trains and evaluates every system on the embedded digits, prints the table, writes a report.
+
+    python experiments/quickstart.py                 # runs/quickstart/report.html
+    python experiments/quickstart.py --workdir=/tmp/q
+
+A run that was interrupted goes on where it was.
+"""
+
+import json
+import pathlib
+
+import cli
+import configs
+from absl import flags
+
+from jaxdefense.evaluation import plots, protocols, records, report, tables
+from jaxdefense.train import loop, train
+
+WORKDIR = flags.DEFINE_string("workdir", "runs/quickstart", "Folder of the runs and the report.")
+PROGRESS = flags.DEFINE_bool("progress", True, "Show progress bars.")
+
+
+def main(argv):
+    if len(argv) > 1:
+        raise ValueError(f"unexpected arguments: {argv[1:]}")
+    folder = pathlib.Path(WORKDIR.value)
+    found, workdirs = [], {}
+    names = configs.names()
+    for i, name in enumerate(names, 1):
+        workdir = folder / name
+        print(f"[{i}/{len(names)}] {name}", flush=True)
+        config = json.loads(configs.load(name, "digits").to_json())
+        train(config, workdir, progress=PROGRESS.value)
+        run, variables, meta = loop.restore(workdir)
+        training = {"checkpoint": "best", **meta}
+        record = protocols.paper(run, variables, training=training, progress=PROGRESS.value)
+        records.save(record, workdir / "record.json")
+        found.append(record)
+        workdirs[name] = workdir
+    table, source = tables.accuracy_table(found), tables.provenance(found)
+    hardest = tables.columns(found)[-1]
+    page = report.page(
+        "jaxdefense on digits",
+        [
+            ("Accuracy", table),
+            ("Clean and under attack", plots.accuracy_bars(found)),
+            (f"Per class under {hardest}", plots.class_bars(found, hardest)),
+            ("Training", plots.training_curves(workdirs)),
+        ],
+        source,
+    )
+    records.write_text(folder / "report.html", page)
+    print(f"\n{table}\n\n{source}\nreport: {folder / 'report.html'}")
+
+
+if __name__ == "__main__":
+    cli.run(main)
