@@ -1,8 +1,12 @@
 """Prints Markdown tables from records: files, or folders searched for *.json.
 
-python experiments/tables.py experiments/records/mnist
-python experiments/tables.py --per_class=pgd40 experiments/records/mnist
+    python experiments/tables.py experiments/records/mnist
+    python experiments/tables.py --per_class=pgd40 experiments/records/mnist
+    python experiments/tables.py --into=README.md      # renews the tables that README.md marks
 """
+
+import pathlib
+import re
 
 import cli
 from absl import flags
@@ -10,17 +14,35 @@ from absl import flags
 from jaxdefense.evaluation import records, tables
 
 PER_CLASS = flags.DEFINE_string("per_class", None, "Accuracy per class under this attack instead.")
+INTO = flags.DEFINE_string("into", None, "A Markdown file whose marked tables are renewed.")
+
+ROOT = pathlib.Path(__file__).parents[1]
+_MARKED = re.compile(r"(<!-- table (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
+
+
+def render(paths):
+    """The accuracy table of records, and where they come from."""
+    found = records.load_all(paths)
+    if not found:
+        raise ValueError(f"no records in {', '.join(map(str, paths))}")
+    if PER_CLASS.value:
+        table = tables.class_table(found, PER_CLASS.value)
+    else:
+        table = tables.accuracy_table(found)
+    return f"{table}\n\n{tables.provenance(found)}\n"
+
+
+def renew(text):
+    """`text` with each marked table rendered from the records that its mark names."""
+    return _MARKED.sub(lambda m: f"{m[1]}{render([ROOT / m[2]])}{m[3]}", text)
 
 
 def main(argv):
-    found = records.load_all(argv[1:] or ["experiments/records"])
-    if not found:
-        raise ValueError(f"no records in {argv[1:]}")
-    if PER_CLASS.value:
-        print(tables.class_table(found, PER_CLASS.value))
+    if INTO.value:
+        path = pathlib.Path(INTO.value)
+        records.write_text(path, renew(path.read_text()))
     else:
-        print(tables.accuracy_table(found))
-    print(f"\n{tables.provenance(found)}")
+        print(render(argv[1:] or [ROOT / "experiments" / "records"]), end="")
 
 
 if __name__ == "__main__":

@@ -108,7 +108,7 @@ def random_resized_crop(
         aspect = jnp.exp(low + draws[10:20] * (high - low))
         w = jnp.round(jnp.sqrt(area * aspect))
         h = jnp.round(jnp.sqrt(area / aspect))
-        fits = (0 < w) & (w <= width) & (0 < h) & (h <= height)
+        fits = (w > 0) & (w <= width) & (h > 0) & (h <= height)
         first = jnp.argmax(fits)
         # No draw fits: the whole image, or what of it the bounds on the aspect allow.
         whole_w = min(width, round(height * ratio[1]))
@@ -261,9 +261,9 @@ def _where(chosen: Array, x: Array, y: Array) -> Array:
 def _interpolation(start: Array, length: Array, size: int) -> Array:
     """Weights (B, size, size) that enlarge `length` pixels from `start` to `size`, per example."""
     start, length = start[:, None], length[:, None]
-    centres = (jnp.arange(size) + 0.5) * length / size - 0.5  # half-pixel centres
+    centres = (jnp.arange(size)[None] + 0.5) * length / size - 0.5  # half-pixel centres
     centres = start + jnp.clip(centres, 0, length - 1)  # the crop's edge is repeated
-    return jnp.maximum(0, 1 - jnp.abs(centres[:, :, None] - jnp.arange(size)))
+    return jnp.maximum(0, 1 - jnp.abs(centres[:, :, None] - jnp.arange(size)[None, None]))
 
 
 def _luma(planes: Planes) -> Array:

@@ -261,7 +261,8 @@ def _fingerprint(folder: pathlib.Path) -> np.ndarray:
 def _read_cache(path: pathlib.Path, fingerprint: np.ndarray) -> dict[str, np.ndarray] | None:
     """The decoded arrays, or None where they are absent, damaged or of another preparation."""
     try:
-        with np.load(path) as file:  # zip checks the CRC-32 of every array that is read
+        # zip checks the CRC-32 of every array that is read.
+        with open(path, "rb") as raw, np.load(raw) as file:
             if not np.array_equal(file["fingerprint"], fingerprint):
                 return None
             return {name: file[name] for name in ("images", "labels", "ids")}

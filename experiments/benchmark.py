@@ -1,0 +1,151 @@
+"""Times this library against its peers: same machine, same process, same weights, in turn.
+
+    python experiments/benchmark.py                      # all suites
+    python experiments/benchmark.py conv pgd             # some
+    python experiments/benchmark.py --record=experiments/records/benchmark/cpu.json pgd
+
+Peers are Foolbox on JAX, and torchattacks where torch and torchattacks are installed (they are
+not among the library's requirements); a peer that is missing is said to be. Only ratios carry
+over to another machine.
+"""
+
+import importlib.util
+import statistics
+import time
+
+import cli
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import flags
+
+from jaxdefense import attacks, models, threat
+from jaxdefense.evaluation import records, tables
+
+RECORD = flags.DEFINE_string("record", None, "Write the rows to this JSON file too.")
+REPEATS = flags.DEFINE_integer("repeats", 5, "Timed pairs per row, after one warm-up.")
+
+
+def pairs(ours, theirs, repeats):
+    """Medians of both in seconds and of the ratio theirs / ours, run in turn."""
+    times = []
+    for i in range(repeats + 1):
+        pair = []
+        for function in (ours, theirs):
+            begin = time.perf_counter()
+            function()
+            pair.append(time.perf_counter() - begin)
+        if i:  # the first is the warm-up
+            times.append(pair)
+    ratios = [b / a for a, b in times]
+    ours_s, theirs_s = (statistics.median(column) for column in zip(*times, strict=True))
+    return {"ours_ms": 1e3 * ours_s, "peer_ms": 1e3 * theirs_s, "ratio": statistics.median(ratios)}
+
+
+def _problem(name, batch):
+    """A network with its weights, and a batch for it, as NumPy."""
+    shape = (28, 28, 1) if name == "cnn" else (32, 32, 3)
+    net = models.make(name, 10)
+    rng = np.random.default_rng(0)
+    images = rng.uniform(size=(batch, *shape)).astype(np.float32)
+    labels = rng.integers(0, 10, batch)
+    variables = jax.jit(net.init)(jax.random.key(0), jnp.asarray(images[:1]))
+    return net, variables, images, labels
+
+
+def _jax_attack(net, variables, attack, images, labels):
+    fast = attacks.jitted(attack, net.apply)
+    x, y, key = jnp.asarray(images), jnp.asarray(labels), jax.random.key(0)
+    return lambda: jax.block_until_ready(fast(variables, key, x, y))
+
+
+def _torch_module(name, variables):
+    import torch
+    import torch_peers
+
+    module = {"cnn": torch_peers.CNN, "resnet": torch_peers.ResNet18}[name]()
+    module = torch_peers.load(module, variables)
+    if torch.cuda.is_available():
+        module = module.cuda()
+    return module.to(memory_format=torch.channels_last)
+
+
+def _torchattacks_pgd(name, variables, images, labels, eps, steps, step_size):
+    import torch
+    import torchattacks
+
+    module = _torch_module(name, variables)
+    device = next(module.parameters()).device
+    attack = torchattacks.PGD(module, eps=eps, alpha=step_size, steps=steps)
+    x = torch.from_numpy(images.transpose(0, 3, 1, 2).copy()).to(device)
+    x = x.contiguous(memory_format=torch.channels_last)
+    y = torch.from_numpy(labels).to(device)
+
+    def run():
+        attack(x, y)
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+
+    return run
+
+
+def _foolbox_pgd(net, variables, images, labels, eps, steps, step_size):
+    import foolbox
+
+    model = foolbox.JAXModel(lambda x: net.apply(variables, x), bounds=(0, 1))
+    attack = foolbox.attacks.LinfPGD(abs_stepsize=step_size, steps=steps)
+    x, y = jnp.asarray(images), jnp.asarray(labels)
+    return lambda: jax.block_until_ready(attack.run(model, x, y, epsilon=eps))
+
+
+def pgd():
+    """PGD: L_inf on the small CNN and on ResNet-18, against Foolbox on JAX and torchattacks."""
+    cases = [("cnn", 1, 40), ("cnn", 16, 40), ("cnn", 500, 40), ("resnet", 64, 10)]
+    for name, batch, steps in cases:
+        net, variables, images, labels = _problem(name, batch)
+        eps, step_size = (0.3, 0.01) if name == "cnn" else (8 / 255, 2 / 255)
+        attack = attacks.pgd(threat.Linf(eps), steps=steps, step_size=step_size)
+        ours = _jax_attack(net, variables, attack, images, labels)
+        arguments = (images, labels, eps, steps, step_size)
+        peers = {
+            "torchattacks": lambda n=name, v=variables, a=arguments: _torchattacks_pgd(n, v, *a)
+        }
+        if name == "cnn":
+            peers["foolbox"] = lambda n=net, v=variables, a=arguments: _foolbox_pgd(n, v, *a)
+        for peer, build in peers.items():
+            what = f"PGD-{steps}, {name}, batch {batch}"
+            if not importlib.util.find_spec(peer):
+                yield {"what": what, "peer": f"{peer} (not installed)"}
+                continue
+            yield {"what": what, "peer": peer, **pairs(ours, build(), REPEATS.value)}
+
+
+SUITES = {"pgd": pgd}
+
+
+def _cells(row):
+    if "ratio" not in row:
+        return [row["what"], row["peer"], "–", "–", "–"]
+    numbers = [f"{row['ours_ms']:.1f}", f"{row['peer_ms']:.1f}", f"{row['ratio']:.2f}"]
+    return [row["what"], row["peer"], *numbers]
+
+
+def main(argv):
+    from jaxdefense import registry
+
+    rows = []
+    for name in argv[1:] or SUITES:
+        if name not in SUITES:
+            registry.unknown("suite", name, SUITES)
+        print(f"{name}: {SUITES[name].__doc__}", flush=True)
+        for row in SUITES[name]():
+            rows.append({"suite": name, **row})
+            print("  " + " | ".join(_cells(row)), flush=True)
+    header = ["what", "peer", "ours, ms", "peer, ms", "peer / ours"]
+    print(tables.markdown(header, map(_cells, rows)))
+    if RECORD.value:
+        records.save({"kind": "benchmark", "rows": rows, **records.environment()}, RECORD.value)
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,290 @@
+import gzip
+import hashlib
+import os
+import pathlib
+import shutil
+import struct
+import subprocess
+import sys
+
+import numpy as np
+import prepare_data
+import pytest
+import tensorflow_datasets as tfds
+
+from jaxdefense import data
+from jaxdefense.data import prepare
+
+PACKED = pathlib.Path(__file__).parents[2] / "shared" / "data"
+needs_packed = pytest.mark.skipif(
+    not (PACKED / "unpack.py").is_file(), reason=f"the packed data sets are not in {PACKED}"
+)
+
+
+def idx(array):
+    header = struct.pack(">HBB", 0, 8, array.ndim)
+    return header + struct.pack(f">{array.ndim}I", *array.shape) + array.tobytes()
+
+
+def write_idx(folder, rng):
+    """A tiny MNIST: (images, labels) by split, and the bytes of each file, uncompressed."""
+    contents, splits = {}, {}
+    for split, prefix, n in (("train", "train", 30), ("test", "t10k", 12)):
+        images = rng.integers(0, 256, (n, 28, 28), np.uint8)
+        labels = rng.integers(0, 10, n, np.uint8)
+        contents[f"{prefix}-images-idx3-ubyte.gz"] = idx(images)
+        contents[f"{prefix}-labels-idx1-ubyte.gz"] = idx(labels)
+        splits[split] = {"image": images[..., None], "label": labels}
+    for name, content in contents.items():
+        (folder / name).write_bytes(gzip.compress(content))
+    return splits, contents
+
+
+def write_cifar(folder, rng, name):
+    """A tiny CIFAR in the binary version: one row of bytes per image."""
+    batches = {"cifar10": [f"data_batch_{i}.bin" for i in range(1, 6)], "cifar100": ["train.bin"]}
+    test = {"cifar10": "test_batch.bin", "cifar100": "test.bin"}[name]
+    columns = {"label": 10} if name == "cifar10" else {"coarse_label": 20, "label": 100}
+    contents, splits = {}, {}
+    for split, files in (("train", batches[name]), ("test", [test])):
+        parts = []
+        for file in files:
+            images = rng.integers(0, 256, (4, 32, 32, 3), np.uint8)
+            labels = {c: rng.integers(0, k, 4, np.uint8) for c, k in columns.items()}
+            planes = images.transpose(0, 3, 1, 2).reshape(4, -1)
+            contents[file] = np.column_stack([*labels.values(), planes]).tobytes()
+            parts.append({"image": images} | labels)
+        splits[split] = {k: np.concatenate([part[k] for part in parts]) for k in parts[0]}
+    for file, content in contents.items():
+        (folder / file).write_bytes(content)
+    names = {"batches.meta.txt": 10} if name == "cifar10" else {}
+    names = names or {"fine_label_names.txt": 100, "coarse_label_names.txt": 20}
+    for file, n in names.items():
+        (folder / file).write_text("".join(f"class_{i}\n" for i in range(n)))
+    return splits, contents
+
+
+@pytest.fixture
+def tiny(tmp_path, monkeypatch):
+    """Writes tiny originals whose sums stand in for the published ones."""
+
+    def write(name):
+        rng = np.random.default_rng(0)
+        folder = tmp_path / "originals" / prepare._FOLDERS[name]
+        folder.mkdir(parents=True)
+        write = write_idx if "mnist" in name else lambda f, r: write_cifar(f, r, name)
+        splits, contents = write(folder, rng)
+        sums = {file: hashlib.md5(content).hexdigest() for file, content in contents.items()}
+        monkeypatch.setitem(prepare._FILES, name, sums)
+        return folder, splits
+
+    return write
+
+
+@pytest.mark.parametrize("name", prepare.originals())
+def test_plain_tfds_reads_what_was_prepared(name, tiny, tmp_path):
+    folder, splits = tiny(name)
+    written = prepare.prepare(name, folder.parent, tmp_path / "tfds")
+    builder = tfds.builder(name, data_dir=tmp_path / "tfds", file_format="array_record")
+    standard = tfds.builder(name, data_dir=tmp_path / "none")
+    assert written == tmp_path / "tfds" / name / str(standard.version)
+    assert repr(builder.info.features) == repr(standard.info.features)
+    for split, columns in splits.items():
+        examples = list(builder.as_data_source(split))
+        n = len(columns["label"])
+        assert len(examples) == n
+        if "cifar" in name:  # ids are rows
+            examples.sort(key=lambda example: example["id"])
+            assert examples[2]["id"] == f"{split}_00002".encode()
+            for column, expected in columns.items():
+                found = np.stack([example[column] for example in examples])
+                assert np.array_equal(found, expected)
+        else:
+            found = {(e["image"].tobytes(), int(e["label"])) for e in examples}
+            assert found == {(i.tobytes(), int(k)) for i, k in zip(*columns.values())}
+    assert len(builder.as_data_source("train[:50%]")) == len(splits["train"]["label"]) // 2
+    loaded = data.load(name, "test", data_dir=tmp_path / "tfds")
+    assert loaded.num_classes == standard.info.features["label"].num_classes
+    if "cifar" in name:
+        assert np.array_equal(loaded.images, splits["test"]["image"])
+        assert loaded.label_names[3] == "class_3"
+
+
+def test_is_idempotent_and_leaves_nothing_else(tiny, tmp_path):
+    folder, _ = tiny("mnist")
+    first = prepare.prepare("mnist", folder.parent, tmp_path / "tfds")
+    times = {path: path.stat().st_mtime_ns for path in first.iterdir()}
+    shutil.rmtree(folder)  # the originals are not needed again
+    assert prepare.prepare("mnist", folder.parent, tmp_path / "tfds") == first
+    assert {path: path.stat().st_mtime_ns for path in first.iterdir()} == times
+    assert [path.name for path in (tmp_path / "tfds").iterdir()] == ["mnist"]
+    assert [path.name for path in (tmp_path / "tfds" / "mnist").iterdir()] == ["3.0.1"]
+
+
+def test_an_interruption_leaves_nothing_half_written(tiny, tmp_path, monkeypatch):
+    folder, _ = tiny("mnist")
+
+    def interrupt(image):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(prepare, "_png", interrupt)
+        prepare.prepare("mnist", folder.parent, tmp_path / "tfds")
+    assert not list((tmp_path / "tfds").rglob("*.*"))
+    assert not prepare.is_prepared("mnist", tmp_path / "tfds")
+    prepare.prepare("mnist", folder.parent, tmp_path / "tfds")
+    assert prepare.is_prepared("mnist", tmp_path / "tfds")
+
+
+def test_two_processes_may_prepare_at_once(tmp_path, monkeypatch):
+    rename = os.rename
+
+    def lose_the_race(source, target):
+        if str(source).startswith(str(tmp_path)) and ".incomplete" not in str(source):
+            shutil.copytree(source, target, dirs_exist_ok=True)
+        rename(source, target)
+
+    monkeypatch.setattr(prepare.os, "rename", lose_the_race)
+    folder = prepare.prepare_digits(tmp_path)
+    monkeypatch.undo()
+    assert (folder / "dataset_info.json").is_file()
+    assert len(data.load("digits", "test", data_dir=tmp_path)) == 500
+
+
+def damage_gzip(folder):
+    path = folder / "train-images-idx3-ubyte.gz"
+    path.write_bytes(path.read_bytes()[:-100])
+    return path
+
+
+def damage_not_gzip(folder):
+    path = folder / "t10k-labels-idx1-ubyte.gz"
+    path.write_bytes(b"<html>404</html>")
+    return path
+
+
+def damage_pixel(folder):
+    path = folder / "t10k-images-idx3-ubyte.gz"
+    content = bytearray(gzip.decompress(path.read_bytes()))
+    content[-1] ^= 1
+    path.write_bytes(gzip.compress(content))
+    return path
+
+
+def remove(folder):
+    path = folder / "train-labels-idx1-ubyte.gz"
+    path.unlink()
+    return path
+
+
+def remove_folder(folder):
+    shutil.rmtree(folder)
+    return folder / "train-images-idx3-ubyte.gz"
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (damage_gzip, "damaged"),
+        (damage_not_gzip, "damaged"),
+        (damage_pixel, "damaged .*: MD5 [0-9a-f]{32}, not [0-9a-f]{32}"),
+        (remove, "missing"),
+        (remove_folder, "missing"),
+    ],
+)
+def test_a_damaged_original_is_named(tiny, tmp_path, damage, message):
+    folder, _ = tiny("mnist")
+    path = damage(folder)
+    with pytest.raises(ValueError, match=message) as error:
+        prepare.prepare("mnist", folder.parent, tmp_path / "tfds")
+    assert str(path) in str(error.value)
+    assert not prepare.is_prepared("mnist", tmp_path / "tfds")
+
+
+@pytest.mark.parametrize("text", [None, "cat\ndog\n"])
+def test_damaged_class_names_are_named(tiny, tmp_path, text):
+    folder, _ = tiny("cifar10")
+    path = folder / "batches.meta.txt"
+    path.unlink()
+    if text:
+        path.write_text(text)
+    message = "damaged .*: 2 class names, not 10" if text else "missing"
+    with pytest.raises(ValueError, match=message) as error:
+        prepare.prepare("cifar10", folder.parent, tmp_path / "tfds")
+    assert str(path) in str(error.value)
+
+
+def test_an_unknown_name_lists_the_nearest(tmp_path):
+    with pytest.raises(ValueError, match="nearest: mnist"):
+        prepare.prepare("minst", tmp_path)
+
+
+def test_digits_without_scikit_learn_say_what_to_install(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
+    monkeypatch.setitem(sys.modules, "sklearn", None)
+    with pytest.raises(ValueError, match=r"pip install 'jaxdefense\[digits\]'"):
+        prepare.prepare_digits(tmp_path)
+
+
+class TestCommand:
+    def test_prepares_what_the_folder_holds(self, tiny, tmp_path, capsys):
+        folder, _ = tiny("mnist")
+        tiny("cifar10")
+        arguments = ["--from", str(folder.parent), "--data_dir", str(tmp_path / "tfds")]
+        assert prepare_data.main(arguments) == 0
+        out = capsys.readouterr().out.splitlines()
+        assert out == [
+            f"cifar10: {tmp_path / 'tfds' / 'cifar10' / '3.0.2'}",
+            f"mnist: {tmp_path / 'tfds' / 'mnist' / '3.0.1'}",
+        ]
+
+    def test_reports_errors_in_one_line(self, tmp_path, capsys):
+        assert prepare_data.main(["--from", str(tmp_path)]) == 1
+        assert "holds none of cifar10" in capsys.readouterr().err
+        assert prepare_data.main(["--from", str(tmp_path), "mnist"]) == 1
+        assert "mnist: missing original file" in capsys.readouterr().err
+
+    def test_help_is_readable(self, capsys):
+        with pytest.raises(SystemExit) as end:
+            prepare_data.main(["--help"])
+        assert end.value.code == 0
+        assert "cifar-10-batches-bin/" in capsys.readouterr().out
+
+
+def check_published(name, tmp_path):
+    """Unpacks the published files, prepares them, and reads the same bytes back."""
+    subprocess.run(
+        [sys.executable, "-B", "unpack.py", str(tmp_path), name], cwd=PACKED, check=True
+    )
+    prepare.prepare(name, tmp_path, tmp_path / "tfds")
+    arguments = "import sys, numpy, load; numpy.savez(sys.argv[2], *load.load(sys.argv[1], {!r}))"
+    for split in ("train", "test"):
+        out = tmp_path / f"{split}.npz"
+        command = [sys.executable, "-B", "-c", arguments.format(split), name, str(out)]
+        subprocess.run(command, cwd=PACKED, check=True)
+        with np.load(out) as expected:
+            images, labels = expected["arr_0"], expected["arr_1"]
+        arrays = data.load(name, split, data_dir=tmp_path / "tfds", validation=0)
+        found = arrays.images.reshape(images.shape)
+        rows = slice(None)
+        if "mnist" in name:  # ids are TFDS's order: match rows by content
+            rows = np.lexsort(np.column_stack([labels, images.reshape(len(images), -1)]).T[::-1])
+            pixels = found.reshape(len(found), -1)
+            back = np.lexsort(np.column_stack([arrays.labels, pixels]).T[::-1])
+            assert np.array_equal(found[back], images[rows])
+            assert np.array_equal(arrays.labels[back], labels[rows])
+        else:
+            assert np.array_equal(found, images)
+            assert np.array_equal(arrays.labels, labels)
+
+
+@needs_packed
+def test_the_published_mnist(tmp_path):
+    check_published("mnist", tmp_path)
+
+
+@needs_packed
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["fashion_mnist", "cifar10", "cifar100"])
+def test_the_other_published_sets(name, tmp_path):
+    check_published(name, tmp_path)
