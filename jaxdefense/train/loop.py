@@ -104,7 +104,7 @@ class Trainer:
         self.held_out = run.arrays("validation")
         self.augment = data.make_augment(options["augment"], arrays.name)
         self.evaluator = robust.Evaluator(
-            run.apply(run.defense.primary), run.threat, batch_size=500
+            run.apply(run.defense.primary), run.threat, batch_size=512
         )
         self._chunks: dict[Any, Chunk] = {}
         self.stores = {
