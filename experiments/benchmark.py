@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from absl import flags
 
-from jaxdefense import attacks, models, threat
+from jaxdefense import attacks, models, registry, threat
 from jaxdefense.evaluation import records, tables
 
 RECORD = flags.DEFINE_string("record", None, "Write the rows to this JSON file too.")
@@ -123,28 +123,21 @@ def pgd():
 SUITES = {"pgd": pgd}
 
 
-def _cells(row):
-    if "ratio" not in row:
-        return [row["what"], row["peer"], "–", "–", "–"]
-    numbers = [f"{row['ours_ms']:.1f}", f"{row['peer_ms']:.1f}", f"{row['ratio']:.2f}"]
-    return [row["what"], row["peer"], *numbers]
-
-
 def main(argv):
-    from jaxdefense import registry
-
-    rows = []
+    rows, began = [], time.monotonic()
     for name in argv[1:] or SUITES:
         if name not in SUITES:
             registry.unknown("suite", name, SUITES)
         print(f"{name}: {SUITES[name].__doc__}", flush=True)
         for row in SUITES[name]():
-            rows.append({"suite": name, **row})
-            print("  " + " | ".join(_cells(row)), flush=True)
-    header = ["what", "peer", "ours, ms", "peer, ms", "peer / ours"]
-    print(tables.markdown(header, map(_cells, rows)))
+            rows.append(row)
+            shown = f"{row['ratio']:.2f} times" if "ratio" in row else "not measured"
+            print(f"  {row['what']}: {row['peer']} takes {shown} ours", flush=True)
+    spent = time.monotonic() - began
+    record = records.make("benchmark", {}, {}, seed=0, seconds=spent, rows=rows)
+    print(tables.benchmark_table(record))
     if RECORD.value:
-        records.save({"kind": "benchmark", "rows": rows, **records.environment()}, RECORD.value)
+        records.save(record, RECORD.value)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
 """Prints Markdown tables from records: files, or folders searched for *.json.
 
-    python experiments/tables.py experiments/records/mnist
-    python experiments/tables.py --per_class=pgd40 experiments/records/mnist
-    python experiments/tables.py --into=README.md      # renews the tables that README.md marks
+python experiments/tables.py experiments/records/mnist
+python experiments/tables.py --per_class=pgd40 experiments/records/mnist
+python experiments/tables.py --into=README.md      # renews the tables that README.md marks
 """
 
 import pathlib
@@ -17,7 +17,7 @@ PER_CLASS = flags.DEFINE_string("per_class", None, "Accuracy per class under thi
 INTO = flags.DEFINE_string("into", None, "A Markdown file whose marked tables are renewed.")
 
 ROOT = pathlib.Path(__file__).parents[1]
-_MARKED = re.compile(r"(<!-- table (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
+_MARKED = re.compile(r"(<!-- (table|benchmark) (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
 def render(paths):
@@ -34,7 +34,16 @@ def render(paths):
 
 def renew(text):
     """`text` with each marked table rendered from the records that its mark names."""
-    return _MARKED.sub(lambda m: f"{m[1]}{render([ROOT / m[2]])}{m[3]}", text)
+
+    def block(match):
+        begin, kind, path, end = match.groups()
+        if kind == "benchmark":
+            record = records.load(ROOT / path)
+            table = tables.benchmark_table(record)
+            return f"{begin}{table}\n\n{tables.provenance([record])}\n{end}"
+        return begin + render([ROOT / path]) + end
+
+    return _MARKED.sub(block, text)
 
 
 def main(argv):

@@ -13,7 +13,7 @@ from configs import recipes
 def get_config(variant="digits"):
     sections = dict(
         digits=dict(name="trades", beta=6.0, steps=7, step_size=0.04, ramp_epochs=8.0),
-        mnist=dict(name="trades", beta=1.0, steps=7, step_size=0.1, ramp_epochs=3.0),
+        mnist=dict(name="trades", beta=1.0, steps=7, step_size=0.08, ramp_epochs=3.0),
         cifar10=dict(name="trades", beta=6.0, steps=10, step_size=2 / 255, ramp_epochs=0.0),
     )
     return recipes.make("trades", variant, sections)

@@ -10,16 +10,20 @@ done, and a killed evaluation goes on from there.
 import dataclasses
 import hashlib
 import json
+import os
 import pathlib
 import time
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
+from jaxdefense import registry
+from jaxdefense.attacks import checks, ensemble
 from jaxdefense.evaluation import records, robust
-from jaxdefense.types import Attack, PyTree
+from jaxdefense.types import Attack, Predict, PyTree, Threat
 
 
 class Stage(NamedTuple):
@@ -59,6 +63,94 @@ class Verdict:
         """AA-fast: the survivors of the gradient attacks on the loss (APGD-CE and APGD-T)."""
         names = [name for name in self.by_attack if name.startswith("apgd")]
         return self.by_attack[names[-1]] if names else self.clean
+
+
+def stages(
+    threat: Threat,
+    num_classes: int,
+    *,
+    version: str = "standard",
+    attacks: Sequence[str] | None = None,
+) -> list[Stage]:
+    """AutoAttack's stages.
+
+    Args:
+      threat: norm, eps, bounds.
+      num_classes: K.
+      version: 'standard', 'plus' or 'rand'.
+      attacks: only these of its stages, in its order.
+
+    Raises:
+      ValueError: unknown version or stage.
+    """
+    passes = ensemble.budgets(threat, version, num_classes)
+    found = ensemble.stages(threat, version, num_classes)
+    for name in attacks or ():
+        if name not in passes:
+            registry.unknown(f"stage of {version}", name, passes)
+    return [
+        Stage(name, attack, *passes[name])
+        for name, attack in found
+        if attacks is None or name in attacks
+    ]
+
+
+def autoattack(
+    predict: Predict,
+    images: np.ndarray,
+    labels: np.ndarray,
+    threat: Threat,
+    *,
+    version: str = "standard",
+    seed: int = 0,
+    batch_size: int = 512,
+    attacks: Sequence[str] | None = None,
+    ids: np.ndarray | None = None,
+    folder: str | os.PathLike | None = None,
+    progress: bool = False,
+) -> Verdict:
+    """AutoAttack on a whole set: APGD-CE, APGD-T, FAB-T, Square, each on the survivors.
+
+    Args:
+      predict: images (B, H, W, C) -> logits (B, K), parameters inside, eval mode.
+      images: (N, H, W, C) floats in the threat's bounds.
+      labels: (N,) integers.
+      threat: Linf, L2 or L1.
+      version: 'standard', 'plus' or 'rand' (for a predict made by `attacks.eot`).
+      seed: of all attacks.
+      batch_size: most examples per dispatch, over all devices.
+      attacks: only these stages, e.g. ("apgd-ce", "apgd-t").
+      ids: (N,) the examples' names in the random keys; default their positions.
+      folder: keep finished dispatches there; the same call then goes on where it was killed.
+      progress: show a bar.
+
+    Returns:
+      A `Verdict`. What few classes changed is among its flags.
+
+    Raises:
+      ValueError: bad images or labels, probabilities or NaN instead of logits, BatchNorm in train
+        mode, unknown names, or a folder of another evaluation.
+
+    Reference: Croce, Hein, Reliable evaluation of adversarial robustness with an ensemble of
+      diverse parameter-free attacks, arXiv 2003.01690. Differences from the authors' programme are
+      listed in the attacks' docstrings.
+    """
+    images = np.asarray(images)
+    checks.check_images(jnp.asarray(images), threat.bounds)
+    classes = checks.num_classes(predict, images[:1])
+    verdict = run(
+        robust.Evaluator(lambda _, x: predict(x), threat, batch_size=batch_size),
+        (),
+        images,
+        labels,
+        stages(threat, classes, version=version, attacks=attacks),
+        ids=ids,
+        seed=seed,
+        folder=None if folder is None else pathlib.Path(folder),
+        progress=progress,
+    )
+    notes = tuple(ensemble.notes(threat, version, classes))
+    return dataclasses.replace(verdict, flags=verdict.flags + notes)
 
 
 class _Journal:

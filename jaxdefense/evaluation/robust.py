@@ -113,7 +113,7 @@ class Evaluator:
             start += size
 
     def _call(self, name: str, function: Callable, variables: PyTree, *arrays: np.ndarray) -> Any:
-        """function(variables, *arrays), compiled under `name`, the arrays padded to a static shape."""
+        """function(variables, *arrays), compiled under `name`; the arrays are padded."""
         if name not in self._compiled:
             # No device hears of another: each stops when its own examples are done.
             self._compiled[name] = jax.jit(

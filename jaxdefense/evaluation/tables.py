@@ -96,6 +96,16 @@ def class_table(records: Sequence[Record], column: str) -> str:
     return markdown([f"{column}, %", *map(str, range(classes))], rows)
 
 
+def benchmark_table(record: Record) -> str:
+    """A row per comparison of experiments/benchmark.py: medians in ms, and peer over ours."""
+    rows = []
+    for row in record["rows"]:
+        numbers = [f"{row[k]:.1f}" if k in row else "–" for k in ("ours_ms", "peer_ms")]
+        ratio = f"{row['ratio']:.2f}" if "ratio" in row else "–"
+        rows.append([row["what"], row["peer"], *numbers, ratio])
+    return markdown(["what", "peer", "ours, ms", "peer, ms", "peer / ours"], rows)
+
+
 def provenance(records: Sequence[Record]) -> str:
     """Where the numbers come from: devices, versions, revisions, dates, seeds."""
 
