@@ -2,12 +2,13 @@
 
     python experiments/benchmark_conv.py
 
-About two minutes on two cores; prints a Markdown table. On a GPU or TPU the same table says whether
+Two minutes on two cores; prints a Markdown table. On a GPU or TPU the same table says whether
 the explicit form is worth switching on there (`explicit_gradients(True)`).
 """
 
 import time
 from collections.abc import Callable
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -73,28 +74,23 @@ def convolution_rows() -> list[dict]:
         keys = jax.random.split(jax.random.key(0), 3)
         x = jax.random.normal(keys[0], (b, side, side, c))
         w = jax.random.normal(keys[1], (window, window, c, k))
-
-        def apply(x: jax.Array, w: jax.Array, stride: int = stride, pad: int = pad) -> jax.Array:
-            return models.conv(
-                x,
-                w,
-                (stride, stride),
-                ((pad, pad), (pad, pad)),
-                dimension_numbers=("NHWC", "HWIO", "NHWC"),
-            )
-
+        apply = partial(
+            models.conv,
+            window_strides=(stride, stride),
+            padding=((pad, pad), (pad, pad)),
+            dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        )
         dy = jax.random.normal(keys[2], jax.eval_shape(apply, x, w).shape)
         name = f"{b}x{side}x{side}x{c} -> {k}, {window}x{window}, stride {stride}"
-
-        def images(apply: Callable = apply) -> Callable:
-            return lambda dy, x, w: jax.vjp(lambda x: apply(x, w), x)[1](dy)[0]
-
-        def weights(apply: Callable = apply) -> Callable:
-            return lambda dy, x, w: jax.vjp(lambda w: apply(x, w), w)[1](dy)[0]
-
-        rows.append(compared(f"{name}: image gradient", images, dy, x, w))
-        rows.append(compared(f"{name}: weight gradient", weights, dy, x, w))
+        for i, operand in enumerate(("image", "weight")):
+            build = partial(gradient, apply, i)
+            rows.append(compared(f"{name}: {operand} gradient", build, dy, x, w))
     return rows
+
+
+def gradient(apply: Callable, i: int) -> Callable:
+    """(dy, x, w) -> the cotangent of operand i of apply(x, w)."""
+    return lambda dy, x, w: jax.vjp(apply, x, w)[1](dy)[i]
 
 
 def network_rows(batch: int = 1000) -> list[dict]:

@@ -116,6 +116,10 @@ class _Ball:
         goal = jnp.minimum(jnp.abs(gap)[:, None] / jnp.where(scale > 0, scale, 1), most)
         return _like(self._spend(size, room, goal), x) * jnp.sign(normal)
 
+    def _spend(self, size: Array, room: Array, goal: Array) -> Array:
+        """The shortest move of lengths in [0, room] that gains sum size * move = goal."""
+        raise NotImplementedError
+
     def _eps(self, x: Array) -> Array:
         return per_example(self.eps, x)
 

@@ -153,13 +153,18 @@ class TestDecodedCopy:
         monkeypatch.setattr(datasets, "_encoded", None)
         load()
 
-    @pytest.mark.parametrize("position", [0.001, 0.5, 0.999])
-    def test_is_replaced_when_damaged(self, copy, position):
+    @pytest.mark.parametrize("position", [0, 100, 40_000, 80_000, -1000, -100, -20, -1])
+    def test_may_be_damaged_anywhere(self, copy, position):
+        path, load = copy
+        damaged = bytearray(path.read_bytes())
+        damaged[position] ^= 0xFF
+        path.write_bytes(damaged)
+        load()
+
+    def test_is_replaced_when_damaged(self, copy):
         path, load = copy
         sound = path.read_bytes()
-        damaged = bytearray(sound)
-        damaged[int(position * len(sound))] ^= 0xFF
-        path.write_bytes(damaged)
+        path.write_bytes(sound[:5000] + bytes([sound[5000] ^ 1]) + sound[5001:])
         load()
         assert path.read_bytes() == sound
 

@@ -16,12 +16,62 @@ import jax.numpy as jnp
 
 from jaxdefense import registry
 from jaxdefense.attacks import checks
+from jaxdefense.attacks.adaptive import bpda, eot, transfer
+from jaxdefense.attacks.apgd import apgd, apgd_targeted
+from jaxdefense.attacks.ensemble import autoattack, worst_case
+from jaxdefense.attacks.fab import fab, fab_targeted
 from jaxdefense.attacks.gradient import bim, fgsm, maximize, mi_fgsm, pgd
+from jaxdefense.attacks.minimal import cw, ddn, deepfool, fmn
+from jaxdefense.attacks.outcome import FewClassesWarning, fooled
+from jaxdefense.attacks.square import square
 from jaxdefense.types import Attack, Images, Key, Labels, Logits, PyTree, Threat
 
-_FACTORIES: dict[str, Callable[..., Attack]] = {f.__name__: f for f in (bim, fgsm, mi_fgsm, pgd)}
+_FACTORIES: dict[str, Callable[..., Attack]] = {
+    factory.__name__: factory
+    for factory in (
+        apgd,
+        apgd_targeted,
+        autoattack,
+        bim,
+        cw,
+        ddn,
+        deepfool,
+        fab,
+        fab_targeted,
+        fgsm,
+        fmn,
+        mi_fgsm,
+        pgd,
+        square,
+    )
+}
 
-__all__ = ["bim", "fgsm", "jitted", "make", "maximize", "mi_fgsm", "names", "pgd"]
+__all__ = [
+    "FewClassesWarning",
+    "apgd",
+    "apgd_targeted",
+    "autoattack",
+    "bim",
+    "bpda",
+    "cw",
+    "ddn",
+    "deepfool",
+    "eot",
+    "fab",
+    "fab_targeted",
+    "fgsm",
+    "fmn",
+    "fooled",
+    "jitted",
+    "make",
+    "maximize",
+    "mi_fgsm",
+    "names",
+    "pgd",
+    "square",
+    "transfer",
+    "worst_case",
+]
 
 
 def names() -> list[str]:

@@ -93,7 +93,8 @@ class _Halving(NamedTuple):
 
     def memory(self, x_adv, x, restarted):
         zeros = jnp.zeros(x.shape[0], jnp.int32)
-        return {"rises": zeros, "halved": zeros == 0, "best": jnp.zeros(x.shape[0])}
+        best = jnp.zeros(x.shape[0], jnp.promote_types(x.dtype, jnp.float32))
+        return {"rises": zeros, "halved": zeros == 0, "best": best}
 
     def seen(self, memory, rose):
         return {**memory, "rises": memory["rises"] + rose}
@@ -178,7 +179,8 @@ def _largest(grad: Images, share: PerExample) -> Images:
 
 def _rule(threat: Threat, rho: float, momentum: float) -> _Rule:
     halving = _Halving(rho, momentum)
-    return {"linf": halving, "l2": halving, "l1": _Sparse()}[threat.norm]
+    rules: dict[str, _Rule] = {"linf": halving, "l2": halving, "l1": _Sparse()}
+    return rules[threat.norm]
 
 
 class _Plan(NamedTuple):
@@ -206,7 +208,7 @@ def _balls(steps: int, warm_eps: bool) -> list[tuple[float, int]]:
     counts = [int(np.ceil(share * steps)) for _, share in _WARM[:-1]]
     counts.append(steps - sum(counts))
     if counts[-1] < 1:
-        raise ValueError(f"warm_eps needs 5 steps or more, got {steps}")
+        raise ValueError(f"warm_eps needs 3 steps or more, got {steps}")
     return [(factor, n) for (factor, _), n in zip(_WARM, counts)]
 
 

@@ -14,7 +14,9 @@ from jaxdefense.attacks.outcome import (
     few_classes,
     fooled,
     keep_inside,
+    nearest,
     pick,
+    radii,
     rivals,
 )
 from jaxdefense.types import (
@@ -64,13 +66,13 @@ def nearest_boundary(
         count = logits.shape[-1] - 1 if candidates is None else candidates.shape[1]
 
         def look(i, carry):
-            nearest, gap, normal = carry
+            least, gap, normal = carry
             others = i + (i >= labels) if candidates is None else candidates[:, i]
             new_gap, new_normal = _face(logits, pull, labels, others)
             distance = _depth(threat, x, new_gap, new_normal)
-            closer = distance < nearest
+            closer = distance < least
             return (
-                jnp.where(closer, distance, nearest),
+                jnp.where(closer, distance, least),
                 jnp.where(closer, new_gap, gap),
                 pick(closer, new_normal, normal),
             )
@@ -128,8 +130,7 @@ def _walk(
 ) -> tuple[Images, PerExample]:
     """One run; an example whose best distance is at most `enough` is finished."""
 
-    def step(carry: Any) -> Any:
-        n, z, best_x, best = carry
+    def advance(_: Any, z: Images, best: PerExample) -> tuple[Images, Array, Images]:
         gap, normal = linearise(z)
         lead = jnp.sum(normal * (z - x), range(1, x.ndim))
         from_z = threat.reach(z, normal, gap)
@@ -139,15 +140,9 @@ def _walk(
         z = (1 - alpha) * (z + eta * from_z) + alpha * (x + eta * from_x)
         z = jnp.clip(z, *threat.bounds).astype(x.dtype)
         hit = fooled(predict(z), labels)
-        distance = threat.distance(z, x)
-        closer = hit & (distance < best) & (best > enough)
-        best_x, best = pick(closer, z, best_x), jnp.where(closer, distance, best)
-        return n + 1, pick(hit, x + beta * (z - x), z), best_x, best
+        return z, hit, pick(hit, x + beta * (z - x), z)
 
-    def going(carry: Any) -> Array:
-        return (carry[0] < steps) & jnp.any(carry[3] > enough)
-
-    return jax.lax.while_loop(going, step, (jnp.array(0), start, best_x, best))[2:]
+    return nearest(advance, start, x, best_x, best, threat, steps=steps, enough=enough)[1:]
 
 
 def refine(
@@ -243,8 +238,7 @@ def _runs(
 ) -> Images:
     """Runs over targets and restarts, the nearest point of all, the final search, the ball."""
     keys = example_keys(key, x.shape[0])
-    eps = jnp.broadcast_to(jnp.asarray(threat.eps, x.dtype), right.shape)
-    enough = jnp.zeros_like(eps) if minimal else eps
+    best, enough = radii(right, x, threat, minimal)
 
     def run(carry: Any) -> Any:
         n, best_x, best = carry
@@ -269,8 +263,6 @@ def _runs(
     def going(carry: Any) -> Array:
         return (carry[0] < runs) & jnp.any(carry[2] > enough)
 
-    # The misclassified need no step: their distance is 0.
-    best = jnp.where(right, jnp.inf, 0).astype(x.dtype)
     best_x = jax.lax.while_loop(going, run, (jnp.array(0), x, best))[1]
     best_x = refine(predict, x, labels, best_x, steps=search)
     best_x = best_x if minimal else keep_inside(best_x, x, threat)

@@ -1,7 +1,8 @@
 """What the attacks share about their results: who is fooled, what is kept, what it costs."""
 
 import warnings
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -62,3 +63,53 @@ def keep_inside(x_adv: Images, x: Images, threat: Threat) -> Images:
 def between(x: Images, x_adv: Images, fraction: PerExample) -> Images:
     """The point at that fraction of the way from x to x_adv."""
     return x + per_example(fraction, x) * (x_adv - x)
+
+
+def nearest(
+    advance: Callable[[Any, Any, PerExample], tuple[Images, Array, Any]],
+    state: Any,
+    x: Images,
+    best_x: Images,
+    best: PerExample,
+    threat: Threat,
+    *,
+    steps: int,
+    enough: PerExample,
+) -> tuple[Any, Images, PerExample]:
+    """Runs a minimal-norm attack's steps and keeps each example's nearest fooling point.
+
+    Args:
+      advance: (step's number, state, best distance) -> (point, whether it fools, state).
+      state: of the attack, any pytree.
+      x: (B, ...) images.
+      best_x: (B, ...) nearest fooling points so far.
+      best: (B,) their distances, inf for none.
+      threat: gives the distance.
+      steps: at most; the loop ends when every example is finished.
+      enough: (B,) an example at this distance or nearer is finished, and keeps its point.
+
+    Returns:
+      State, best_x, best.
+    """
+
+    def step(carry: Any) -> Any:
+        n, state, best_x, best = carry
+        z, hit, state = advance(n, state, best)
+        distance = threat.distance(z, x)
+        closer = hit & (distance < best) & (best > enough)
+        return n + 1, state, pick(closer, z, best_x), jnp.where(closer, distance, best)
+
+    def going(carry: Any) -> Array:
+        return (carry[0] < steps) & jnp.any(carry[3] > enough)
+
+    return jax.lax.while_loop(going, step, (jnp.array(0), state, best_x, best))[1:]
+
+
+def radii(right: Array, x: Images, threat: Threat, minimal: bool) -> tuple[PerExample, PerExample]:
+    """Where a minimal-norm attack starts and ends: best distances so far, and what is enough.
+
+    What is misclassified already is at distance 0. Inside the ball is enough, unless `minimal`.
+    """
+    best = jnp.where(right, jnp.inf, 0).astype(x.dtype)
+    eps = jnp.broadcast_to(jnp.asarray(threat.eps, x.dtype), right.shape)
+    return best, jnp.zeros_like(eps) if minimal else eps

@@ -51,8 +51,8 @@ def _corner(u: Array, side: Array, length: int) -> Array:
 
 def _window(x: Images, row: Array, column: Array, side: Array) -> tuple[Array, Array, Array]:
     """(B, H, W) mask of each example's window, and the pixels' (B, H), (B, W) places in it."""
-    rows = jnp.arange(x.shape[1]) - row[:, None]
-    columns = jnp.arange(x.shape[2]) - column[:, None]
+    rows = jnp.arange(x.shape[1])[None] - row[:, None]
+    columns = jnp.arange(x.shape[2])[None] - column[:, None]
     in_rows, in_columns = (rows >= 0) & (rows < side), (columns >= 0) & (columns < side)
     return in_rows[:, :, None] & in_columns[:, None, :], rows, columns
 
@@ -124,7 +124,8 @@ class _Masses(NamedTuple):
         tiles = rows * columns
         bump = jnp.asarray(self._bump(side), x.dtype)
         flip = (u[:, :tiles] < 0.5).reshape(batch, rows, columns, 1, 1)
-        grid = jnp.where(flip, bump.T, bump)[..., None]  # (B, rows, columns, side, side, 1)
+        upright = jnp.broadcast_to(bump, flip.shape[:3] + bump.shape)
+        grid = jnp.where(flip, upright.swapaxes(3, 4), upright)[..., None]  # (..., side, side, 1)
         signs = _signs(u[:, tiles:], x.dtype).reshape(batch, rows, columns, 1, 1, channels)
         grid = (grid * signs).swapaxes(2, 3)
         grid = grid.reshape(batch, rows * side, columns * side, channels)
@@ -257,10 +258,10 @@ def square(
         x = jax.lax.stop_gradient(images)
         batch, height, width, channels = x.shape
         keys = example_keys(key, batch)
-        shares = _shares(queries, p_init, rescale)
-        values, which = np.unique(shares, return_inverse=True)
-        sides = np.array([proposal.side(p, height, width) for p in values], np.int32)
-        tables, sides, which = map(jnp.asarray, (proposal.tables(sides), sides, which))
+        shares, turn = np.unique(_shares(queries, p_init, rescale), return_inverse=True)
+        lengths = np.array([proposal.side(p, height, width) for p in shares], np.int32)
+        tables = jnp.asarray(proposal.tables(lengths), x.dtype)
+        sides, which = jnp.asarray(lengths), jnp.asarray(turn)
 
         def uniform(n: Any, count: int) -> Array:
             return jax.vmap(lambda k: jax.random.uniform(k, (count,)))(fold_in(keys, n))

@@ -180,7 +180,7 @@ def color_jitter(
             which = which[:, None, None]
             other = jnp.where(which == 1, mean, jnp.where(which == 2, gray, 0))
             blended = [jnp.clip(factor * plane + (1 - factor) * other, 0, 1) for plane in planes]
-            turned = _turn_hue(planes, turns) if color else planes
+            turned = _turn_hue(planes, turns) if color and hue else planes
             return tuple(jnp.where(which == 3, t, b) for t, b in zip(turned, blended)), None
 
         # Planes and a loop: unrolled, or on whole images, XLA:CPU fuses it all and takes 10 times
@@ -250,7 +250,7 @@ def _check_channels(images: Images) -> int:
 
 def _chosen(key: Key, p: float, batch: int) -> Array:
     """(batch,) bool: True with probability `p`."""
-    return jax.vmap(lambda k: jax.random.bernoulli(k, p))(example_keys(key, batch))
+    return jax.vmap(lambda k: jax.random.bernoulli(k, float(p)))(example_keys(key, batch))
 
 
 def _where(chosen: Array, x: Array, y: Array) -> Array:

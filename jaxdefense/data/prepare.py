@@ -165,7 +165,7 @@ def prepare_digits(data_dir: str | os.PathLike | None = None) -> pathlib.Path:
     try:
         return _write(Digits, default_data_dir(data_dir))
     except ModuleNotFoundError as error:
-        if error.name != "sklearn":
+        if (error.name or "").split(".")[0] != "sklearn":
             raise
         raise ValueError(
             "preparing 'digits' needs scikit-learn: pip install 'jaxdefense[digits]'"
@@ -244,7 +244,7 @@ def _content(name: str, path: pathlib.Path) -> bytes:
         raise ValueError(f"{name}: missing original file {path}") from error
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise ValueError(f"{name}: damaged original file {path}: {error}") from error
-    found, published = hashlib.md5(data).hexdigest(), _FILES[name][path.name]
+    found, published = hashlib.md5(data, usedforsecurity=False).hexdigest(), _FILES[name][path.name]
     if found != published:
         raise ValueError(f"{name}: damaged original file {path}: MD5 {found}, not {published}")
     return data

@@ -112,7 +112,7 @@ class Evaluator:
             yield rows[start : start + size]
             start += size
 
-    def _call(self, name: str, function: Callable, variables: PyTree, *arrays: np.ndarray) -> Any:
+    def call(self, name: str, function: Callable, variables: PyTree, *arrays: np.ndarray) -> Any:
         """function(variables, *arrays), compiled under `name`; the arrays are padded."""
         if name not in self._compiled:
             # No device hears of another: each stops when its own examples are done.
@@ -136,7 +136,7 @@ class Evaluator:
     def logits(self, variables: PyTree, images: np.ndarray) -> np.ndarray:
         """(N, K) float32."""
         parts = [
-            self._call("logits", self.apply, variables, images[rows])
+            self.call("logits", self.apply, variables, images[rows])
             for rows in self.packs(np.arange(len(images)))
         ]
         return np.concatenate(parts).astype(np.float32)
@@ -186,13 +186,13 @@ class Evaluator:
             return x_adv, valid(self.threat, x_adv, x)
 
         data = np.asarray(jax.random.key_data(attack_keys(seed, name, ids)))
-        x_adv, inside = self._call(f"attack {name}", run, variables, data, images, labels)
+        x_adv, inside = self.call(f"attack {name}", run, variables, data, images, labels)
         if not inside.all():
             raise ValueError(
                 f"attack {name} left the ball or the box of {self.threat}, or returned NaN, for "
                 f"examples {ids[~inside][:5].tolist()}"
             )
-        wrong = self._call("logits", self.apply, variables, x_adv).argmax(-1) != labels
+        wrong = self.call("logits", self.apply, variables, x_adv).argmax(-1) != labels
         return x_adv, wrong
 
     def bits(

@@ -81,7 +81,8 @@ def conv(
     (images (B, H, W, C), kernels (kh, kw, C, K)) get explicit gradients; all others, and every
     one on another backend than the CPU unless `explicit_gradients(True)` says so, are passed on
     to `jax.lax` unchanged. Explicit gradients can be differentiated again, in reverse mode only:
-    `jax.jvp` needs `explicit_gradients(False)`.
+    `jax.jvp` needs `explicit_gradients(False)`, and so does a `jax.shard_map` whose `check_vma` is
+    on (under `pmap` or `check_vma=False` they work).
 
     Args:
       lhs, rhs, window_strides, ...: as in `jax.lax.conv_general_dilated`.
@@ -115,7 +116,7 @@ def conv(
             for size, k, (lo, hi) in zip(lhs.shape[1:3], rhs.shape[:2], pads)
         )
         if fits:  # no negative padding, and a result that is not empty
-            return _conv(*_alike(lhs, rhs), strides, pads, precision)
+            return _conv(lhs, rhs, strides, pads, precision)
     return lax.conv_general_dilated(
         lhs,
         rhs,
@@ -156,14 +157,6 @@ def _backward(strides: Pair, pads: Pads, precision: Any, saved: tuple, dy: Array
 
 
 _conv.defvjp(_forward, _backward)
-
-
-def _alike(x: Array, w: Array) -> tuple[Array, Array]:
-    """x and w, varying over the same axes of a `shard_map`: the transpose then sums over devices."""
-    axes = [jax.typeof(a).vma for a in (x, w)]
-    missing = [tuple(axes[0].union(*axes) - own) for own in axes]
-    x, w = (lax.pcast(a, m, to="varying") if m else a for a, m in zip((x, w), missing))
-    return x, w
 
 
 def _by_patches(w: Array, strides: Pair) -> bool:

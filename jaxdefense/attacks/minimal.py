@@ -1,0 +1,339 @@
+"""Minimal-norm attacks: the nearest misclassified point, whatever eps.
+
+All of them, and FAB, have one form: an `Attack` that keeps an image's nearest fooling point if it
+lies inside the threat's ball, and stops there. With `minimal=True` the point is returned however
+far it is, and all steps bring it nearer: then `threat.distance(x_adv, images)` is the distance
+found, and an unchanged image says that nothing was found or that it is misclassified as it is.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from jaxdefense import losses
+from jaxdefense.attacks import checks
+from jaxdefense.attacks.fab import nearest_boundary
+from jaxdefense.attacks.outcome import fooled, keep_inside, nearest, radii, rivals
+from jaxdefense.types import (
+    Array,
+    Attack,
+    Images,
+    Key,
+    Labels,
+    LossFn,
+    PerExample,
+    Predict,
+    Threat,
+    per_example,
+)
+
+
+def _only_l2(threat: Threat, attack: str) -> None:
+    if threat.norm != "l2":
+        raise ValueError(f"{attack} is an L2 attack, got {threat}; fmn and fab know every norm")
+
+
+def _cosine(first: float, last: float, n: Any, steps: int) -> Array:
+    """From first to last along half a cosine."""
+    return last + (first - last) * (1 + jnp.cos(jnp.pi * n / max(steps - 1, 1))) / 2
+
+
+def _value_hit_grad(
+    predict: Predict, labels: Labels, loss: LossFn, z: Images
+) -> tuple[PerExample, Array, Images]:
+    """The loss, who is fooled and the loss's gradient, from one pass."""
+
+    def total(z):
+        logits = predict(z)
+        values = loss(logits, labels)
+        return jnp.sum(values), (values, fooled(logits, labels))
+
+    grad, (values, hit) = jax.grad(total, has_aux=True)(z)
+    return values.astype(z.dtype), hit, grad.astype(z.dtype)
+
+
+def _length2(x: Images) -> PerExample:
+    """||x||_2, with 1 for 0 so that it divides."""
+    length = jnp.sqrt(jnp.sum(jnp.square(x), range(1, x.ndim)))
+    return jnp.where(length > 0, length, 1)
+
+
+def _unit(grad: Images) -> Images:
+    """grad / ||grad||_2, or 0."""
+    scale = jnp.max(jnp.abs(grad), range(1, grad.ndim))
+    grad = grad / per_example(jnp.where(scale > 0, scale, 1), grad)
+    return grad / per_example(_length2(grad), grad)
+
+
+def _finish(best_x: Images, x: Images, threat: Threat, minimal: bool) -> Images:
+    return jax.lax.stop_gradient(best_x if minimal else keep_inside(best_x, x, threat))
+
+
+def deepfool(
+    threat: Threat,
+    *,
+    steps: int = 50,
+    overshoot: float = 0.02,
+    candidates: int = 10,
+    minimal: bool = False,
+) -> Attack:
+    """DeepFool: go to the nearest linearised decision boundary until the class changes.
+
+    x_{t+1} = clip(x_t + (1 + overshoot) d_t), d_t the shortest step inside the box onto
+    {x: z_k(x) = z_y(x)} linearised at x_t, for the class k where it is shortest.
+
+    Args:
+      threat: norm (any; the paper has L2 and L_inf), bounds, eps for what is returned.
+      steps: at most; each takes a gradient per candidate.
+      overshoot: share by which a step is longer than to the boundary.
+      candidates: the most likely wrong classes, at most K - 1, by the clean logits.
+      minimal: return the point found however far it is.
+
+    Returns:
+      An `Attack`; see the module.
+
+    Raises:
+      ValueError: counts or shares out of range; at the call, bad images, labels or keys.
+
+    Reference: Moosavi-Dezfooli et al., DeepFool: a simple and accurate method to fool deep neural
+      networks, arXiv 1511.04599.
+
+    Deviation: the steps are exact inside the box; the paper's leave it and are clipped.
+    """
+    checks.check_count("steps", steps)
+    checks.check_count("candidates", candidates)
+    checks.check_step("overshoot", overshoot)
+
+    def attack(predict: Predict, key: Key, images: Images, labels: Labels) -> Images:
+        x = jax.lax.stop_gradient(images)
+        clean = predict(x)
+        linearise = nearest_boundary(predict, labels, threat, rivals(clean, labels, candidates))
+
+        def advance(_: Any, z: Images, best: PerExample) -> tuple[Images, Array, Images]:
+            gap, normal = linearise(z)
+            z = z + (1 + overshoot) * threat.reach(z, normal, gap)
+            z = jnp.clip(z, *threat.bounds).astype(x.dtype)
+            return z, fooled(predict(z), labels), z
+
+        best, _ = radii(~fooled(clean, labels), x, threat, minimal)
+        # The first fooling point ends the method, near or far.
+        anywhere = jnp.full_like(best, jnp.finfo(best.dtype).max)
+        best_x = nearest(advance, x, x, x, best, threat, steps=steps, enough=anywhere)[1]
+        return _finish(best_x, x, threat, minimal)
+
+    return checks.checked(attack, threat, "deepfool")
+
+
+def ddn(
+    threat: Threat,
+    *,
+    steps: int = 100,
+    gamma: float = 0.05,
+    init_norm: float = 1.0,
+    step_size: float = 1.0,
+    minimal: bool = False,
+) -> Attack:
+    """DDN: the gradient gives the direction, a radius that shrinks and grows gives the norm (L2).
+
+    delta <- delta + alpha g / ||g||_2 with g the cross-entropy's gradient; the radius is multiplied
+    by 1 - gamma where the iterate is misclassified and by 1 + gamma where it is not; delta is
+    scaled to it and clipped to the box. alpha falls along a cosine to a hundredth.
+
+    Args:
+      threat: an L2 threat: bounds, eps for what is returned.
+      steps: gradients.
+      gamma: the radius's relative change.
+      init_norm: first radius, image units.
+      step_size: first alpha, image units.
+      minimal: return the nearest point found however far it is.
+
+    Returns:
+      An `Attack`; see the module.
+
+    Raises:
+      ValueError: another norm, counts out of range; at the call, bad images, labels or keys.
+
+    Reference: Rony et al., Decoupling direction and norm for efficient gradient-based L2
+      adversarial attacks and defenses, arXiv 1811.09600.
+    """
+    _only_l2(threat, "ddn")
+    checks.check_count("steps", steps)
+    for name, value in (("gamma", gamma), ("init_norm", init_norm), ("step_size", step_size)):
+        checks.check_step(name, value)
+
+    def attack(predict: Predict, key: Key, images: Images, labels: Labels) -> Images:
+        x = jax.lax.stop_gradient(images)
+
+        def advance(n: Any, state: Any, best: PerExample) -> tuple[Images, Array, Any]:
+            z, radius = state
+            _, hit, grad = _value_hit_grad(predict, labels, losses.cross_entropy, z)
+            alpha = _cosine(step_size, step_size / 100, n, steps).astype(x.dtype)
+            delta = z - x + alpha * _unit(grad)
+            radius = radius * jnp.where(hit, 1 - gamma, 1 + gamma).astype(x.dtype)
+            moved = x + delta * per_example(radius / _length2(delta), x)
+            return z, hit, (jnp.clip(moved, *threat.bounds), radius)
+
+        best, enough = radii(~fooled(predict(x), labels), x, threat, minimal)
+        start = (x, jnp.full_like(best, init_norm))
+        best_x = nearest(advance, start, x, x, best, threat, steps=steps, enough=enough)[1]
+        return _finish(best_x, x, threat, minimal)
+
+    return checks.checked(attack, threat, "ddn")
+
+
+def fmn(
+    threat: Threat,
+    *,
+    steps: int = 100,
+    gamma: float = 0.05,
+    step_size: float = 1.0,
+    minimal: bool = False,
+) -> Attack:
+    """FMN: steepest ascent on the margin inside a ball whose radius follows the boundary.
+
+    delta <- P_radius(delta + alpha g / ||g||_2) with g the margin's gradient. Until a fooling point
+    is found the radius is (1 + gamma) (||delta|| + |margin| / ||g||_dual), a linear estimate;
+    afterwards it is min(radius (1 - gamma), best distance) at fooling points and
+    radius (1 + gamma) elsewhere. alpha falls along a cosine to a hundredth, gamma to a thousandth.
+
+    Args:
+      threat: norm (any), bounds, eps for what is returned.
+      steps: gradients.
+      gamma: the radius's first relative change.
+      step_size: first alpha, an L2 length in image units.
+      minimal: return the nearest point found however far it is.
+
+    Returns:
+      An `Attack`; see the module.
+
+    Raises:
+      ValueError: counts out of range; at the call, bad images, labels or keys.
+
+    Reference: Pintor et al., Fast minimum-norm adversarial attacks through adaptive norm
+      constraints, arXiv 2102.12827.
+
+    Deviations: the projection is the nearest point of ball and box, not of the ball alone; the
+    first radius is 1 + gamma times the paper's, because a point on the boundary fools nobody.
+    """
+    checks.check_count("steps", steps)
+    for name, value in (("gamma", gamma), ("step_size", step_size)):
+        checks.check_step(name, value)
+
+    def attack(predict: Predict, key: Key, images: Images, labels: Labels) -> Images:
+        x = jax.lax.stop_gradient(images)
+
+        def advance(n: Any, state: Any, best: PerExample) -> tuple[Images, Array, Any]:
+            z, radius, found = state
+            value, hit, grad = _value_hit_grad(predict, labels, losses.margin, z)
+            distance = threat.distance(z, x)
+            found = found | hit
+            share = _cosine(gamma, gamma / 1000, n, steps).astype(x.dtype)
+            dual = threat.dual(grad)
+            guess = (1 + share) * (distance - value / jnp.where(dual > 0, dual, 1))
+            outside = jnp.where(found, radius * (1 + share), guess)
+            inside = jnp.minimum(radius * (1 - share), jnp.minimum(best, distance))
+            radius = jnp.where(hit, inside, outside)
+            alpha = _cosine(step_size, step_size / 100, n, steps).astype(x.dtype)
+            moved = threat.resized(radius).project(z + alpha * _unit(grad), x)
+            return z, hit, (moved, radius, found)
+
+        right = ~fooled(predict(x), labels)
+        best, enough = radii(right, x, threat, minimal)
+        start = (x, jnp.full_like(best, jnp.inf), ~right)
+        best_x = nearest(advance, start, x, x, best, threat, steps=steps, enough=enough)[1]
+        return _finish(best_x, x, threat, minimal)
+
+    return checks.checked(attack, threat, "fmn")
+
+
+def cw(
+    threat: Threat,
+    *,
+    steps: int = 1000,
+    searches: int = 9,
+    learning_rate: float = 0.01,
+    initial_const: float = 1e-3,
+    confidence: float = 0.0,
+    minimal: bool = False,
+) -> Attack:
+    """Carlini and Wagner's L2 attack: Adam on distance plus margin, the box by tanh.
+
+    min_w ||x(w) - x||_2^2 + c max(confidence - margin(x(w)), 0), x(w) = (tanh(w) + 1) / 2 scaled to
+    the bounds, where margin = max_{k != y} z_k - z_y. c starts small, grows tenfold until a fooling
+    point is found, and is then searched by halving, per example.
+
+    Args:
+      threat: an L2 threat: bounds, eps for what is returned.
+      steps: of Adam for each c.
+      searches: values of c tried.
+      learning_rate: Adam's, in units of w.
+      initial_const: first c.
+      confidence: margin aimed at, in logits.
+      minimal: return the nearest point found however far it is.
+
+    Returns:
+      An `Attack`; see the module.
+
+    Raises:
+      ValueError: another norm, counts out of range; at the call, bad images, labels or keys.
+
+    Reference: Carlini, Wagner, Towards evaluating the robustness of neural networks,
+      arXiv 1608.04644, section VI-A.
+
+    Deviation: the original stops a search early when Adam stalls; here it takes its steps.
+    """
+    _only_l2(threat, "cw")
+    checks.check_count("steps", steps)
+    checks.check_count("searches", searches)
+    for name, value in (
+        ("learning_rate", learning_rate),
+        ("initial_const", initial_const),
+        ("confidence", confidence),
+    ):
+        checks.check_step(name, value)
+    low, high = threat.bounds
+    adam = optax.adam(learning_rate)
+
+    def to_box(w: Images) -> Images:
+        return low + (high - low) * (jnp.tanh(w) + 1) / 2
+
+    def attack(predict: Predict, key: Key, images: Images, labels: Labels) -> Images:
+        x = jax.lax.stop_gradient(images)
+        # A hair inside the box: tanh reaches it at infinity.
+        origin = jnp.arctanh((2 * (x - low) / (high - low) - 1) * (1 - 1e-6))
+
+        def advance(_: Any, state: Any, best: PerExample) -> tuple[Images, Array, Any]:
+            w, memory, const, ever = state
+
+            def total(w):
+                z = to_box(w)
+                margin = losses.margin(predict(z), labels)
+                far = jnp.sum(jnp.square(z - x), range(1, x.ndim))
+                cost = far + const * jnp.maximum(confidence - margin, 0).astype(x.dtype)
+                return jnp.sum(cost), (z, margin > confidence)
+
+            grad, (z, hit) = jax.grad(total, has_aux=True)(w)
+            moves, memory = adam.update(grad, memory)
+            return z, hit, (optax.apply_updates(w, moves), memory, const, ever | hit)
+
+        def search(_: Any, carry: Any) -> Any:
+            const, least, most, best_x, best = carry
+            never = jnp.zeros(x.shape[0], bool)
+            state = (origin, adam.init(origin), const, never)
+            state, best_x, best = nearest(
+                advance, state, x, best_x, best, threat, steps=steps, enough=enough
+            )
+            ever = state[3]
+            least, most = jnp.where(ever, least, const), jnp.where(ever, const, most)
+            const = jnp.where(jnp.isinf(most), 10 * const, (least + most) / 2)
+            return const, least, most, best_x, best
+
+        best, enough = radii(~fooled(predict(x), labels), x, threat, minimal)
+        zeros = jnp.zeros_like(best)
+        start = (zeros + initial_const, zeros, zeros + jnp.inf, x, best)
+        best_x = jax.lax.fori_loop(0, searches, search, start)[3]
+        return _finish(best_x, x, threat, minimal)
+
+    return checks.checked(attack, threat, "cw")

@@ -1,0 +1,343 @@
+"""An executable honesty report: what an evaluation must survive before its numbers are believed.
+
+Tiers of knowledge, each an accuracy per example:
+
+    T0  oblivious     crafted on the undefended base, judged on the defence. Not white-box.
+    T1  end to end    gradients through the whole defence: PGD with restarts, APGD-CE, APGD-T
+    T2  BPDA          the purifier's backward pass is the identity
+    T3  black box     Square, and transfer from other models
+
+and checks, each with its evidence. A defence with its own randomness is averaged over keys (EOT).
+"""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxdefense import attacks, losses
+from jaxdefense.attacks import checks as inputs
+from jaxdefense.evaluation import cascade, curves, robust, tables
+from jaxdefense.evaluation.robust import Evaluator, summary
+from jaxdefense.types import Attack, Images, Key, Logits, Predict, Threat
+
+# Steps towards any class at eps .5 of the box must break every classifier that can be broken.
+_WIDE = 0.5
+
+
+@dataclasses.dataclass(frozen=True)
+class Check:
+    """One question, its answer, and what the answer rests on."""
+
+    name: str
+    passed: bool
+    evidence: str
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Audit:
+    """What an audit found.
+
+    Attributes:
+      tiers: {"clean" or tier and attack: (N,) bool, classified rightly}.
+      worst: (N,) bool, right under every attack but the oblivious ones.
+      checks: in a fixed order.
+      curve: (eps, accuracy in percent) of PGD over a grid of eps.
+      x_adv: (N, H, W, C), an adversarial image of the threat's set for each example that is not
+        in `worst` and was right, else the image.
+    """
+
+    tiers: dict[str, np.ndarray]
+    worst: np.ndarray
+    checks: tuple[Check, ...]
+    curve: tuple[tuple[float, float], ...]
+    x_adv: np.ndarray
+
+    @property
+    def passed(self) -> bool:
+        """Whether every check passed."""
+        return all(check.passed for check in self.checks)
+
+    def markdown(self) -> str:
+        """Two tables: accuracy per tier, and the checks with their evidence."""
+        rows = [[name, f"{100 * right.mean():.2f}"] for name, right in self.tiers.items()]
+        rows.append(["worst case per example", f"{100 * self.worst.mean():.2f}"])
+        told = [[c.name, "pass" if c.passed else "FAIL", c.evidence] for c in self.checks]
+        first = tables.markdown(["accuracy, %", "all"], rows)
+        return f"{first}\n\n{tables.markdown(['check', 'answer', 'evidence'], told)}"
+
+    def record(self, labels: np.ndarray, num_classes: int) -> dict[str, Any]:
+        """Plain values for a record: bits and accuracies, checks, curve."""
+        bits = {**self.tiers, "worst": self.worst}
+        return {
+            "tiers": summary(bits, labels, num_classes),
+            "checks": [dataclasses.asdict(check) for check in self.checks],
+            "curve": [list(point) for point in self.curve],
+        }
+
+
+def _evaluator(predict: Predict, threat: Threat, batch_size: int) -> Evaluator:
+    return Evaluator(lambda _, x: predict(x), threat, batch_size=batch_size)
+
+
+def has_loop(predict: Predict, images: Images) -> bool:
+    """Whether the forward pass iterates: an optimisation at test time hides its gradient so."""
+
+    def search(jaxpr: Any) -> bool:
+        for equation in jaxpr.eqns:
+            if equation.primitive.name in ("while", "scan"):
+                return True
+            for value in jax.tree.leaves(list(equation.params.values())):
+                inner = getattr(value, "jaxpr", value)
+                if hasattr(inner, "eqns") and search(inner):
+                    return True
+        return False
+
+    return search(jax.make_jaxpr(predict)(images).jaxpr)
+
+
+def _is_random(predict: Predict, images: Images) -> tuple[bool, str]:
+    """Two calls without `jit`, so that draws at each call differ."""
+    first, second = (np.asarray(predict(images), np.float32) for _ in range(2))
+    distance = float(np.abs(first - second).max())
+    return distance > 0, f"two calls differ by at most {distance:.3g}"
+
+
+def _gradients(predict: Predict, images: Images, labels: np.ndarray) -> tuple[float, float]:
+    """Shares of images whose cross-entropy's gradient is zero everywhere, or not finite."""
+
+    def total(x):
+        return jnp.sum(losses.cross_entropy(predict(x), jnp.asarray(labels)))
+
+    grad = np.asarray(jax.jit(jax.grad(total))(images)).reshape(len(images), -1)
+    return float((grad == 0).all(-1).mean()), float((~np.isfinite(grad)).any(-1).mean())
+
+
+def _basics(predict: Predict, images: np.ndarray, labels: np.ndarray) -> tuple[list[Check], bool]:
+    """The checks of the forward and backward pass, and whether attacks make sense at all."""
+    x = jnp.asarray(images[: robust.LEAST])
+    y = labels[: robust.LEAST]
+    found = []
+
+    def ask(name: str, passed: bool, evidence: str) -> bool:
+        found.append(Check(name, passed, evidence))
+        return passed
+
+    random, evidence = _is_random(predict, x)
+    ask("deterministic", not random, evidence)
+    logits = np.asarray(predict(x), np.float32)
+    finite = bool(np.isfinite(logits).all())
+    ask("finite logits", finite, f"{(~np.isfinite(logits)).any(-1).mean():.1%} of rows are not")
+    sums = logits.sum(-1)
+    soft = finite and logits.min() >= 0 and np.allclose(sums, 1, atol=1e-3)
+    ask("logits, not probabilities", not soft, f"rows sum to {sums.min():.3g}..{sums.max():.3g}")
+    try:
+        robust.check_batch_independence(lambda _, z: predict(z), (), x)
+        alone, evidence = True, "an image's logits are the same in other company"
+    except ValueError as error:
+        alone, evidence = random, str(error)
+    ask("independent of the batch", alone, evidence)
+    loop = has_loop(predict, x)
+    ask(
+        "no loop in the forward pass",
+        not loop,
+        "it iterates: attack what it optimises too" if loop else "no while or scan in its program",
+    )
+    zero, broken = _gradients(predict, x, y)
+    ask("gradients are there", zero < 0.05, f"zero for {zero:.1%} of images")
+    ask("gradients are finite", broken == 0, f"not finite for {broken:.1%} of images")
+    return found, finite
+
+
+def audit(
+    predict: Predict,
+    images: np.ndarray,
+    labels: np.ndarray,
+    threat: Threat,
+    *,
+    base: Predict | None = None,
+    purify: Callable[[Images], Images] | None = None,
+    random: Callable[[Key, Images], Logits] | None = None,
+    sources: Sequence[Predict] = (),
+    extra: dict[str, Attack] | None = None,
+    steps: int = 50,
+    restarts: int = 5,
+    queries: int = 5000,
+    samples: int = 20,
+    seed: int = 0,
+    batch_size: int = 512,
+) -> Audit:
+    """The honesty report of a classifier, or of a purifier in front of one.
+
+    Args:
+      predict: images (B, H, W, C) -> logits (B, K), the whole defence as it is deployed.
+      images: (N, H, W, C) floats in the threat's bounds.
+      labels: (N,) integers.
+      threat: Linf, L2 or L1.
+      base: the classifier without the defence (T0, T2).
+      purify: the purifier, predict(x) = base(purify(x)) (T2).
+      random: (key, images) -> logits where the defence draws at test time; attacks then see the
+        mean over `samples` draws (EOT).
+      sources: other models, to transfer from (T3).
+      extra: further attacks of the threat's set by name, e.g. on the defence's own loss (T1).
+      steps, restarts: of T1's PGD.
+      queries: of Square.
+      samples: of EOT.
+      seed: of all attacks.
+      batch_size: most examples per dispatch.
+
+    Returns:
+      An `Audit`. Attacks are left out where the forward pass is not finite.
+
+    Raises:
+      ValueError: bad images or labels, or `purify` without `base`.
+    """
+    if purify is not None and base is None:
+        raise ValueError("purify needs base: the classifier behind the purifier")
+    images, labels = np.asarray(images), np.asarray(labels)
+    inputs.check_images(jnp.asarray(images), threat.bounds)
+    classes = inputs.num_classes(predict, images[:1])
+    inputs.check_labels(labels, len(images), classes)
+    if random is not None:
+        key = jax.random.key(seed)
+        averaged = attacks.eot(random, key, samples=samples)
+        checks, sound = _basics(averaged, images, labels)
+    else:
+        averaged = predict
+        checks, sound = _basics(predict, images, labels)
+    refused = [c for c in checks if not c.passed and c.name in _FATAL]
+    if refused or not sound:
+        nothing = np.zeros(len(images), bool)
+        return Audit({}, nothing, tuple(checks), (), images.copy())
+
+    survey = _Survey(averaged, images, labels, threat, seed, batch_size)
+    tiers, x_adv = survey.tiers, survey.x_adv
+    if base is not None:
+        survey.craft("T0 oblivious pgd", attacks.pgd(threat, steps=steps), base, counts=False)
+    short = attacks.pgd(threat, steps=10)
+    survey.craft("T1 pgd-10", short)
+    survey.craft("T1 pgd", attacks.pgd(threat, steps=steps, restarts=restarts, best=True))
+    for stage in cascade.stages(threat, classes, attacks=("apgd-ce", "apgd-t")):
+        survey.craft(f"T1 {stage.name}", stage.attack)
+    for name, attack in (extra or {}).items():
+        survey.craft(f"T1 {name}", attack)
+    if purify is not None:
+        through = attacks.bpda(purify)
+        survey.craft("T2 bpda pgd", attacks.pgd(threat, steps=steps), lambda x: base(through(x)))
+    survey.craft("T3 square", attacks.square(threat, queries=queries))
+    if sources:
+        climb = attacks.apgd(threat, early_stop=False)
+        survey.craft("T3 transfer", attacks.transfer(climb, sources))
+    if base is not None:
+        climb = attacks.apgd(threat, early_stop=False)
+        survey.craft("T3 transfer from base", attacks.transfer(climb, [base]))
+
+    worst = np.all([b for name, b in tiers.items() if not name.startswith("T0")], axis=0)
+    curve = survey.curve(steps)
+    checks += _comparisons(tiers, curve, threat, survey.raw(short))
+    return Audit(tiers, worst, tuple(checks), curve, x_adv)
+
+
+# Without these an attack's result would mean nothing.
+_FATAL = ("finite logits", "logits, not probabilities", "independent of the batch")
+
+
+class _Survey:
+    """The attacks of an audit, each judged on the deployed defence."""
+
+    def __init__(self, predict, images, labels, threat, seed, batch_size):
+        self.threat, self.seed, self.batch_size = threat, seed, batch_size
+        self.images, self.labels, self.ids = images, labels, np.arange(len(images))
+        self.judge = _evaluator(predict, threat, batch_size)
+        clean = self.judge.logits((), images).argmax(-1) == labels
+        self.tiers = {"clean": clean}
+        self.x_adv = images.copy()
+
+    def craft(
+        self, name: str, attack: Attack, on: Predict | None = None, *, counts: bool = True
+    ) -> None:
+        """Runs an attack, on another model where one is given; the defence judges its images."""
+        right = self.tiers["clean"].copy()
+        crafter = self.judge if on is None else _evaluator(on, self.threat, self.batch_size)
+        for pack in crafter.packs(np.flatnonzero(right)):
+            given = (self.images[pack], self.labels[pack], self.ids[pack])
+            found, wrong = crafter.attack(name, attack, (), *given, seed=self.seed)
+            if on is not None:
+                wrong = self.judge.logits((), found).argmax(-1) != self.labels[pack]
+            right[pack[wrong]] = False
+            if counts:
+                self.x_adv[pack[wrong]] = found[wrong]
+        self.tiers[name] = right
+
+    def raw(self, attack: Attack) -> float:
+        """Accuracy in percent when the attack also meets what is misclassified already."""
+        hits = 0
+        for pack in self.judge.packs(np.arange(len(self.images))):
+            given = (self.images[pack], self.labels[pack], self.ids[pack])
+            _, wrong = self.judge.attack("T1 pgd-10", attack, (), *given, seed=self.seed)
+            hits += int((~wrong).sum())
+        return 100 * hits / len(self.images)
+
+    def curve(self, steps: int) -> tuple[tuple[float, float], ...]:
+        """PGD's accuracy at shares of eps, at eps, and at eps .5 of the box's diameter."""
+        wide = _WIDE * self.threat.diameter(self.images[0].size)
+        eps = [*(share * self.threat.eps for share in (0.0, 0.25, 0.5, 1.0, 2.0)), wide]
+        eps = sorted({float(e) for e in eps if e <= wide})
+        survives = curves.grid(
+            self.judge,
+            (),
+            self.images,
+            self.labels,
+            eps,
+            lambda ball: attacks.pgd(ball, steps=steps),
+            seed=self.seed,
+        )
+        return tuple(zip(eps, (100 * survives.mean(-1)).tolist(), strict=True))
+
+
+def _comparisons(
+    tiers: dict[str, np.ndarray],
+    curve: tuple[tuple[float, float], ...],
+    threat: Threat,
+    raw: float,
+) -> list[Check]:
+    """What the accuracies say of each other."""
+    accuracy = {name: 100 * float(right.mean()) for name, right in tiers.items()}
+    white = min(v for name, v in accuracy.items() if name.startswith("T1"))
+    black = {name: v for name, v in accuracy.items() if name.startswith("T3")}
+    best = min(black, key=black.__getitem__)
+    more = accuracy["T1 pgd-10"] - accuracy["T1 pgd"]
+    robust_curve = [value for _, value in curve]
+    rises = max(np.diff(robust_curve), default=0.0)
+    wide_eps, wide = curve[-1]
+    slack = 1.0  # percentage points of sampling noise
+    return [
+        Check(
+            "robust accuracy is not above clean",
+            raw <= accuracy["clean"],
+            f"clean {accuracy['clean']:.2f} %, PGD-10 on all images {raw:.2f} %",
+        ),
+        Check(
+            "black box does not beat white box",
+            black[best] >= white - slack,
+            f"{best}: {black[best]:.2f} %, best white box {white:.2f} %",
+        ),
+        Check(
+            "more steps and restarts are not much stronger",
+            more <= 10.0,
+            f"10 steps {accuracy['T1 pgd-10']:.2f} %, the long attack {accuracy['T1 pgd']:.2f} %",
+        ),
+        Check(
+            "accuracy falls with eps",
+            rises <= slack,
+            ", ".join(f"{e:.3g}: {v:.1f} %" for e, v in curve),
+        ),
+        Check(
+            f"accuracy falls to 0 at eps {wide_eps:.3g}",
+            wide <= slack,
+            f"{wide:.2f} % at half the box's diameter in {threat.norm}",
+        ),
+    ]

@@ -1,0 +1,120 @@
+"""Robust accuracy as a function of eps."""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxdefense.evaluation.robust import Evaluator, attack_keys
+from jaxdefense.types import Attack, PyTree, Threat
+
+
+def grid(
+    evaluator: Evaluator,
+    variables: PyTree,
+    images: np.ndarray,
+    labels: np.ndarray,
+    eps: Sequence[float],
+    attack: Callable[[Threat], Attack],
+    *,
+    ids: np.ndarray | None = None,
+    seed: int = 0,
+) -> np.ndarray:
+    """Whether each example survives an attack at each eps: (len(eps), N) bool, in one program.
+
+    Every pair of an example and an eps is a row of a batch, with its own eps.
+
+    Args:
+      evaluator: of the classifier.
+      variables: its weights.
+      images: (N, H, W, C).
+      labels: (N,).
+      eps: radii; 0 gives the clean accuracy.
+      attack: makes the attack of a threat whose eps is one per example, e.g.
+        `lambda threat: attacks.pgd(threat, steps=40)`.
+      ids, seed: as in `Evaluator.bits`; the same noise is drawn at every eps.
+
+    Raises:
+      ValueError: bad images, labels or eps.
+    """
+    n = len(images)
+    ids = np.arange(n) if ids is None else np.asarray(ids)
+    radii = np.asarray(eps, np.float32)
+    for radius in radii:
+        dataclasses.replace(evaluator.threat, eps=float(radius))  # its checks
+    variables = evaluator.place(variables)
+    right = evaluator.check(variables, images, labels).argmax(-1) == labels
+    survives = np.tile(right, (len(radii), 1))
+    pairs = np.flatnonzero(survives)  # row eps_index * n + example
+
+    def run(variables, data, x, y, e):
+        made = attack(dataclasses.replace(evaluator.threat, eps=e))
+        keys = jax.random.wrap_key_data(data)
+        x_adv = made(lambda z: evaluator.apply(variables, z), keys, x, y)
+        return jnp.argmax(evaluator.apply(variables, x_adv), -1) == y
+
+    data = np.asarray(jax.random.key_data(attack_keys(seed, "curve", ids)))
+    for pack in evaluator.packs(pairs):
+        radius, row = np.divmod(pack, n)
+        given = (data[row], images[row], labels[row], radii[radius])
+        survives[radius, row] = evaluator.call(f"curve {attack!r}", run, variables, *given)
+    return survives
+
+
+def from_distances(distances: np.ndarray, eps: Sequence[float]) -> np.ndarray:
+    """The whole curve from one minimal-norm run: the share of examples whose distance exceeds eps.
+
+    Args:
+      distances: (N,) distances to the nearest adversarial image found, 0 where the example is
+        misclassified, infinite where none was found.
+      eps: radii.
+
+    Returns:
+      (len(eps),) in [0, 1].
+    """
+    return np.asarray([(np.asarray(distances) > radius).mean() for radius in eps])
+
+
+def distances(
+    evaluator: Evaluator,
+    variables: PyTree,
+    images: np.ndarray,
+    labels: np.ndarray,
+    attack: Attack,
+    *,
+    ids: np.ndarray | None = None,
+    seed: int = 0,
+) -> np.ndarray:
+    """How far each example's nearest adversarial image is, (N,), in the threat's norm.
+
+    Args:
+      evaluator: of the classifier; its threat's norm measures.
+      variables: its weights.
+      images: (N, H, W, C).
+      labels: (N,).
+      attack: a minimal-norm attack, e.g. `attacks.fmn(threat, minimal=True)`.
+      ids, seed: as in `Evaluator.bits`.
+
+    Returns:
+      0 where the example is misclassified, infinity where nothing was found.
+    """
+    ids = np.arange(len(images)) if ids is None else np.asarray(ids)
+    variables = evaluator.place(variables)
+    right = evaluator.check(variables, images, labels).argmax(-1) == labels
+    result = np.zeros(len(images))
+
+    def run(variables, data, x, y):
+        def predict(z):
+            return evaluator.apply(variables, z)
+
+        x_adv = attack(predict, jax.random.wrap_key_data(data), x, y)
+        wrong = jnp.argmax(predict(x_adv), -1) != y
+        return jnp.where(wrong, evaluator.threat.distance(x_adv, x), jnp.inf)
+
+    data = np.asarray(jax.random.key_data(attack_keys(seed, "distance", ids)))
+    for pack in evaluator.packs(np.flatnonzero(right)):
+        given = (data[pack], images[pack], labels[pack])
+        result[pack] = evaluator.call(f"distance {attack!r}", run, variables, *given)
+    return result
