@@ -3,7 +3,10 @@
     python experiments/evaluate.py --workdir=runs/trades-mnist
     python experiments/evaluate.py --workdir=runs/trades-mnist --record=experiments/records/x.json
 
-The attacks are the config's own. Print tables from records with experiments/tables.py.
+    python experiments/evaluate.py --workdir=runs/trades-mnist --protocol=honest
+
+The protocol `paper` runs the config's own attacks, `honest` AutoAttack; a killed `honest` run goes
+on where it was. Print tables from records with experiments/tables.py.
 """
 
 import pathlib
@@ -16,7 +19,8 @@ from jaxdefense.train import loop
 
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder of a trained run.", required=True)
 KIND = flags.DEFINE_enum("checkpoint", "best", ["best", "last"], "Which checkpoint.")
-RECORD = flags.DEFINE_string("record", None, "Where to write it; default WORKDIR/record.json.")
+PROTOCOL = flags.DEFINE_enum("protocol", "paper", ["paper", "honest"], "Which attacks.")
+RECORD = flags.DEFINE_string("record", None, "Where to write it; default WORKDIR/PROTOCOL.json.")
 EXAMPLES = flags.DEFINE_integer("examples", None, "Only the first so many test examples.")
 PROGRESS = flags.DEFINE_bool("progress", True, "Show a progress bar.")
 
@@ -25,14 +29,16 @@ def main(argv):
     if len(argv) > 1:
         raise ValueError(f"unexpected arguments: {argv[1:]}")
     run, variables, meta = loop.restore(WORKDIR.value, kind=KIND.value)
-    record = protocols.paper(
-        run,
-        variables,
-        training={"checkpoint": KIND.value, **meta},
-        examples=EXAMPLES.value,
-        progress=PROGRESS.value,
-    )
-    path = RECORD.value or pathlib.Path(WORKDIR.value) / "record.json"
+    workdir = pathlib.Path(WORKDIR.value)
+    options = {
+        "training": {"checkpoint": KIND.value, **meta},
+        "examples": EXAMPLES.value,
+        "progress": PROGRESS.value,
+    }
+    if PROTOCOL.value == "honest":
+        options["folder"] = workdir / f"honest-{KIND.value}-{EXAMPLES.value or 'all'}"
+    record = getattr(protocols, PROTOCOL.value)(run, variables, **options)
+    path = pathlib.Path(RECORD.value or workdir / f"{PROTOCOL.value}.json")
     records.save(record, path)
     print(tables.accuracy_table([record]))
     print(f"\nrecord: {path}")

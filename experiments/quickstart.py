@@ -34,7 +34,7 @@ def main(argv):
         run, variables, meta = loop.restore(workdir)
         training = {"checkpoint": "best", **meta}
         record = protocols.paper(run, variables, training=training, progress=PROGRESS.value)
-        records.save(record, workdir / "record.json")
+        records.save(record, workdir / "paper.json")
         found.append(record)
         workdirs[name] = workdir
     table, source = tables.accuracy_table(found), tables.provenance(found)

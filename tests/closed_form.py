@@ -18,8 +18,8 @@ def even(num_classes, seed=0, size=64):
     """As `linear`, with classes that read pixels of their own through equal lists of weights.
 
     All boundaries then have normals of equal length in every norm, so the class with the largest
-    logit is the nearest one; and the logits are far apart, so the cross-entropy's gradient is that
-    class's alone. Methods that follow one gradient of all classes need both to be exact.
+    logit is the nearest one. Methods that follow one gradient of all classes need that to be
+    exact, and that class clearly ahead (`clear_images`).
     """
     block = size // num_classes
     rng = np.random.default_rng(seed)
@@ -33,6 +33,15 @@ def even(num_classes, seed=0, size=64):
 
 def images(batch, seed=1, low=0.0, high=1.0):
     return jax.random.uniform(jax.random.key(seed), (batch, *SHAPE), minval=low, maxval=high)
+
+
+def clear_images(batch, weights, seed=1):
+    """Images of an `even` model with one rival clearly ahead of the others, away from the box."""
+    signs, classes = np.sign(weights), weights.shape[1]
+    noise = np.random.default_rng(seed).uniform(-0.02, 0.02, (batch, len(weights)))
+    order = np.arange(batch)
+    label, rival = signs[:, order % classes].T, signs[:, (order + 1) % classes].T
+    return jnp.asarray(0.5 + 0.2 * label + 0.12 * rival + noise, jnp.float32).reshape(-1, *SHAPE)
 
 
 def attacked(attack, predict, key, x, labels):

@@ -41,7 +41,7 @@ def test_an_honest_model_passes_every_check(fair):
     clean = np.asarray(honest(jnp.asarray(IMAGES))).argmax(-1) == LABELS
     np.testing.assert_array_equal(report.tiers["clean"], clean)
     assert report.worst.sum() < clean.sum()
-    np.testing.assert_array_equal(report.worst, np.all([b for b in report.tiers.values()], axis=0))
+    np.testing.assert_array_equal(report.worst, np.all(list(report.tiers.values()), axis=0))
     fooled = clean & ~report.worst
     assert np.all(
         np.asarray(honest(jnp.asarray(report.x_adv))).argmax(-1)[fooled] != LABELS[fooled]
@@ -75,7 +75,8 @@ def zero_gradient(x):
 
 
 def broken_gradient(x):
-    return honest(x) + jnp.sum(jnp.sqrt(jax.nn.relu(x - 2)), (1, 2, 3))[:, None]
+    """The root of a negative number is left out of the value, and stays in the gradient."""
+    return honest(x) + jnp.sum(jnp.where(x > 2, jnp.sqrt(x - 2), 0.0), (1, 2, 3))[:, None]
 
 
 def random_output(x):
@@ -121,7 +122,6 @@ def rippled(x):
         (zero_gradient, "gradients are there"),
         (broken_gradient, "gradients are finite"),
         (reversed_gradient, "robust accuracy is not above clean"),
-        (reversed_gradient, "black box does not beat white box"),
         (zero_gradient, "black box does not beat white box"),
         (reversed_gradient, "accuracy falls to 0 at eps 0.5"),
         (rippled, "more steps and restarts are not much stronger"),

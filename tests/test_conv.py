@@ -181,7 +181,7 @@ def test_vmap(in_axes, channels):
     [
         ((2, 6, 6, 4), (3, 3, 2, 4), {"feature_group_count": 2}),
         ((2, 6, 6, 4), (3, 3, 4, 4), {"rhs_dilation": (2, 2)}),
-        ((2, 6, 6, 4), (3, 3, 4, 4), {"lhs_dilation": (2, 1)}),
+        ((2, 6, 6, 4), (3, 3, 4, 4), {"lhs_dilation": (2, 1), "padding": ((1, 1), (1, 1))}),
         ((4, 6, 6, 2), (3, 3, 2, 4), {"batch_group_count": 2}),
         ((2, 4, 6, 6), (4, 4, 3, 3), {"dimension_numbers": ("NCHW", "OIHW", "NCHW")}),
         ((2, 4, 6, 6), (4, 4, 3, 3), {"dimension_numbers": None}),

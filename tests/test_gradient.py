@@ -177,7 +177,7 @@ def test_restarts_never_lower_the_loss():
 
 
 def test_best_iterate_of_an_objective_that_the_last_step_leaves():
-    """Steps of .15 over a parabola with its top at x + .1: the first ends nearer than the second."""
+    """Steps of .15 past a top at x + .1: the first ends nearer to it than the second."""
 
     def value(x):
         return -jnp.sum(jnp.square(x - (MIDDLE + 0.1)), (1, 2, 3))

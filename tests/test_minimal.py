@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from closed_form import attacked, distances, even, images, linear
+from closed_form import attacked, clear_images, distances, even, images, linear
 
 from jaxdefense import attacks, threat
 
@@ -30,9 +30,9 @@ def run(name, norm, predict, x, labels, **options):
 )
 @pytest.mark.parametrize(("name", "norm"), CASES)
 def test_finds_the_exact_distance(name, norm, make, classes, batch):
-    """Two classes with images at the box; more, where the nearest class has the largest logit."""
+    """Two classes with images at the box; more, with one rival ahead."""
     predict, weights = make(classes)
-    x = images(batch) if make is linear else images(batch, low=0.3, high=0.7)
+    x = images(batch) if make is linear else clear_images(batch, weights)
     labels = jnp.argmax(predict(x), -1)
     x_adv, ball = run(name, norm, predict, x, labels, minimal=True)
     assert bool(attacks.fooled(predict(x_adv), labels).all())

@@ -208,7 +208,7 @@ def _balls(steps: int, warm_eps: bool) -> list[tuple[float, int]]:
     counts = [int(np.ceil(share * steps)) for _, share in _WARM[:-1]]
     counts.append(steps - sum(counts))
     if counts[-1] < 1:
-        raise ValueError(f"warm_eps needs 3 steps or more, got {steps}")
+        raise ValueError(f"warm_eps leaves no step for eps itself: needs 5 or more, got {steps}")
     return [(factor, n) for (factor, _), n in zip(_WARM, counts)]
 
 

@@ -116,8 +116,8 @@ def _gradients(predict: Predict, images: Images, labels: np.ndarray) -> tuple[fl
     return float((grad == 0).all(-1).mean()), float((~np.isfinite(grad)).any(-1).mean())
 
 
-def _basics(predict: Predict, images: np.ndarray, labels: np.ndarray) -> tuple[list[Check], bool]:
-    """The checks of the forward and backward pass, and whether attacks make sense at all."""
+def _basics(predict: Predict, images: np.ndarray, labels: np.ndarray) -> list[Check]:
+    """The checks of the forward and backward pass."""
     x = jnp.asarray(images[: robust.LEAST])
     y = labels[: robust.LEAST]
     found = []
@@ -135,7 +135,7 @@ def _basics(predict: Predict, images: np.ndarray, labels: np.ndarray) -> tuple[l
     soft = finite and logits.min() >= 0 and np.allclose(sums, 1, atol=1e-3)
     ask("logits, not probabilities", not soft, f"rows sum to {sums.min():.3g}..{sums.max():.3g}")
     try:
-        robust.check_batch_independence(lambda _, z: predict(z), (), x)
+        robust.check_company(jax.jit(predict), images[: robust.LEAST])
         alone, evidence = True, "an image's logits are the same in other company"
     except ValueError as error:
         alone, evidence = random, str(error)
@@ -149,7 +149,7 @@ def _basics(predict: Predict, images: np.ndarray, labels: np.ndarray) -> tuple[l
     zero, broken = _gradients(predict, x, y)
     ask("gradients are there", zero < 0.05, f"zero for {zero:.1%} of images")
     ask("gradients are finite", broken == 0, f"not finite for {broken:.1%} of images")
-    return found, finite
+    return found
 
 
 def audit(
@@ -190,7 +190,7 @@ def audit(
       batch_size: most examples per dispatch.
 
     Returns:
-      An `Audit`. Attacks are left out where the forward pass is not finite.
+      An `Audit`. Attacks are left out where a check shows that they would mean nothing.
 
     Raises:
       ValueError: bad images or labels, or `purify` without `base`.
@@ -202,18 +202,13 @@ def audit(
     classes = inputs.num_classes(predict, images[:1])
     inputs.check_labels(labels, len(images), classes)
     if random is not None:
-        key = jax.random.key(seed)
-        averaged = attacks.eot(random, key, samples=samples)
-        checks, sound = _basics(averaged, images, labels)
-    else:
-        averaged = predict
-        checks, sound = _basics(predict, images, labels)
-    refused = [c for c in checks if not c.passed and c.name in _FATAL]
-    if refused or not sound:
+        predict = attacks.eot(random, jax.random.key(seed), samples=samples)
+    checks = _basics(predict, images, labels)
+    if any(not check.passed and check.name in _FATAL for check in checks):
         nothing = np.zeros(len(images), bool)
         return Audit({}, nothing, tuple(checks), (), images.copy())
 
-    survey = _Survey(averaged, images, labels, threat, seed, batch_size)
+    survey = _Survey(predict, images, labels, threat, seed, batch_size)
     tiers, x_adv = survey.tiers, survey.x_adv
     if base is not None:
         survey.craft("T0 oblivious pgd", attacks.pgd(threat, steps=steps), base, counts=False)
@@ -242,7 +237,12 @@ def audit(
 
 
 # Without these an attack's result would mean nothing.
-_FATAL = ("finite logits", "logits, not probabilities", "independent of the batch")
+_FATAL = (
+    "finite logits",
+    "logits, not probabilities",
+    "independent of the batch",
+    "gradients are finite",
+)
 
 
 class _Survey:

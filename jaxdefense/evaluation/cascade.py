@@ -136,6 +136,7 @@ def autoattack(
       listed in the attacks' docstrings.
     """
     images = np.asarray(images)
+    robust.check_some(images)
     checks.check_images(jnp.asarray(images), threat.bounds)
     classes = checks.num_classes(predict, images[:1])
     verdict = run(

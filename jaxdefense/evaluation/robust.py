@@ -38,23 +38,37 @@ def attack_keys(seed: int, attack: str, ids: Labels) -> Key:
     return jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.asarray(ids))
 
 
-def check_batch_independence(apply: Apply, variables: PyTree, images: Images) -> None:
+def check_company(forward: Callable[[np.ndarray], np.ndarray], images: np.ndarray) -> None:
     """What the network says of an image does not depend on the rest of the batch.
+
+    Args:
+      forward: images (n, H, W, C) -> logits (n, K).
+      images: a batch; with one image there is nothing to compare.
 
     Raises:
       ValueError: it does; BatchNorm is probably in train mode.
     """
     if len(images) < 2:
         return
-    whole = np.asarray(jax.jit(apply)(variables, images), np.float32)
-    other = np.asarray(jax.jit(apply)(variables, jnp.roll(images, 1, 0).at[0].set(images[0])))
-    scale = np.abs(whole).max() + 1e-6
-    difference = float(np.abs(other.astype(np.float32)[0] - whole[0]).max() / scale)
+    other = np.roll(images, 1, 0)
+    other[0] = images[0]
+    whole, mixed = (np.asarray(forward(batch), np.float32) for batch in (images, other))
+    difference = float(np.abs(mixed[0] - whole[0]).max() / (np.abs(whole).max() + 1e-6))
     if difference > 1e-2:
         raise ValueError(
             f"the logits of an image change with the rest of its batch (by {difference:.3g} of "
             f"their scale): BatchNorm in train mode? Evaluate with running averages"
         )
+
+
+def check_some(images: np.ndarray) -> None:
+    """There is something to evaluate on.
+
+    Raises:
+      ValueError: no images.
+    """
+    if len(images) == 0:
+        raise ValueError("there are no images to evaluate on")
 
 
 def valid(threat: Threat, x_adv: Images, images: Images) -> Array:
@@ -147,14 +161,13 @@ class Evaluator:
         Raises:
           ValueError: bad images or labels, probabilities, NaN, or BatchNorm in train mode.
         """
-        if len(images) == 0:
-            raise ValueError("there are no images to evaluate on")
+        check_some(images)
         checks.check_images(jnp.asarray(images), self.threat.bounds)
         checks.check_eps(self.threat, images)
         logits = self.logits(variables, images)
         checks.check_logits(logits, len(images))
         checks.check_labels(labels, len(images), logits.shape[-1])
-        check_batch_independence(self.apply, variables, jnp.asarray(images[:LEAST]))
+        check_company(lambda x: self.logits(variables, x), images[:LEAST])
         return logits
 
     def attack(
