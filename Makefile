@@ -7,7 +7,7 @@ quickstart: .venv/installed
 	.venv/bin/python experiments/quickstart.py
 
 test: .venv/installed
-	.venv/bin/python -m pytest
+	.venv/bin/python -m pytest --numprocesses 2 --dist loadfile
 
 .venv/installed: requirements.txt setup.cfg
 	$(PYTHON) -m venv .venv

@@ -13,6 +13,7 @@ import importlib.util
 import statistics
 import time
 
+import benchmark_conv
 import cli
 import jax
 import jax.numpy as jnp
@@ -120,7 +121,14 @@ def pgd():
             yield {"what": what, "peer": peer, **pairs(ours, build(), REPEATS.value)}
 
 
-SUITES = {"pgd": pgd}
+def conv():
+    """Gradients of convolutions inside a loop: ours against those that autodiff emits."""
+    for row in benchmark_conv.rows():
+        times = {"ours_ms": row["explicit_ms"], "peer_ms": row["autodiff_ms"]}
+        yield {"what": row["case"], "peer": "autodiff", **times, "ratio": row["ratio"]}
+
+
+SUITES = {"conv": conv, "pgd": pgd}
 
 
 def main(argv):

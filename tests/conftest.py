@@ -17,9 +17,19 @@ jax.config.update("jax_compilation_cache_dir", str(ROOT / ".cache" / "xla"))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
 
+PREPARED = ROOT / ".cache" / "tfds"
+
+
+def pytest_configure(config):
+    """The digits are prepared once, before there are several workers."""
+    from jaxdefense.data import prepare
+
+    if not hasattr(config, "workerinput"):
+        PREPARED.mkdir(parents=True, exist_ok=True)
+        prepare.prepare_digits(PREPARED)
+
+
 @pytest.fixture(scope="session")
 def tfds_dir():
     """Where tests keep prepared data sets, between sessions."""
-    folder = ROOT / ".cache" / "tfds"
-    folder.mkdir(parents=True, exist_ok=True)
-    return str(folder)
+    return str(PREPARED)

@@ -85,7 +85,9 @@ def test_scripts_answer_bad_input_without_a_traceback(tmp_path):
         assert not (tmp_path / "last").exists()
 
 
-@pytest.mark.parametrize("name", ["train", "evaluate", "tables", "quickstart", "prepare_data"])
+@pytest.mark.parametrize(
+    "name", ["benchmark", "train", "evaluate", "tables", "quickstart", "prepare_data"]
+)
 def test_help_is_readable(name):
     result = script(name, "--help")
     text = result.stdout + result.stderr

@@ -9,7 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxdefense import attacks, threat
+from jaxdefense.attacks.apgd import passes as apgd_passes
 from jaxdefense.attacks.fab import passes, refine
+from jaxdefense.attacks.square import passes as square_passes
 
 KEY = jax.random.key(0)
 
@@ -152,9 +154,9 @@ def test_passes_are_the_calls_of_the_model():
         (attacks.fab_targeted(ball, steps=2, targets=3), passes(steps=2, targets=3)),
         (
             attacks.apgd(ball, steps=4, restarts=2),
-            attacks.ensemble.apgd_passes(steps=4, restarts=2),
+            apgd_passes(steps=4, restarts=2),
         ),
-        (attacks.square(ball, queries=5), attacks.ensemble.square_passes(queries=5)),
+        (attacks.square(ball, queries=5), square_passes(queries=5)),
     ):
         calls.update(forward=0, backward=0)
         jax.block_until_ready(attack(watched, KEY, x, labels))

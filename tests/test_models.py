@@ -21,6 +21,7 @@ SMALL = {
 }
 NAMES = models.names()
 CLASSES = 5
+KEY = jax.random.key(1, impl="rbg")  # initialisers compile several times faster than threefry's
 
 
 def images(shape=(4, 16, 16, 3), seed=0):
@@ -33,16 +34,36 @@ def small(name, **kwargs):
 
 @functools.cache
 def built(name):
-    """(model, variables) of the small variant: initialised once, since that compiles slowly."""
+    """(model, variables) of the small variant."""
     model = small(name)
-    return model, jax.jit(model.init)(jax.random.key(1), images())
+    return model, jax.jit(model.init)(KEY, images())
+
+
+@functools.cache
+def applied(name):
+    """Everything a model can be asked, as one compiled function of (variables, x)."""
+    model = small(name)
+
+    @jax.jit
+    def ask(variables, x):
+        evaluated = model.apply(variables, x, features=True, mutable=["batch_stats"])
+        trained = model.apply(variables, x, train=True, mutable=["batch_stats"])
+        return {
+            "logits": model.apply(variables, x),
+            "logits, features": evaluated[0],
+            "statistics": evaluated[1].get("batch_stats", {}),
+            "train logits": trained[0],
+            "train statistics": trained[1].get("batch_stats", {}),
+        }
+
+    return ask
 
 
 @functools.cache
 def lenet():
     """(model, variables) of LeNet as published, on 28x28x1."""
     model = models.make("lenet", 10)
-    return model, jax.jit(model.init)(jax.random.key(0), images((1, 28, 28, 1)))
+    return model, jax.jit(model.init)(KEY, images((1, 28, 28, 1)))
 
 
 def shapes(model, shape, **kwargs):
@@ -66,63 +87,57 @@ def test_names_are_the_files():
 @pytest.mark.parametrize("name", NAMES)
 class TestEveryModel:
     def test_logits_and_features(self, name):
-        model, variables = built(name)
-        logits, features = jax.jit(lambda v, x: model.apply(v, x, features=True))(
-            variables, images()
-        )
-        assert logits.shape == (4, CLASSES)
+        _, variables = built(name)
+        answer = applied(name)(variables, images())
+        logits, features = answer["logits, features"]
+        assert logits.shape == answer["logits"].shape == (4, CLASSES)
         assert features.ndim == 2
         assert len(features) == 4
-        assert logits.dtype == features.dtype == jnp.float32
+        assert logits.dtype == features.dtype == answer["logits"].dtype == jnp.float32
         head = variables["params"]["head"]
         np.testing.assert_allclose(
             logits, features @ head["kernel"] + head["bias"][None], rtol=1e-4, atol=1e-5
         )
-        np.testing.assert_allclose(
-            jax.jit(model.apply)(variables, images()), logits, rtol=1e-4, atol=1e-5
-        )
+        np.testing.assert_allclose(answer["logits"], logits, rtol=1e-4, atol=1e-5)
 
     def test_bfloat16(self, name):
-        model, variables = built(name)
+        _, variables = built(name)
         half = small(name, dtype="bfloat16")
         initial = jax.eval_shape(half.init, jax.random.key(0), images())
         assert all(p.dtype == jnp.float32 for p in jax.tree.leaves(initial))
         logits = jax.jit(half.apply)(variables, images())
-        exact = jax.jit(model.apply)(variables, images())
+        exact = applied(name)(variables, images())["logits"]
         assert logits.dtype == jnp.float32
         np.testing.assert_allclose(logits, exact, atol=0.1 * float(jnp.abs(exact).max()) + 0.02)
         assert half == small(name, dtype=jnp.bfloat16)
 
     def test_evaluation_treats_images_one_by_one(self, name):
-        model, variables = built(name)
-        apply = jax.jit(model.apply)
-        whole = apply(variables, images())
-        alone = apply(variables, images()[1:2])
-        np.testing.assert_allclose(alone, whole[1:2], rtol=1e-4, atol=1e-5)
+        _, variables = built(name)
+        x = images()
+        other = images(seed=1).at[1].set(x[1])
+        np.testing.assert_allclose(
+            applied(name)(variables, other)["logits"][1],
+            applied(name)(variables, x)["logits"][1],
+            rtol=1e-4,
+            atol=1e-5,
+        )
 
     def test_train_flag(self, name):
         """Training changes the running statistics, if there are any; evaluation cannot."""
-        model, variables = built(name)
+        _, variables = built(name)
         statistics = variables.get("batch_stats", {})
-        apply = jax.jit(model.apply, static_argnames=("train", "mutable"))
-        _, evaluated = apply(variables, images(), train=False, mutable=("batch_stats",))
-        for before, after in zip(
-            jax.tree.leaves(statistics), jax.tree.leaves(evaluated.get("batch_stats", {}))
-        ):
-            np.testing.assert_array_equal(before, after)
-        logits, trained = apply(variables, images(), train=True, mutable=("batch_stats",))
-        assert logits.shape == (4, CLASSES)
-        moved = jax.tree.map(
-            lambda a, b: bool(jnp.any(a != b)), statistics, trained.get("batch_stats", {})
-        )
+        answer = applied(name)(variables, images())
+        jax.tree.map(np.testing.assert_array_equal, answer["statistics"], statistics)
+        assert answer["train logits"].shape == (4, CLASSES)
+        moved = jax.tree.map(lambda a, b: jnp.any(a != b), statistics, answer["train statistics"])
         assert all(jax.tree.leaves(moved))
 
     def test_new_weights_do_not_recompile(self, name):
-        model, variables = built(name)
-        apply = jax.jit(model.apply)
-        apply(variables, images())
-        apply(jax.tree.map(lambda p: p + 0.1, variables), images(seed=1))
-        assert apply._cache_size() == 1
+        _, variables = built(name)
+        ask = applied(name)
+        ask(variables, images())
+        ask(jax.tree.map(lambda p: p + 0.1, variables), images(seed=1))
+        assert ask._cache_size() == 1
 
     def test_gradients_reach_every_parameter_and_the_image(self, name):
         model, variables = built(name)
@@ -140,13 +155,13 @@ class TestEveryModel:
 
     def test_normalisation_is_inside(self, name):
         mean, std = (0.4, 0.5, 0.6), (0.2, 0.3, 0.4)
-        model, variables = built(name)
+        _, variables = built(name)
         inside = small(name, mean=mean, std=std)
         x = images()
         outside = (x - jnp.array(mean).reshape(1, 1, 1, 3)) / jnp.array(std).reshape(1, 1, 1, 3)
         np.testing.assert_allclose(
             jax.jit(inside.apply)(variables, x),
-            jax.jit(model.apply)(variables, outside),
+            applied(name)(variables, outside)["logits"],
             rtol=1e-4,
             atol=1e-5,
         )
@@ -264,17 +279,14 @@ def test_resnet_depths():
 @pytest.mark.parametrize("name", ["resnet", "preact_resnet"])
 def test_bn_axis_averages_over_devices(name):
     """Two halves of a batch on two mapped rows give the whole batch's training-mode logits."""
-    model, variables = built(name)
+    _, variables = built(name)
     across = small(name, bn_axis="batch")
-    x = images((4, 8, 8, 3))
 
-    def logits(model, x):
-        return model.apply(variables, x, train=True, mutable=["batch_stats"])[0]
+    def logits(x):
+        return across.apply(variables, x, train=True, mutable=["batch_stats"])[0]
 
-    whole = jax.jit(lambda x: logits(model, x))(x)
-    halves = jax.jit(jax.vmap(lambda x: logits(across, x), axis_name="batch"))(
-        x.reshape(2, 2, 8, 8, 3)
-    )
+    halves = jax.jit(jax.vmap(logits, axis_name="batch"))(images().reshape(2, 2, 16, 16, 3))
+    whole = applied(name)(variables, images())["train logits"]
     np.testing.assert_allclose(halves.reshape(4, CLASSES), whole, rtol=1e-3, atol=1e-3)
 
 
@@ -283,7 +295,7 @@ def test_max_pool2(shape):
     x = jax.random.normal(jax.random.key(0), shape)
     w = jax.random.normal(jax.random.key(1), (2, shape[1] // 2, shape[2] // 2, 3))
     ours, theirs = (
-        jax.value_and_grad(lambda x, pool=pool: jnp.sum(w * pool(x)))(x)
+        jax.jit(jax.value_and_grad(lambda x, pool=pool: jnp.sum(w * pool(x))))(x)
         for pool in (layers.max_pool2, lambda x: nn.max_pool(x, (2, 2), (2, 2)))
     )
     np.testing.assert_allclose(ours[0], theirs[0], rtol=1e-5)

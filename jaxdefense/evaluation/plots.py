@@ -6,13 +6,14 @@ import pathlib
 import statistics
 from collections.abc import Mapping, Sequence
 
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from jaxdefense.evaluation.records import Record
 from jaxdefense.evaluation.tables import columns, group
 
 
-def _axes(width: float, height: float, title: str) -> tuple[Figure, "Figure.axes"]:
+def _axes(width: float, height: float, title: str) -> tuple[Figure, Axes]:
     figure = Figure(figsize=(width, height), layout="constrained")
     axes = figure.add_subplot()
     axes.set_title(title, loc="left", fontsize=10)
@@ -24,7 +25,7 @@ def _axes(width: float, height: float, title: str) -> tuple[Figure, "Figure.axes
 
 def accuracy_bars(records: Sequence[Record]) -> Figure:
     """Accuracy of each row's deployed predictor: a group of bars per row, a bar per attack."""
-    rows = {}
+    rows: dict[str, tuple[str, list[Record]]] = {}
     for (name, predictor), same in group(records).items():
         rows.setdefault(name, (predictor, same))
     names = columns(records)
