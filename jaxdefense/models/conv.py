@@ -107,12 +107,12 @@ def conv(
         == lax.conv_dimension_numbers(lhs.shape, rhs.shape, _LAYOUT)
     )
     if wanted and covered:
-        if isinstance(padding, str):
-            pads = lax.padtype_to_pads(lhs.shape[1:3], rhs.shape[:2], window_strides, padding)
-        else:
-            pads = padding
-        pads = tuple((int(lo), int(hi)) for lo, hi in pads)
-        strides = tuple(int(s) for s in window_strides)
+        edges = padding
+        if isinstance(edges, str):
+            edges = lax.padtype_to_pads(lhs.shape[1:3], rhs.shape[:2], window_strides, edges)
+        (top, bottom), (left, right) = edges
+        pads = ((int(top), int(bottom)), (int(left), int(right)))
+        strides = (int(window_strides[0]), int(window_strides[1]))
         fits = all(
             lo >= 0 and hi >= 0 and size + lo + hi >= k
             for size, k, (lo, hi) in zip(lhs.shape[1:3], rhs.shape[:2], pads)
@@ -172,7 +172,7 @@ def _dot(a: Array, b: Array, axes: Any, precision: Any) -> Array:
     return y.astype(a.dtype)
 
 
-def _patches(x: Array, window: Pair, strides: Pair, pads: Pads) -> Array:
+def _patches(x: Array, window: Sequence[int], strides: Pair, pads: Pads) -> Array:
     """The windows of x that each output pixel sees: (B, n, m, kh * kw * C)."""
     (kh, kw), (sh, sw) = window, strides
     x = jnp.pad(x, ((0, 0), *pads, (0, 0)))

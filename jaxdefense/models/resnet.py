@@ -44,7 +44,8 @@ class Block(nn.Module):
             axis_name=self.bn_axis,
         )
         c = self.channels
-        if self.bottleneck:  # (features, kernel, stride)
+        plan: tuple[tuple[int, int, int], ...]  # (features, kernel, stride) of each convolution
+        if self.bottleneck:
             plan = ((c, 1, 1), (c, 3, self.stride), (4 * c, 1, 1))
         else:
             plan = ((c, 3, self.stride), (c, 3, 1))
