@@ -17,6 +17,7 @@ from jaxdefense.evaluation import plots, protocols, records, report, tables
 from jaxdefense.train import loop, train
 
 WORKDIR = flags.DEFINE_string("workdir", "runs/quickstart", "Folder of the runs and the report.")
+RECORDS = flags.DEFINE_string("records", None, "Keep the records in this folder too.")
 PROGRESS = flags.DEFINE_bool("progress", True, "Show progress bars.")
 
 
@@ -35,6 +36,8 @@ def main(argv):
         training = {"checkpoint": "best", **meta}
         record = protocols.paper(run, variables, training=training, progress=PROGRESS.value)
         records.save(record, workdir / "paper.json")
+        if RECORDS.value:
+            records.save(record, pathlib.Path(RECORDS.value) / f"{name}.json")
         found.append(record)
         workdirs[name] = workdir
     table, source = tables.accuracy_table(found), tables.provenance(found)

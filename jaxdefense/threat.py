@@ -5,6 +5,7 @@ the norm. `eps` and distances are in image units ([0, 1] pixels unless `bounds` 
 `eps` is one number or one per example, and may be traced, so a grid of eps is one program.
 """
 
+import abc
 import dataclasses
 import math
 from typing import Any, ClassVar, Self
@@ -47,7 +48,7 @@ def _concrete(value: Any) -> np.ndarray | None:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Ball:
+class _Ball(abc.ABC):
     """What the norms share: eps, bounds, their checks, and the box."""
 
     eps: float | PerExample
@@ -116,9 +117,9 @@ class _Ball:
         goal = jnp.minimum(jnp.abs(gap)[:, None] / jnp.where(scale > 0, scale, 1), most)
         return _like(self._spend(size, room, goal), x) * jnp.sign(normal)
 
+    @abc.abstractmethod
     def _spend(self, size: Array, room: Array, goal: Array) -> Array:
         """The shortest move of lengths in [0, room] that gains sum size * move = goal."""
-        raise NotImplementedError
 
     def _eps(self, x: Array) -> Array:
         return per_example(self.eps, x)
