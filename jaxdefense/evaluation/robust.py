@@ -235,6 +235,7 @@ class Evaluator:
         Raises:
           ValueError: see `check` and `attack`.
         """
+        images, labels, ids = (np.asarray(array) for array in (images, labels, ids))
         variables = self.place(variables)
         clean = self.check(variables, images, labels).argmax(-1) == labels
         result = {"clean": clean, **{name: clean.copy() for name in attacks}}
