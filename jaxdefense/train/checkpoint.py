@@ -30,9 +30,13 @@ class Store:
         return sorted(self._manager.all_steps())
 
     def save(self, step: int, items: Mapping[str, PyTree], meta: Mapping[str, Any]) -> None:
-        """Writes named trees of arrays, and metadata, under `step`, replacing what stood there."""
+        """Writes named trees of arrays, and metadata, under `step`.
+
+        A resumed run comes by a step again with the same bits: what stands there is kept, since
+        replacing it would leave a moment without any.
+        """
         if step in self._manager.all_steps():
-            self._manager.delete(step)
+            return
         saved = {
             name: ocp.args.StandardSave(jax.tree.map(np.asarray, tree))
             for name, tree in items.items()
