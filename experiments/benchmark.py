@@ -6,7 +6,8 @@
 
 Peers are Foolbox on JAX, and torchattacks where torch and torchattacks are installed (they are
 not among the library's requirements); a peer that is missing is said to be. Only ratios carry
-over to another machine.
+over to another machine. On a CPU do not believe the rows of torchattacks: torch beside XLA in one
+process was seen many times slower than alone.
 """
 
 import importlib.util
