@@ -1,13 +1,16 @@
 # Each target makes .venv from nothing where it is not there; PYTHON chooses the interpreter.
 PYTHON ?= python3
 
-.PHONY: quickstart test
+.PHONY: quickstart test test-slow
 
 quickstart: .venv/installed
 	.venv/bin/python experiments/quickstart.py
 
 test: .venv/installed
 	.venv/bin/python -m pytest --numprocesses 2 --dist loadfile
+
+test-slow: .venv/installed
+	.venv/bin/python -m pytest -m slow
 
 .venv/installed: requirements.txt setup.cfg
 	$(PYTHON) -m venv .venv

@@ -1,4 +1,4 @@
-"""Times this library against its peers: same machine, same process, same weights, in turn.
+"""Times this library against its peers: same machine, same weights, in turn.
 
     python experiments/benchmark.py                      # all suites
     python experiments/benchmark.py conv pgd             # some
@@ -6,12 +6,16 @@
 
 Peers are Foolbox on JAX, and torchattacks where torch and torchattacks are installed (they are
 not among the library's requirements); a peer that is missing is said to be. Only ratios carry
-over to another machine. On a CPU do not believe the rows of torchattacks: torch beside XLA in one
-process was seen many times slower than alone.
+over to another machine. torch runs in a process of its own: beside XLA in one process it crawls.
 """
 
+import contextlib
 import importlib.util
+import pathlib
 import statistics
+import subprocess
+import sys
+import tempfile
 import time
 
 import benchmark_conv
@@ -61,43 +65,43 @@ def _jax_attack(net, variables, attack, images, labels):
     return lambda: jax.block_until_ready(fast(variables, key, x, y))
 
 
-def _torch_module(name, variables):
-    import torch
-    import torch_peers
-
-    module = {"cnn": torch_peers.CNN, "resnet": torch_peers.ResNet18}[name]()
-    module = torch_peers.load(module, variables)
-    if torch.cuda.is_available():
-        module = module.cuda()
-    return module.to(memory_format=torch.channels_last)
-
-
+@contextlib.contextmanager
 def _torchattacks_pgd(name, variables, images, labels, eps, steps, step_size):
-    import torch
-    import torchattacks
+    """One run per call, in a process of its own: torch beside XLA in one process crawls."""
+    flat = {
+        "/".join(("variables", *(str(key.key) for key in path))): np.asarray(leaf)
+        for path, leaf in jax.tree_util.tree_leaves_with_path(variables)
+    }
+    rest = {"name": name, "images": images, "labels": labels, "eps": eps}
+    with tempfile.TemporaryDirectory() as folder:
+        problem = pathlib.Path(folder) / "problem.npz"
+        np.savez(problem, steps=steps, step_size=step_size, **flat, **rest)
+        script = pathlib.Path(__file__).parent / "torch_peers.py"
+        with subprocess.Popen(
+            [sys.executable, str(script), str(problem)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        ) as child:
 
-    module = _torch_module(name, variables)
-    device = next(module.parameters()).device
-    attack = torchattacks.PGD(module, eps=eps, alpha=step_size, steps=steps)
-    x = torch.from_numpy(images.transpose(0, 3, 1, 2).copy()).to(device)
-    x = x.contiguous(memory_format=torch.channels_last)
-    y = torch.from_numpy(labels).to(device)
+            def run():
+                child.stdin.write("go\n")
+                child.stdin.flush()
+                if child.stdout.readline() != "done\n":
+                    raise ValueError("the torch process failed; its error is above")
 
-    def run():
-        attack(x, y)
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-
-    return run
+            yield run
+            child.stdin.close()
 
 
+@contextlib.contextmanager
 def _foolbox_pgd(net, variables, images, labels, eps, steps, step_size):
     import foolbox
 
     model = foolbox.JAXModel(lambda x: net.apply(variables, x), bounds=(0, 1))
     attack = foolbox.attacks.LinfPGD(abs_stepsize=step_size, steps=steps)
     x, y = jnp.asarray(images), jnp.asarray(labels)
-    return lambda: jax.block_until_ready(attack.run(model, x, y, epsilon=eps))
+    yield lambda: jax.block_until_ready(attack.run(model, x, y, epsilon=eps))
 
 
 def pgd():
@@ -119,7 +123,9 @@ def pgd():
             if not importlib.util.find_spec(peer):
                 yield {"what": what, "peer": f"{peer} (not installed)"}
                 continue
-            yield {"what": what, "peer": peer, **pairs(ours, build(), REPEATS.value)}
+            with build() as theirs:
+                row = pairs(ours, theirs, REPEATS.value)
+            yield {"what": what, "peer": peer, **row}
 
 
 def conv():

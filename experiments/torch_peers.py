@@ -2,7 +2,12 @@
 
 The library never imports torch. `pip install torch torchattacks --no-deps` and torchattacks' own
 requirements (requests, tqdm, scipy) are enough.
+
+As a program it runs torchattacks' PGD once for each line that it reads, and answers each with a
+line: a process of its own, because torch and XLA in one process get in each other's way.
 """
+
+import sys
 
 import numpy as np
 import torch
@@ -93,3 +98,35 @@ def _flatten(tree, path, names, state):
         if key == "kernel":
             array = array.transpose(3, 2, 0, 1) if array.ndim == 4 else array.T
         state[".".join((*path, names.get(key, key)))] = torch.from_numpy(array.copy())
+
+
+def serve(problem):
+    """PGD on the problem that experiments/benchmark.py wrote, once per line of standard input."""
+    import torchattacks
+
+    with np.load(problem) as file:
+        arrays = dict(file)
+    tree = {}
+    for path, array in arrays.items():
+        *folders, name = path.split("/")
+        node = tree
+        for folder in folders:
+            node = node.setdefault(folder, {})
+        node[name] = array
+    module = load({"cnn": CNN, "resnet": ResNet18}[str(tree["name"])](), tree["variables"])
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    module = module.to(device, memory_format=torch.channels_last)
+    eps, step_size, steps = float(tree["eps"]), float(tree["step_size"]), int(tree["steps"])
+    attack = torchattacks.PGD(module, eps=eps, alpha=step_size, steps=steps)
+    x = torch.from_numpy(tree["images"].transpose(0, 3, 1, 2).copy()).to(device)
+    x = x.contiguous(memory_format=torch.channels_last)
+    y = torch.from_numpy(tree["labels"]).to(device)
+    for _ in sys.stdin:
+        attack(x, y)
+        if device == "cuda":
+            torch.cuda.synchronize()
+        print("done", flush=True)
+
+
+if __name__ == "__main__":
+    serve(sys.argv[1])

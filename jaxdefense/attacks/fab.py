@@ -86,12 +86,16 @@ def nearest_boundary(
 def _face(
     logits: Array, pull: Callable[[Array], tuple[Images]], labels: Labels, targets: Labels
 ) -> tuple[PerExample, Images]:
+    """The gap z_y - z_t and the normal grad (z_t - z_y), from a forward pass's pull-back."""
     classes = logits.shape[-1]
     cotangent = jax.nn.one_hot(targets, classes, dtype=logits.dtype)
     cotangent -= jax.nn.one_hot(labels, classes, dtype=logits.dtype)
     (normal,) = pull(cotangent)
     wide = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
-    gap = -jnp.sum(cotangent.astype(wide.dtype) * wide, -1)
+    # One rounding of the logits beyond the boundary: an iterate on it, where half-precision logits
+    # tie, would have no way to go.
+    rounding = jnp.finfo(logits.dtype).eps * jnp.max(jnp.abs(wide), -1)
+    gap = rounding - jnp.sum(cotangent.astype(wide.dtype) * wide, -1)
     return gap.astype(normal.dtype), normal
 
 
