@@ -20,13 +20,13 @@ ROOT = pathlib.Path(__file__).parents[1]
 _MARKED = re.compile(r"(<!-- (table|benchmark) (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
-def render(paths):
-    """The accuracy table of records, and where they come from."""
+def render(paths, per_class=None):
+    """The accuracy table of records, or one per class, and where they come from."""
     found = records.load_all(paths)
     if not found:
         raise ValueError(f"no records in {', '.join(map(str, paths))}")
-    if PER_CLASS.value:
-        table = tables.class_table(found, PER_CLASS.value)
+    if per_class:
+        table = tables.class_table(found, per_class)
     else:
         table = tables.accuracy_table(found)
     return f"{table}\n\n{tables.provenance(found)}\n"
@@ -51,7 +51,7 @@ def main(argv):
         path = pathlib.Path(INTO.value)
         records.write_text(path, renew(path.read_text()))
     else:
-        print(render(argv[1:] or [ROOT / "experiments" / "records"]), end="")
+        print(render(argv[1:] or [ROOT / "experiments" / "records"], PER_CLASS.value), end="")
 
 
 if __name__ == "__main__":

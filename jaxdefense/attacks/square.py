@@ -140,7 +140,7 @@ class _Masses(NamedTuple):
         window, rows, columns = _window(x, row, column, side)
         donor = _window(x, _corner(u[:, 2], side, height), _corner(u[:, 3], side, width), side)[0]
         window, donor = window[..., None], donor[..., None]
-        bump = self._placed(table, rows, columns, u[:, 4] < 0.5).astype(x.dtype)
+        bump = jnp.where(window, self._placed(table, rows, columns, u[:, 4] < 0.5), 0)
         signs = _signs(u[:, 5:], x.dtype)[:, None, None, :]
 
         spent = jnp.sum(self._mass(delta), -1, keepdims=True)  # of the whole image
@@ -174,7 +174,7 @@ class _Masses(NamedTuple):
         return bump / np.sum(np.abs(bump) ** self.power) ** (1 / self.power)
 
     def _placed(self, table, rows, columns, flip):
-        """(B, H, W, 1): the bump at each example's window, upright or on its side."""
+        """(B, H, W, 1): the bump at each example's window, upright or on its side; junk outside."""
         last = table.shape[0] - 1
         i = jnp.clip(rows, 0, last)[:, :, None]
         j = jnp.clip(columns, 0, last)[:, None, :]
