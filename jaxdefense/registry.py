@@ -25,13 +25,13 @@ def names(package: ModuleType, *, needs: str = "make") -> list[str]:
     return sorted(found)
 
 
-def load(package: ModuleType, name: str, kind: str) -> ModuleType:
+def load(package: ModuleType, name: str, kind: str, *, needs: str = "make") -> ModuleType:
     """The module `name` of `package`.
 
     Raises:
-      ValueError: `name` is not one of the package's files that define `make`.
+      ValueError: `name` is not one of the package's files that define `needs`.
     """
-    known = names(package)
+    known = names(package, needs=needs)
     if name not in known:
         unknown(kind, name, known)
     return importlib.import_module(f"{package.__name__}.{name}")

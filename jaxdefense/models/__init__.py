@@ -1,6 +1,6 @@
-"""Classifiers as Flax modules: a file's name is its registry key.
+"""Classifiers and generators as Flax modules: a file's name is its registry key.
 
-Every file holds a module class and `make(num_classes, **kwargs)`; every module answers
+Every classifier's file holds a module class and `make(num_classes, **kwargs)`; every module answers
 
     apply(variables, x, *, train=False, features=False) -> logits or (logits, features)
 
@@ -8,6 +8,14 @@ with x (B, H, W, C) floats in [0, 1], logits (B, K) float32 and features (B, D) 
 of the last linear layer. Normalisation by `mean` and `std` happens inside, so an attack's eps is
 always in image units. The last linear layer is the submodule `head`: `params["head"]` is the head,
 every other entry of `params` the encoder.
+
+A generator turns images into images. Its file defines `make_generator(channels, **kwargs)` instead
+(so that the two kinds never mix), and its module answers
+
+    apply(variables, x, *, train=False, ...) -> (B, H, W, channels) float32
+
+with the height and width of x. Without further arguments it is deterministic; what it draws
+(a latent code, a mask) it draws from a `key` given to the call.
 """
 
 import sys
@@ -18,7 +26,7 @@ import flax.linen as nn
 from jaxdefense import registry
 from jaxdefense.models.conv import conv, explicit_gradients
 
-__all__ = ["conv", "explicit_gradients", "make", "names"]
+__all__ = ["conv", "explicit_gradients", "generator", "generators", "make", "names"]
 
 
 def names() -> list[str]:
@@ -42,3 +50,27 @@ def make(name: str, num_classes: int, **kwargs: Any) -> nn.Module:
         (the allowed ones are listed).
     """
     return registry.load(sys.modules[__name__], name, "model").make(num_classes, **kwargs)
+
+
+def generators() -> list[str]:
+    """The registered generators: the files of this package that define `make_generator`, sorted."""
+    return registry.names(sys.modules[__name__], needs="make_generator")
+
+
+def generator(name: str, channels: int, **kwargs: Any) -> nn.Module:
+    """The generator called `name`.
+
+    Args:
+      name: one of `generators()`.
+      channels: of the images it returns, 1 or 3 for all data sets here.
+      **kwargs: fields of that generator's module.
+
+    Returns:
+      An unbound Flax module.
+
+    Raises:
+      ValueError: unknown name (the nearest is named), no channels, or an unknown field (the
+        allowed ones are listed).
+    """
+    module = registry.load(sys.modules[__name__], name, "generator", needs="make_generator")
+    return module.make_generator(channels, **kwargs)
