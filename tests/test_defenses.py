@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 
+import configs
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -18,12 +19,19 @@ IMAGES = jax.random.uniform(jax.random.key(1), (8, 8, 8, 1))
 LABELS = jnp.arange(8) % 4
 BALL = threat.Linf(0.1)
 
-# What a defence needs besides its defaults; a new file without an entry is tested with those.
-OPTIONS = {
-    "pgd_at": {"steps": 2},
-    "trades": {"steps": 2},
-    "combine": {"parts": {"trades": {"weight": 1.0, "steps": 2}, "standard": 0.5}},
-}
+# The options of defences that have no config of their own.
+OPTIONS = {"combine": {"parts": {"trades": {"weight": 1.0, "steps": 2}, "standard": 0.5}}}
+
+
+@functools.cache
+def small(name):
+    """(model, options) of a defence: what its config's digits_debug says, 4 classes, tiny."""
+    if name not in configs.names():
+        return cnn(), OPTIONS.get(name, {})
+    config = configs.load(name, "digits_debug").to_dict()
+    model = dict(config["model"], width={"cnn": 0.25}.get(config["model"]["name"], 4))
+    options = {k: v for k, v in config["defense"].items() if k != "name"}
+    return models.make(model.pop("name"), 4, **model), options
 
 
 @functools.cache
@@ -37,7 +45,8 @@ def resnet():
 
 
 def build(name, model=None, **options):
-    return defenses.make(name, model or cnn(), BALL, **{**OPTIONS.get(name, {}), **options})
+    its_model, its_options = small(name)
+    return defenses.make(name, model or its_model, BALL, **{**its_options, **options})
 
 
 def batch(**more):

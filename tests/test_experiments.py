@@ -8,7 +8,6 @@ import sys
 
 import configs
 import pytest
-from configs import recipes
 
 from jaxdefense.evaluation import records
 
@@ -23,8 +22,9 @@ def script(name, *arguments, data=None):
     return subprocess.run(command, capture_output=True, text=True, env=env, timeout=400)
 
 
-@pytest.mark.parametrize("name", configs.names())
-@pytest.mark.parametrize("variant", recipes.names())
+@pytest.mark.parametrize(
+    ("name", "variant"), [(n, v) for n in configs.names() for v in configs.variants(n)]
+)
 def test_configs_are_plain_locked_and_documented(name, variant):
     config = configs.load(name, variant)
     assert config.is_locked

@@ -1,5 +1,6 @@
 """One contract for every file of `models/`, and what is particular to each network."""
 
+import dataclasses
 import functools
 import inspect
 
@@ -175,10 +176,31 @@ class TestEveryModel:
 
     def test_call_signature(self, name):
         call = inspect.signature(type(models.make(name, CLASSES)).__call__).parameters
-        assert list(call) == ["self", "x", "train", "features"]
-        for flag in ("train", "features"):
+        fields = [field.name for field in dataclasses.fields(models.make(name, CLASSES))]
+        sets = ["bn_set"] if "bn_sets" in fields else []
+        assert list(call) == ["self", "x", "train", "features", *sets]
+        for flag in ("train", "features", *sets):
             assert call[flag].kind is inspect.Parameter.KEYWORD_ONLY
-            assert call[flag].default is False
+            assert call[flag].default is (0 if flag == "bn_set" else False)
+
+    def test_batch_norm_sets(self, name):
+        """A set sees its own inputs only; the first has the names it has alone."""
+        if "bn_sets" not in [field.name for field in dataclasses.fields(models.make(name, 3))]:
+            pytest.skip("no BatchNorm sets")
+        one, two = small(name), small(name, bn_sets=2)
+        x = images()
+        variables = jax.jit(two.init)(KEY, x)
+        alone = jax.tree.leaves_with_path(jax.eval_shape(one.init, KEY, x))
+        assert {jax.tree_util.keystr(p) for p, _ in alone} < {
+            jax.tree_util.keystr(p) for p, _ in jax.tree.leaves_with_path(variables)
+        }
+        _, new = two.apply(variables, x, train=True, bn_set=1, mutable=["batch_stats"])
+        before = jax.tree.leaves_with_path(variables["batch_stats"])
+        after = jax.tree.leaves(new["batch_stats"])
+        for (path, was), now in zip(before, after, strict=True):
+            assert bool(jnp.any(was != now)) == ("_set1" in jax.tree_util.keystr(path))
+        with pytest.raises(ValueError, match="bn_set"):
+            one.apply(variables, x, bn_set=1)
 
     @pytest.mark.parametrize(
         ("x", "message"),

@@ -3,18 +3,22 @@
     python experiments/train.py --config=pgd_at:mnist --workdir=runs/pgd_at-mnist
     python experiments/evaluate.py --workdir=runs/pgd_at-mnist
 
-Variants: digits, mnist, cifar10, each also with _debug. Expected: see the README's tables; on
-CIFAR-10 others' full runs reach 82.92 clean and 53.49 under PGD-10 (PreActResNet-18, best epoch,
-Rice et al.'s logs) and 48.67 under AutoAttack (ResNet-18, MAIR); ours has 30 epochs.
+Variants: digits, mnist, fashion_mnist, cifar10, cifar100, each also with _debug. Expected: see the
+README's tables; on CIFAR-10 others' full runs reach 82.92 clean and 53.49 under PGD-10
+(PreActResNet-18, best epoch, Rice et al.'s logs) and 48.67 under AutoAttack (ResNet-18, MAIR);
+ours has 30 epochs.
 """
 
 from configs import recipes
 
+DEFENSE = dict(
+    digits=dict(name="pgd_at", steps=7, step_size=0.04, ramp_epochs=8.0),
+    mnist=dict(name="pgd_at", steps=7, step_size=0.08, ramp_epochs=3.0),
+    fashion_mnist=dict(name="pgd_at", steps=7, step_size=0.025, ramp_epochs=3.0),
+    cifar10=dict(name="pgd_at", steps=10, step_size=2 / 255, ramp_epochs=0.0),
+    cifar100=dict(name="pgd_at", steps=10, step_size=2 / 255, ramp_epochs=0.0),
+)
+
 
 def get_config(variant="digits"):
-    sections = dict(
-        digits=dict(name="pgd_at", steps=7, step_size=0.04, ramp_epochs=8.0),
-        mnist=dict(name="pgd_at", steps=7, step_size=0.08, ramp_epochs=3.0),
-        cifar10=dict(name="pgd_at", steps=10, step_size=2 / 255, ramp_epochs=0.0),
-    )
-    return recipes.make("pgd_at", variant, sections)
+    return recipes.make("pgd_at", variant, DEFENSE)

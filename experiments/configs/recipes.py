@@ -1,6 +1,7 @@
 """The recipes that the configs share: one per data set; a defence adds what is its own.
 
-Variants are DATASET or DATASET_debug: `debug` keeps everything but shrinks it to seconds.
+A variant is DATASET, or DATASET_ROW where a config has further rows (a paper's own recipe), each
+also with _debug, which keeps everything but shrinks it to seconds.
 """
 
 from collections.abc import Mapping
@@ -63,6 +64,16 @@ def _mnist() -> dict[str, Any]:
     )
 
 
+def _fashion_mnist() -> dict[str, Any]:
+    """Fashion-MNIST, L_inf .1, otherwise as MNIST."""
+    recipe = _mnist()
+    recipe["dataset"]["name"] = "fashion_mnist"
+    recipe["threat"]["eps"] = 0.1
+    recipe["validation"]["step_size"] = 0.01
+    recipe["evaluation"] = _attacks(0.01, 10, 40)
+    return recipe
+
+
 def _cifar10() -> dict[str, Any]:
     """CIFAR-10, L_inf 8/255, ResNet-18, about 30 epochs of one cycle; an accelerator's work."""
     return dict(
@@ -92,7 +103,25 @@ def _cifar10() -> dict[str, Any]:
     )
 
 
-_RECIPES = {"cifar10": _cifar10, "digits": _digits, "mnist": _mnist}
+def _cifar100() -> dict[str, Any]:
+    """CIFAR-100, otherwise as CIFAR-10."""
+    recipe = _cifar10()
+    recipe["dataset"]["name"] = "cifar100"
+    return recipe
+
+
+_RECIPES = {
+    "cifar10": _cifar10,
+    "cifar100": _cifar100,
+    "digits": _digits,
+    "fashion_mnist": _fashion_mnist,
+    "mnist": _mnist,
+}
+
+# A network's width in debug variants; 8 for those that count channels.
+_NARROW = {"cnn": 0.5, "lenet": 1.0}
+
+Sections = Mapping[str, Mapping[str, Any]]
 
 
 def _shrink(config: ConfigDict) -> None:
@@ -101,37 +130,62 @@ def _shrink(config: ConfigDict) -> None:
         length="6s", batch_size=16, steps_per_dispatch=3, validate_every="3s", checkpoint_every="3s"
     )
     config.dataset.update(validation=32, limit=256)
-    config.model.width = {"cnn": 0.5, "lenet": 1.0}.get(config.model.name, 8)
+    config.model.width = _NARROW.get(config.model.name, 8)
     config.evaluation.batch_size = 64
+    if "steps" in config.defense:
+        config.defense.steps = 2
 
 
-def names() -> list[str]:
-    """Every variant."""
-    return sorted(name + suffix for name in _RECIPES for suffix in ("", "_debug"))
+def variants(defense: Mapping[str, Any]) -> list[str]:
+    """Every variant of a config that has these defence sections."""
+    return [name + suffix for name in defense for suffix in ("", "_debug")]
 
 
-def make(name: str, variant: str, defense: Mapping[str, Mapping[str, Any]], **train: Any):
+def make(
+    name: str,
+    variant: str | None,
+    defense: Sections,
+    overrides: Mapping[str, Sections] | None = None,
+    **train: Any,
+) -> ConfigDict:
     """The locked config of one row.
 
     Args:
       name: of the defence's config, the first half of the row's name.
-      variant: DATASET or DATASET_debug; "debug" is digits_debug.
-      defense: {dataset: the config's "defense" section}.
-      **train: what the defence changes in "train".
+      variant: one of `variants(defense)`; "debug" is digits_debug, none is digits.
+      defense: {row: the config's "defense" section}; a row is a data set's name or begins with
+        one and an underscore.
+      overrides: {row or "debug": {section: {key: value}}}, what differs from the data set's
+        recipe; "debug" is for every debug variant, after all else.
+      **train: what the defence changes in "train" of every row.
 
     Raises:
       ValueError: unknown variant.
     """
     variant = {"debug": "digits_debug", None: "digits", "": "digits"}.get(variant, variant)
-    if variant not in names():
-        registry.unknown(f"variant of config {name}", variant, names())
-    dataset, _, debug = variant.partition("_")
+    if variant not in variants(defense):
+        registry.unknown(f"variant of config {name}", variant, variants(defense))
+    row = variant.removesuffix("_debug")
+    dataset = max((d for d in _RECIPES if f"{row}_".startswith(f"{d}_")), key=len)
     config = ConfigDict(_RECIPES[dataset](), convert_dict=True)
-    config.name = f"{name}-{dataset}" + ("-debug" if debug else "")
-    config.defense = ConfigDict(dict(defense[dataset]))
+    config.name = f"{name}-{variant}".replace("_debug", "-debug")
+    config.defense = ConfigDict(dict(defense[row]))
     config.train.update(train)
-    if debug:
+    overrides = overrides or {}
+    _override(config, overrides.get(row, {}))
+    if variant != row:
         _shrink(config)
-        if "steps" in config.defense:
-            config.defense.steps = 2
+        _override(config, overrides.get("debug", {}))
     return config.lock()
+
+
+def _override(config: ConfigDict, sections: Sections) -> None:
+    """Merges sections key by key; another model or optimiser replaces the whole section."""
+    for section, values in sections.items():
+        if section not in config or (section == "model" and "name" in values):
+            config[section] = ConfigDict(dict(values))
+            continue
+        values = dict(values)
+        if "optimizer" in values:
+            config[section].optimizer = ConfigDict(values.pop("optimizer"))
+        config[section].update(values)

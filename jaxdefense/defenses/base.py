@@ -109,10 +109,10 @@ class Net:
         variables = jax.jit(self.module.init)(key, images)
         return {self.role: variables["params"]}, {self.role: variables.get("batch_stats", {})}
 
-    def predict(self, params: Params, carry: Carry) -> Predict:
-        """The network in eval mode."""
+    def predict(self, params: Params, carry: Carry, **kwargs: Any) -> Predict:
+        """The network in eval mode; keyword arguments (`features`, `bn_set`) are the module's."""
         variables = {"params": params[self.role], "batch_stats": carry[self.role]}
-        return lambda x: self.module.apply(variables, x)
+        return lambda x: self.module.apply(variables, x, **kwargs)
 
     def train(self, params: Params, carry: Carry, x: Images, **kwargs: Any) -> tuple[Any, Carry]:
         """(output, carry): BatchNorm on the batch's statistics, which the carry follows."""

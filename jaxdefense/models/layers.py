@@ -135,6 +135,38 @@ Conv = functools.partial(nn.Conv, kernel_init=kernel_init, conv_general_dilated=
 BatchNorm = functools.partial(nn.BatchNorm, momentum=0.9, epsilon=1e-5)
 
 
+def batch_norm(module: nn.Module, x: jax.Array, name: str, *, train: bool, which: int) -> jax.Array:
+    """BatchNorm number `which` of the module's `bn_sets`; call it inside a compact method.
+
+    A network with several sets has one set of scales, biases and statistics for each kind of
+    input (clean, adversarial) and shares all else. Set 0 is called `name`, set k `name_set{k}`;
+    all exist from initialisation on.
+
+    Args:
+      module: the caller, with fields `dtype`, `bn_axis` and `bn_sets`.
+      x: (B, ..., C).
+      name: of the submodule.
+      train: whether the batch's statistics are used and followed.
+      which: 0 .. bn_sets - 1, static.
+
+    Raises:
+      ValueError: the module has no such set.
+
+    Reference: Xie et al., Adversarial examples improve image recognition, arXiv 1911.09665.
+    """
+    if not 0 <= which < module.bn_sets:
+        raise ValueError(f"bn_set must be below bn_sets ({module.bn_sets}), got {which}")
+    out = {}
+    for k in range(module.bn_sets) if module.is_initializing() else (which,):
+        out[k] = BatchNorm(
+            use_running_average=not train,
+            dtype=module.dtype,
+            axis_name=module.bn_axis,
+            name=f"{name}_set{k}" if k else name,
+        )(x)
+    return out[which]
+
+
 def dense(features: int, fan_in: int, **kwargs: Any) -> nn.Dense:
     """A linear layer with PyTorch's initialisers."""
     return nn.Dense(features, kernel_init=kernel_init, bias_init=bias_init(fan_in), **kwargs)

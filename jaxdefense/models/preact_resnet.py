@@ -19,28 +19,25 @@ class Block(nn.Module):
       stride: of the first convolution and of the shortcut.
       dtype: compute dtype.
       bn_axis: mapped axis over which BatchNorm averages, or None.
+      bn_sets: number of BatchNorm sets.
     """
 
     channels: int
     stride: int
     dtype: str
     bn_axis: str | None
+    bn_sets: int
 
     @nn.compact
-    def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
+    def __call__(self, x: jax.Array, *, train: bool, bn_set: int) -> jax.Array:
         """(B, H, W, C) -> (B, H / stride, W / stride, channels)."""
         conv = partial(layers.Conv, self.channels, use_bias=False, dtype=self.dtype)
-        norm = partial(
-            layers.BatchNorm,
-            use_running_average=not train,
-            dtype=self.dtype,
-            axis_name=self.bn_axis,
-        )
-        y = nn.relu(norm(name="bn1")(x))
+        norm = partial(layers.batch_norm, self, train=train, which=bn_set)
+        y = nn.relu(norm(x, "bn1"))
         if self.stride != 1 or x.shape[-1] != self.channels:
             x = conv((1, 1), self.stride, padding=0, name="shortcut_conv")(y)
         y = conv((3, 3), self.stride, padding=1, name="conv1")(y)
-        y = nn.relu(norm(name="bn2")(y))
+        y = nn.relu(norm(y, "bn2"))
         return x + conv((3, 3), padding=1, name="conv2")(y)
 
 
@@ -60,6 +57,7 @@ class PreActResNet(nn.Module):
       mean: C numbers subtracted inside the model, or None.
       std: C numbers divided by inside the model, or None.
       bn_axis: mapped axis over which BatchNorm averages in training, or None.
+      bn_sets: number of BatchNorm sets, of which a call's `bn_set` uses one.
 
     Reference: He et al., Identity mappings in deep residual networks, arXiv 1603.05027; Rice et
     al., Overfitting in adversarially robust deep learning, arXiv 2002.11569.
@@ -72,10 +70,11 @@ class PreActResNet(nn.Module):
     mean: tuple[float, ...] | None = None
     std: tuple[float, ...] | None = None
     bn_axis: str | None = None
+    bn_sets: int = 1
 
     @nn.compact
     def __call__(
-        self, x: jax.Array, *, train: bool = False, features: bool = False
+        self, x: jax.Array, *, train: bool = False, features: bool = False, bn_set: int = 0
     ) -> jax.Array | tuple[jax.Array, jax.Array]:
         """Logits (B, K), or (logits, features (B, 8 * width)), of images x (B, H, W, C).
 
@@ -83,7 +82,7 @@ class PreActResNet(nn.Module):
         mutable).
 
         Raises:
-          ValueError: x is not of rank 4 or not floating.
+          ValueError: x is not of rank 4 or not floating; an unknown `bn_set`.
         """
         x = layers.normalise(x, self.mean, self.std, self.dtype)
         x = layers.Conv(
@@ -96,13 +95,11 @@ class PreActResNet(nn.Module):
                     stride=2 if stage > 0 and i == 0 else 1,
                     dtype=self.dtype,
                     bn_axis=self.bn_axis,
+                    bn_sets=self.bn_sets,
                     name=f"stage{stage + 1}_block{i + 1}",
-                )(x, train=train)
+                )(x, train=train, bn_set=bn_set)
         if self.final_norm:
-            x = layers.BatchNorm(
-                use_running_average=not train, dtype=self.dtype, axis_name=self.bn_axis, name="bn"
-            )(x)
-            x = nn.relu(x)
+            x = nn.relu(layers.batch_norm(self, x, "bn", train=train, which=bn_set))
         return layers.classify(x.mean((1, 2)), self.num_classes, features)
 
 

@@ -25,6 +25,7 @@ class Block(nn.Module):
       bottleneck: 1x1, 3x3, 1x1 instead of 3x3, 3x3.
       dtype: compute dtype.
       bn_axis: mapped axis over which BatchNorm averages, or None.
+      bn_sets: number of BatchNorm sets.
     """
 
     channels: int
@@ -32,17 +33,13 @@ class Block(nn.Module):
     bottleneck: bool
     dtype: str
     bn_axis: str | None
+    bn_sets: int
 
     @nn.compact
-    def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
+    def __call__(self, x: jax.Array, *, train: bool, bn_set: int) -> jax.Array:
         """(B, H, W, C) -> (B, H / stride, W / stride, channels or 4 channels)."""
         conv = partial(layers.Conv, use_bias=False, padding=0, dtype=self.dtype)
-        norm = partial(
-            layers.BatchNorm,
-            use_running_average=not train,
-            dtype=self.dtype,
-            axis_name=self.bn_axis,
-        )
+        norm = partial(layers.batch_norm, self, train=train, which=bn_set)
         c = self.channels
         plan: tuple[tuple[int, int, int], ...]  # (features, kernel, stride) of each convolution
         if self.bottleneck:
@@ -53,12 +50,12 @@ class Block(nn.Module):
         y = x
         for i, (features, k, stride) in enumerate(plan, 1):
             y = conv(features, (k, k), stride, padding=k // 2, name=f"conv{i}")(y)
-            y = norm(name=f"bn{i}")(y)
+            y = norm(y, f"bn{i}")
             if i < len(plan):
                 y = nn.relu(y)
         if x.shape != y.shape:
             x = conv(y.shape[-1], (1, 1), self.stride, name="shortcut_conv")(x)
-            x = norm(name="shortcut_bn")(x)
+            x = norm(x, "shortcut_bn")
         return nn.relu(x + y)
 
 
@@ -76,6 +73,7 @@ class ResNet(nn.Module):
       mean: C numbers subtracted inside the model, or None.
       std: C numbers divided by inside the model, or None.
       bn_axis: mapped axis over which BatchNorm averages in training, or None.
+      bn_sets: number of BatchNorm sets, of which a call's `bn_set` uses one.
 
     Reference: He et al., Deep residual learning for image recognition, arXiv 1512.03385, in the
     form for 32x32 images that the robustness literature uses.
@@ -88,10 +86,11 @@ class ResNet(nn.Module):
     mean: tuple[float, ...] | None = None
     std: tuple[float, ...] | None = None
     bn_axis: str | None = None
+    bn_sets: int = 1
 
     @nn.compact
     def __call__(
-        self, x: jax.Array, *, train: bool = False, features: bool = False
+        self, x: jax.Array, *, train: bool = False, features: bool = False, bn_set: int = 0
     ) -> jax.Array | tuple[jax.Array, jax.Array]:
         """Logits (B, K), or (logits, features (B, D)), of images x (B, H, W, C).
 
@@ -99,7 +98,7 @@ class ResNet(nn.Module):
         statistics and updates `batch_stats` (make it mutable).
 
         Raises:
-          ValueError: x is not of rank 4 or not floating; an unknown depth.
+          ValueError: x is not of rank 4 or not floating; an unknown depth or `bn_set`.
         """
         if self.depth not in DEPTHS:
             raise ValueError(f"unknown depth {self.depth}; allowed: {', '.join(map(str, DEPTHS))}")
@@ -107,10 +106,7 @@ class ResNet(nn.Module):
         x = layers.Conv(
             self.width, (3, 3), padding=1, use_bias=False, dtype=self.dtype, name="conv1"
         )(x)
-        x = layers.BatchNorm(
-            use_running_average=not train, dtype=self.dtype, axis_name=self.bn_axis, name="bn1"
-        )(x)
-        x = nn.relu(x)
+        x = nn.relu(layers.batch_norm(self, x, "bn1", train=train, which=bn_set))
         kind, blocks = DEPTHS[self.depth]
         for stage, count in enumerate(blocks):
             for i in range(count):
@@ -120,8 +116,9 @@ class ResNet(nn.Module):
                     bottleneck=kind == "bottleneck",
                     dtype=self.dtype,
                     bn_axis=self.bn_axis,
+                    bn_sets=self.bn_sets,
                     name=f"stage{stage + 1}_block{i + 1}",
-                )(x, train=train)
+                )(x, train=train, bn_set=bn_set)
         return layers.classify(x.mean((1, 2)), self.num_classes, features)
 
 

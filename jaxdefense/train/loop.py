@@ -1,8 +1,8 @@
 """The train loop: any defence's phases, resumable to the bit.
 
 A workdir holds config.json, metrics.jsonl, TensorBoard events, and the checkpoints `last` (to go
-on from) and `best` (by accuracy on the validation split, never on the test set). A run that was
-killed goes on from `last` and ends with the same bits as one that was not.
+on from) and `best` (of the last phase, by accuracy on the validation split, never on the test
+set). A run that was killed goes on from `last` and ends with the same bits as one that was not.
 """
 
 import contextlib
@@ -233,7 +233,9 @@ class Trainer:
                         scores = self.validate(state)
                         log.write(step, scores, epoch=step / self.per_epoch)
                         bar.write(_line(step, self.per_epoch, scores))
-                        if self.better(scores, step):
+                        # What earlier phases have is not yet the defence.
+                        last = segment.phase is self.segments[-1].phase
+                        if last and self.better(scores, step):
                             self.save("best", state)
                     self.seconds += time.monotonic() - began
                     if received or self._due("checkpoint_every", step):
