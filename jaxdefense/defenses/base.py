@@ -78,6 +78,22 @@ class Phase:
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
+class Purifier:
+    """What an audit needs to know of a predictor that cleans images: predict(x) = base(purify(x)).
+
+    Attributes:
+      base: the name of the predictor behind the purifier.
+      purify: (params, carry) -> (images -> images).
+      detours: {name: predictor} with the same logits and other gradients, past the places where
+        the purifier's own vanish (a clip, a saturated tanh); an attack climbs them too.
+    """
+
+    base: str
+    purify: Callable[[Params, Carry], Callable[[Images], Images]]
+    detours: Mapping[str, Predictor] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
 class Defense:
     """A defence of a classifier.
 
@@ -85,11 +101,13 @@ class Defense:
       init: (key, example images (1, H, W, C)) -> (params, carry).
       phases: run in order; the same Phase may stand in the list several times.
       predictors: {name: (params, carry) -> Predict}; the first is the deployed classifier.
+      purifiers: {name of a predictor that cleans images first: its Purifier}.
     """
 
     init: Callable[[Key, Images], tuple[Params, Carry]]
     phases: tuple[Phase, ...]
     predictors: Mapping[str, Predictor]
+    purifiers: Mapping[str, Purifier] = dataclasses.field(default_factory=dict)
 
     @property
     def primary(self) -> str:

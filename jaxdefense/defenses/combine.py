@@ -60,7 +60,8 @@ def combine(parts: Sequence[tuple[float, base.Defense]]) -> base.Defense:
             params, carry = {**params, **new_params}, {**carry, **new_carry}
         return params, carry
 
-    return base.Defense(init, phases, parts[0][1].predictors)
+    first = parts[0][1]
+    return base.Defense(init, phases, first.predictors, first.purifiers)
 
 
 def _phase(i: int, phase: base.Phase, parts: Sequence[tuple[float, base.Defense]]) -> base.Phase:

@@ -58,15 +58,21 @@ def with_ema(defense: base.Defense, *, decay: float = 0.9995) -> base.Defense:
 
         return {**carry, "ema": jax.tree.map(average, carry["ema"], now)}
 
-    def averaged(predictor: base.Predictor) -> base.Predictor:
-        return lambda params, carry: predictor(carry["ema"]["params"], carry["ema"]["carry"])
+    def averaged(function: Callable[[base.Params, base.Carry], Any]) -> Any:
+        return lambda params, carry: function(carry["ema"]["params"], carry["ema"]["carry"])
+
+    def averaged_purifier(purifier: base.Purifier) -> base.Purifier:
+        detours = {name: averaged(p) for name, p in purifier.detours.items()}
+        return base.Purifier(purifier.base, averaged(purifier.purify), detours)
 
     def change(phase: base.Phase) -> base.Phase:
         return dataclasses.replace(phase, after=(*phase.after, follow))
 
     predictors = {name: averaged(p) for name, p in defense.predictors.items()}
     raw = {f"raw_{name}": p for name, p in defense.predictors.items()}
-    return base.Defense(init, _map_phases(defense, change), {**predictors, **raw})
+    purifiers = {name: averaged_purifier(p) for name, p in defense.purifiers.items()}
+    phases = _map_phases(defense, change)
+    return base.Defense(init, phases, {**predictors, **raw}, purifiers)
 
 
 def with_weight_perturbation(
