@@ -4,8 +4,12 @@ Only the train step takes a mean. `labels` are (B,) integers; a loss that also t
 says so. All are safe under half-precision logits: the arithmetic is float32.
 """
 
+import math
+from collections.abc import Sequence
+
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from jaxdefense import registry
@@ -103,6 +107,201 @@ def dlr_targeted(logits: Logits, labels: Labels, targets: Labels) -> PerExample:
     top = jax.lax.top_k(logits, 4)[0]
     scale = top[:, 0] - (top[:, 2] + top[:, 3]) / 2 + 1e-12
     return (_pick(logits, targets) - _pick(logits, labels)) / scale
+
+
+def mart(
+    clean: Logits,
+    moved: Logits,
+    labels: Labels,
+    *,
+    weight: float,
+    targets: Array | None = None,
+) -> PerExample:
+    """CE(p', t) - log(1 - max_{k != y} p'_k) + weight KL(p || p') (1 - p_y).
+
+    p and p' are the softmaxes on the clean and on the adversarial images. The first two terms are
+    the boosted cross-entropy; the last weighs most where the clean image is misclassified, and is
+    differentiated through its weight too. Everything is computed from log-probabilities, where
+    the authors' code adds constants of 1e-4 to 1e-12 instead.
+
+    Args:
+      clean, moved: (B, K).
+      labels: (B,), y.
+      weight: of the last term (the paper's lambda).
+      targets: (B, K) probabilities t; by default the labels.
+
+    Reference: Wang et al., Improving adversarial robustness requires revisiting misclassified
+      examples, ICLR 2020, eq. 11.
+    """
+    own = jax.nn.one_hot(labels, moved.shape[-1], dtype=bool)
+    log_p, log_q = (jax.nn.log_softmax(_float32(z)) for z in (clean, moved))
+    runner_up = jnp.argmax(jnp.where(own, -jnp.inf, log_q), -1)
+    others = jnp.arange(moved.shape[-1]) != runner_up[:, None]
+    boosted = cross_entropy(moved, labels if targets is None else targets)
+    boosted = boosted - jax.nn.logsumexp(log_q, -1, where=others)
+    return boosted + weight * kl(clean, moved) * -jnp.expm1(_pick(log_p, labels))
+
+
+def supcon(
+    views: Array,
+    labels: Labels | None = None,
+    *,
+    temperature: float = 0.07,
+    mask: Array | None = None,
+    axis_name: str | None = None,
+) -> PerExample:
+    """Supervised contrastive loss; without labels it is NT-Xent, SimCLR's loss.
+
+    Of the anchor a, one view of one example, with P(a) all other views of its class (without
+    labels: of its example) and i over all views of all examples but a itself,
+
+        l(a) = -1/|P(a)| sum_{p in P(a)} log(exp(z_a z_p / T) / sum_{i != a} exp(z_a z_i / T)),
+
+    the 'out' form; an example's loss is the mean over its views. An anchor without a positive
+    has the loss 0.
+
+    Args:
+      views: (V, B, D) unit vectors.
+      labels: (B,) integers, or None.
+      temperature: T, positive.
+      mask: (B,) bool; the examples where it is False are padding: neither anchors nor in a sum.
+      axis_name: a mapped axis over whose devices the views are gathered: own anchors against
+        all views. The mean over devices of the loss, or of its gradient, is then what one
+        device would find with the whole batch.
+
+    Returns:
+      (B,), 0 where the mask is False.
+
+    Raises:
+      ValueError: another rank, or a temperature that is not positive.
+
+    Reference: Khosla et al., Supervised contrastive learning, arXiv 2004.11362, eq. 2; Chen et
+      al., A simple framework for contrastive learning, arXiv 2002.05709, eq. 1.
+    """
+    if views.ndim != 3:
+        raise ValueError(f"views must be (V, B, D), got {views.shape}")
+    if not temperature > 0:
+        raise ValueError(f"temperature must be positive, got {temperature}")
+    z = views.astype(jnp.promote_types(views.dtype, jnp.float32))
+    rows = jnp.arange(z.shape[1])
+    real = jnp.ones(rows.shape, bool) if mask is None else mask
+    pool, pool_real = z, real
+    if axis_name is not None:
+        rows = rows + jax.lax.axis_index(axis_name) * z.shape[1]
+        pool = jax.lax.all_gather(z, axis_name, axis=1, tiled=True)
+        pool_real = jax.lax.all_gather(real, axis_name, tiled=True)
+    pool_rows = jnp.arange(pool.shape[1])
+    own = rows[:, None] == pool_rows[None]
+    same = own
+    if labels is not None:
+        pool_labels = labels
+        if axis_name is not None:
+            pool_labels = jax.lax.all_gather(labels, axis_name, tiled=True)
+        same = labels[:, None] == pool_labels[None]
+
+    # (V, B) anchors by (V, C) views of the pool.
+    itself = jnp.eye(len(z), dtype=bool)[:, None, :, None] & own[None, :, None, :]
+    others = pool_real[None, None, None, :] & ~itself
+    positive = others & same[None, :, None, :]
+    logits = jnp.einsum("vbd,wcd->vbwc", z, pool, precision="highest") / temperature
+    count = jnp.sum(positive, (2, 3))
+    alone = count == 0
+    # Without a positive there may be no other at all: a sum over nothing has a NaN gradient.
+    compared = others | alone[:, :, None, None]
+    total = jax.nn.logsumexp(jnp.where(compared, logits, -jnp.inf), (2, 3))
+    mean = jnp.sum(jnp.where(positive, logits, 0), (2, 3)) / jnp.maximum(count, 1)
+    loss = jnp.mean(jnp.where(alone, 0, total - mean), 0)
+    return jnp.where(real, loss, 0)
+
+
+def cost_matrix(
+    num_classes: int,
+    protected: int | Sequence[int],
+    cost: float = 10.0,
+    *,
+    others: float = 1.0,
+    columns: bool = True,
+) -> Array:
+    """C (K, K): `cost` in the rows and columns of the protected classes, 0 on the diagonal.
+
+    Args:
+      num_classes: K.
+      protected: one class or several.
+      cost: of an error that a protected class takes part in.
+      others: of every other error.
+      columns: protect the columns too, not the rows alone.
+
+    Raises:
+      ValueError: a class outside [0, K), none at all, or a cost that is negative or not finite.
+    """
+    classes = [protected] if isinstance(protected, int) else list(protected)
+    if not classes or any(k not in range(num_classes) for k in classes):
+        raise ValueError(f"protected classes must be in [0, {num_classes}), got {protected!r}")
+    if not (0 <= cost < math.inf and 0 <= others < math.inf):
+        raise ValueError(f"costs must be finite and not negative, got {cost} and {others}")
+    matrix = np.full((num_classes, num_classes), others, np.float32)
+    matrix[classes] = cost
+    if columns:
+        matrix[:, classes] = cost
+    np.fill_diagonal(matrix, 0)
+    return jnp.asarray(matrix)
+
+
+def expected_cost(logits: Logits, labels: Labels, cost: Array) -> PerExample:
+    """sum_j C[j, y] p_j with p = softmax(logits): what the network's guess costs on average.
+
+    Args:
+      logits: (B, K).
+      labels: (B,).
+      cost: (K, K), C[guess, label], see `cost_matrix`.
+
+    Reference: Shen et al., Adversarial learning with cost-sensitive classes, arXiv 2101.12372.
+    """
+    return jnp.sum(jax.nn.softmax(_float32(logits)) * jnp.take(cost, labels, 1).T, -1)
+
+
+def margin_cost(logits: Logits, labels: Labels, cost: Array) -> PerExample:
+    """log(1 + sum_{j != y} C[y, j] exp(z_j - z_y)): the cross-entropy where all costs are 1.
+
+    Args:
+      logits: (B, K).
+      labels: (B,).
+      cost: (K, K), C[label, guess], see `cost_matrix`; its diagonal does not count.
+
+    Reference: Zhang, Evans, Cost-sensitive robustness against adversarial examples,
+      arXiv 1810.09225.
+    """
+    logits = _float32(logits)
+    own = jax.nn.one_hot(labels, logits.shape[-1], dtype=bool)
+    weights = jnp.where(own, 1.0, cost[labels])
+    return jax.nn.logsumexp(logits, -1, b=weights) - _pick(logits, labels)
+
+
+def min_max(weights: Array, *, epsilon: float = 1e-12) -> Array:
+    """R(W) = ||W||_1 - ||W||_2 of all entries, (): 0 where at most one is not zero, else above.
+
+    dR/dW = sign(W) - W / ||W||_2: small entries are driven to zero, one large one is left alone.
+
+    Args:
+      weights: an array of any shape, taken as one vector.
+      epsilon: added under the root, so that the gradient at W = 0 is 0.
+
+    Reference: Shen et al., arXiv 2101.12372 (the regulariser of CSE).
+    """
+    weights = weights.astype(jnp.float32)
+    return jnp.sum(jnp.abs(weights)) - jnp.sqrt(jnp.sum(jnp.square(weights)) + epsilon)
+
+
+def excess_kurtosis(weights: Array, *, epsilon: float = 1e-12) -> Array:
+    """m_4 / m_2^2 - 3 of all entries, (): Fisher's, biased; 0 for a Gaussian.
+
+    Args:
+      weights: an array of any shape.
+      epsilon: added to m_2^2, so that equal entries give -3 and no NaN.
+    """
+    centred = weights.astype(jnp.float32) - jnp.mean(weights)
+    variance = jnp.mean(jnp.square(centred))
+    return jnp.mean(centred**4) / (jnp.square(variance) + epsilon) - 3
 
 
 _NAMED: dict[str, LossFn] = {"cross_entropy": cross_entropy, "margin": margin, "dlr": dlr}
