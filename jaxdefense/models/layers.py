@@ -30,7 +30,22 @@ def build(cls: type[Module], num_classes: int, kwargs: Mapping[str, Any]) -> Mod
     """
     if isinstance(num_classes, bool) or int(num_classes) != num_classes or num_classes < 2:
         raise ValueError(f"need num_classes, an integer of at least 2, got {num_classes!r}")
-    inherited = ("num_classes", "parent", "name")
+    return _construct(cls, {"num_classes": int(num_classes)}, kwargs)
+
+
+def build_generator(cls: type[Module], channels: int, kwargs: Mapping[str, Any]) -> Module:
+    """`cls(channels, **kwargs)` for a generator's class, with `build`'s errors.
+
+    Raises:
+      ValueError: no channels, an unknown field, or a dtype that is not one of `DTYPES`.
+    """
+    if isinstance(channels, bool) or int(channels) != channels or channels < 1:
+        raise ValueError(f"need channels, an integer of at least 1, got {channels!r}")
+    return _construct(cls, {"channels": int(channels)}, kwargs)
+
+
+def _construct(cls: type[Module], first: Mapping[str, int], kwargs: Mapping[str, Any]) -> Module:
+    inherited = (*first, "parent", "name")
     allowed = [f.name for f in dataclasses.fields(cls) if f.name not in inherited]
     for field in kwargs:
         if field not in allowed:
@@ -39,7 +54,7 @@ def build(cls: type[Module], num_classes: int, kwargs: Mapping[str, Any]) -> Mod
     kwargs = {key: tuple(v) if isinstance(v, list) else v for key, v in kwargs.items()}
     if "dtype" in kwargs:
         kwargs["dtype"] = dtype_name(kwargs["dtype"])
-    return cls(num_classes=int(num_classes), **kwargs)
+    return cls(**first, **kwargs)
 
 
 def dtype_name(dtype: Any) -> str:
@@ -111,6 +126,19 @@ def max_pool2(x: jax.Array) -> jax.Array:
     b, h, w, c = x.shape
     x = x[:, : h // 2 * 2, : w // 2 * 2]
     return x.reshape(b, h // 2, 2, w // 2, 2, c).max((2, 4))
+
+
+def spread2(x: jax.Array) -> jax.Array:
+    """Channels as 2x2 blocks of pixels: (B, H, W, 4 C) -> (B, 2 H, 2 W, C).
+
+    After a 3x3 convolution it can do what a 4x4 transposed convolution with stride 2 does, and
+    its gradients are those of an ordinary convolution.
+
+    Reference: Shi et al., arXiv 1609.05158.
+    """
+    b, h, w, c = x.shape
+    x = x.reshape(b, h, w, 2, 2, c // 4).transpose(0, 1, 3, 2, 4, 5)
+    return x.reshape(b, 2 * h, 2 * w, c // 4)
 
 
 # PyTorch's defaults, which the published recipes rely on: weights and biases of convolutions and
