@@ -195,6 +195,18 @@ def batch_norm(module: nn.Module, x: jax.Array, name: str, *, train: bool, which
     return out[which]
 
 
+def convolve(
+    x: jax.Array, channels: int, size: int, stride: int, *, name: str, **kwargs: Any
+) -> jax.Array:
+    """`Conv` of an odd size or of twice its stride, padded so that H becomes H / stride.
+
+    Call it inside a compact method. The bias has PyTorch's initialiser; `kwargs` are `Conv`'s.
+    """
+    padding = (size - stride + 1) // 2
+    kwargs = {"bias_init": bias_init(size**2 * x.shape[-1]), **kwargs}
+    return Conv(channels, (size, size), strides=stride, padding=padding, name=name, **kwargs)(x)
+
+
 def dense(features: int, fan_in: int, **kwargs: Any) -> nn.Dense:
     """A linear layer with PyTorch's initialisers."""
     return nn.Dense(features, kernel_init=kernel_init, bias_init=bias_init(fan_in), **kwargs)
