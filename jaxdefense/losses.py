@@ -131,12 +131,12 @@ def mart(
       targets: (B, K) probabilities t; by default the labels.
 
     Reference: Wang et al., Improving adversarial robustness requires revisiting misclassified
-      examples, ICLR 2020, eq. 11.
+      examples, ICLR 2020.
     """
     own = jax.nn.one_hot(labels, moved.shape[-1], dtype=bool)
     log_p, log_q = (jax.nn.log_softmax(_float32(z)) for z in (clean, moved))
     runner_up = jnp.argmax(jnp.where(own, -jnp.inf, log_q), -1)
-    others = jnp.arange(moved.shape[-1]) != runner_up[:, None]
+    others = ~jax.nn.one_hot(runner_up, moved.shape[-1], dtype=bool)
     boosted = cross_entropy(moved, labels if targets is None else targets)
     boosted = boosted - jax.nn.logsumexp(log_q, -1, where=others)
     return boosted + weight * kl(clean, moved) * -jnp.expm1(_pick(log_p, labels))

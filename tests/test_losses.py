@@ -76,12 +76,43 @@ def test_dlr_is_scale_invariant():
     )
 
 
+def mart(clean, moved, y, weight):
+    """Wang et al.'s sum with probabilities, as the paper writes it."""
+    p, q = scipy.special.softmax(clean, -1), scipy.special.softmax(moved, -1)
+    rest = np.where(np.eye(clean.shape[-1], dtype=bool)[y], 0, q).max(-1)
+    boosted = -np.log(q[ROWS, y]) - np.log(1 - rest)
+    return boosted + weight * scipy.special.rel_entr(p, q).sum(-1) * (1 - p[ROWS, y])
+
+
+def test_mart():
+    found = losses.mart(LOGITS, OTHER, LABELS, weight=5.0)
+    np.testing.assert_allclose(found, mart(Z, Q, Y, 5.0), rtol=1e-4)
+    hot = losses.one_hot(LABELS, 5)
+    soft = 0.8 * hot + 0.04
+    np.testing.assert_allclose(
+        losses.mart(LOGITS, OTHER, LABELS, weight=5.0, targets=hot), found, rtol=1e-6
+    )
+    change = losses.cross_entropy(OTHER, soft) - losses.cross_entropy(OTHER, hot)
+    softened = losses.mart(LOGITS, OTHER, LABELS, weight=5.0, targets=soft)
+    np.testing.assert_allclose(softened - found, change, rtol=1e-3, atol=1e-4)
+
+
+def test_mart_is_finite_where_a_probability_is_one():
+    sure = jnp.zeros((7, 5)).at[:, 2].set(300.0)  # the label of row 2, wrong in the others
+    value, grad = jax.value_and_grad(lambda z: losses.mart(z, z, LABELS, weight=5.0).sum())(sure)
+    # -log q_y = 300 and -log(1 - q_2) = 300 - log 4 in six rows, and nothing in row 2
+    np.testing.assert_allclose(value, 6 * (600 - np.log(4)), rtol=1e-6)
+    assert np.all(np.isfinite(grad))
+    assert np.all(np.asarray(grad)[[0, 1, 3, 4, 5, 6], 2] > 0)
+
+
 def test_half_precision_is_computed_in_float32():
     half = LOGITS.astype(jnp.bfloat16)
     for value in (
         losses.cross_entropy(half, LABELS),
         losses.kl(half, half),
         losses.dlr(half, LABELS),
+        losses.mart(half, half, LABELS, weight=1.0),
     ):
         assert value.dtype == jnp.float32
 
