@@ -304,6 +304,44 @@ def excess_kurtosis(weights: Array, *, epsilon: float = 1e-12) -> Array:
     return jnp.mean(centred**4) / (jnp.square(variance) + epsilon) - 3
 
 
+def squared_error(x: Array, y: Array) -> PerExample:
+    """mean_i (x_i - y_i)^2 over all axes but the first, (B,)."""
+    return _mean(jnp.square(_difference(x, y)))
+
+
+def absolute_error(x: Array, y: Array) -> PerExample:
+    """mean_i |x_i - y_i| over all axes but the first, (B,)."""
+    return _mean(jnp.abs(_difference(x, y)))
+
+
+def _difference(x: Array, y: Array) -> Array:
+    if x.shape != y.shape:
+        raise ValueError(f"need arrays of one shape, got {x.shape} and {y.shape}")
+    return x.astype(jnp.float32) - y.astype(jnp.float32)
+
+
+def _mean(x: Array) -> PerExample:
+    return jnp.mean(x, range(1, x.ndim))
+
+
+def binary_cross_entropy(logits: Array, targets: Array | float) -> PerExample:
+    """-t log s(z) - (1 - t) log(1 - s(z)) with s the logistic function.
+
+    Args:
+      logits: (B,), z.
+      targets: t in [0, 1], one or one per example.
+
+    Returns:
+      (B,).
+
+    Raises:
+      ValueError: logits of another rank.
+    """
+    if logits.ndim != 1:
+        raise ValueError(f"logits must be (B,), got {logits.shape}")
+    return optax.sigmoid_binary_cross_entropy(logits.astype(jnp.float32), jnp.asarray(targets))
+
+
 _NAMED: dict[str, LossFn] = {"cross_entropy": cross_entropy, "margin": margin, "dlr": dlr}
 
 
