@@ -17,8 +17,10 @@ from jaxdefense.models import layers
 SMALL = {
     "cnn": {"width": 0.25},
     "lenet": {"width": 0.5},
+    "mnist_net": {"width": 4, "bn": True},
     "resnet": {"width": 4},
     "preact_resnet": {"width": 4},
+    "vgg": {"width": 4},
 }
 NAMES = models.names()
 CLASSES = 5
@@ -246,6 +248,9 @@ def test_unknown_model():
         ("lenet", (1, 32, 32, 3), {}, 62_006),
         ("lenet", (1, 28, 28, 1), {"padding": 2}, 61_706),
         ("cnn", (1, 28, 28, 1), {}, 166_406),
+        ("mnist_net", (1, 28, 28, 1), {}, 3_274_634),
+        ("mnist_net", (1, 28, 28, 1), {"bn": True, "bn_sets": 2}, 3_275_754 + 2 * (32 + 64 + 1024)),
+        ("vgg", (1, 32, 32, 3), {}, 1_148_874),
         ("resnet", (1, 32, 32, 3), {}, 11_173_962),
         ("resnet", (1, 32, 32, 3), {"depth": 34}, 21_282_122),
         ("resnet", (1, 32, 32, 3), {"depth": 50}, 23_520_842),
