@@ -324,6 +324,27 @@ def _mean(x: Array) -> PerExample:
     return jnp.mean(x, range(1, x.ndim))
 
 
+def gaussian_kl(mean: Array, log_variance: Array) -> PerExample:
+    """KL(N(m, v) || N(0, 1)) = sum_j (v_j + m_j^2 - 1 - log v_j) / 2, a VAE's term.
+
+    Args:
+      mean: (B, D), m.
+      log_variance: (B, D), log v.
+
+    Returns:
+      (B,).
+
+    Raises:
+      ValueError: the two have different shapes, or no axis D.
+
+    Reference: Kingma, Welling, Auto-encoding variational Bayes, arXiv 1312.6114, app. B.
+    """
+    if mean.shape != log_variance.shape or mean.ndim != 2:
+        raise ValueError(f"moments must be (B, D) both, got {mean.shape}, {log_variance.shape}")
+    mean, log_variance = mean.astype(jnp.float32), log_variance.astype(jnp.float32)
+    return jnp.sum(jnp.expm1(log_variance) - log_variance + jnp.square(mean), -1) / 2
+
+
 def binary_cross_entropy(logits: Array, targets: Array | float) -> PerExample:
     """-t log s(z) - (1 - t) log(1 - s(z)) with s the logistic function.
 
