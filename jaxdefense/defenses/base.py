@@ -20,8 +20,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from jaxdefense import losses
-from jaxdefense.types import Array, Images, Key, Labels, Logits, Predict, PyTree
+from jaxdefense import attacks, losses
+from jaxdefense.types import Array, Images, Key, Labels, Logits, LossFn, Predict, PyTree, Threat
 
 AXIS = "batch"
 
@@ -143,6 +143,45 @@ def single(net: Net, loss: Loss, *, craft: Craft | None = None, phase: str = "tr
     """The defence of one network, one phase, one update per batch."""
     update = Update(loss, (net.role,), craft)
     return Defense(net.init, (Phase(phase, (update,)),), {net.role: net.predict})
+
+
+def pgd_craft(
+    net: Net,
+    threat: Threat,
+    *,
+    steps: int,
+    step_size: float | None = None,
+    loss: LossFn | str = losses.cross_entropy,
+    random_start: bool = True,
+    ramp_epochs: float = 0.0,
+) -> Craft:
+    """The craft that adds batch["adversarial"]: PGD around batch["image"] against batch["label"].
+
+    It attacks the network in eval mode, so that BatchNorm neither sees nor follows its images.
+
+    Args:
+      net: what is attacked.
+      threat: the set.
+      steps, step_size, loss, random_start: of the PGD; step_size in image units, by default
+        eps / 4.
+      ramp_epochs: eps and step size grow linearly from 0 over so many epochs.
+
+    Raises:
+      ValueError: an option out of range.
+    """
+    if not ramp_epochs >= 0:
+        raise ValueError(f"ramp_epochs must not be negative, got {ramp_epochs!r}")
+    step_size = threat.eps / 4 if step_size is None else step_size
+    options = dict(steps=steps, loss=loss, random_start=random_start)
+    attacks.pgd(threat, step_size=step_size, **options)  # a wrong option fails here, not in a jit
+
+    def craft(params: Params, carry: Carry, batch: Batch, key: Key) -> Batch:
+        factor = ramp(batch, ramp_epochs)
+        attack = attacks.pgd(threat.scaled(factor), step_size=step_size * factor, **options)
+        x_adv = attack(net.predict(params, carry), key, batch["image"], batch["label"])
+        return {**batch, "adversarial": x_adv}
+
+    return craft
 
 
 def targets(batch: Batch, logits: Logits, *, smoothing: float = 0.0) -> Array:

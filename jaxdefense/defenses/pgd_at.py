@@ -5,7 +5,7 @@ from typing import Any
 import flax.linen as nn
 import jax.numpy as jnp
 
-from jaxdefense import attacks, losses
+from jaxdefense import losses
 from jaxdefense.defenses import base
 from jaxdefense.types import Threat
 
@@ -35,23 +35,22 @@ def make(
     Returns:
       A `Defense` with the role and predictor `classifier`.
 
+    Raises:
+      ValueError: an option of the PGD out of range.
+
     Reference: Madry et al., Towards deep learning models resistant to adversarial attacks,
       arXiv 1706.06083. Deviation: BatchNorm uses its running averages inside the attack.
     """
     net = base.Net(model)
-    step_size = threat.eps / 4 if step_size is None else step_size
-
-    def craft(params: Any, carry: Any, batch: base.Batch, key: Any) -> base.Batch:
-        factor = base.ramp(batch, ramp_epochs)
-        attack = attacks.pgd(
-            threat.scaled(factor),
-            steps=steps,
-            step_size=step_size * factor,
-            loss=attack_loss,
-            random_start=random_start,
-        )
-        x_adv = attack(net.predict(params, carry), key, batch["image"], batch["label"])
-        return {**batch, "adversarial": x_adv}
+    craft = base.pgd_craft(
+        net,
+        threat,
+        steps=steps,
+        step_size=step_size,
+        loss=attack_loss,
+        random_start=random_start,
+        ramp_epochs=ramp_epochs,
+    )
 
     def loss(params: Any, carry: Any, batch: base.Batch, key: Any) -> Any:
         logits, carry = net.train(params, carry, batch["adversarial"])
