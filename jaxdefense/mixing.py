@@ -29,7 +29,7 @@ def weights(key: Key, batch: int, *, alpha: float = 1.0, per_sample: bool = True
 
     Reference: Zhang et al., mixup: Beyond empirical risk minimization, arXiv 1710.09412.
     """
-    check_alpha("alpha", alpha)
+    check_positive("alpha", alpha)
     return jax.vmap(lambda k: _beta(k, alpha))(_keys(key, batch, per_sample))
 
 
@@ -55,7 +55,7 @@ def box_mask(key: Key, images: Images, *, alpha: float = 1.0, per_sample: bool =
 
     Reference: Yun et al., CutMix, arXiv 1905.04899 (the authors' rule for the box).
     """
-    check_alpha("alpha", alpha)
+    check_positive("alpha", alpha)
     batch, height, width, _ = images.shape
 
     def box(key: Key) -> Array:
@@ -130,8 +130,8 @@ def soften(targets: Array, strength: PerExample, l1: float, l2: float) -> Array:
     return smooth(targets, (1 - strength) * l1 + strength * l2)  # LS is linear in its share
 
 
-def check_alpha(name: str, value: float) -> None:
-    """A positive finite number, as a Beta law needs.
+def check_positive(name: str, value: float) -> None:
+    """A positive finite number.
 
     Raises:
       ValueError: otherwise.
