@@ -145,6 +145,57 @@ def test_float64():
         assert_agree(x, w[:2, :2], (2, 2), "SAME", tolerance=1e-12)
 
 
+@functools.partial(jax.jit, static_argnums=(2, 3))
+def depthwise_gradients(x, w, strides, pads):
+    def y(x, w):
+        return conv(x, w, strides, pads, dimension_numbers=LAYOUT, feature_group_count=x.shape[-1])
+
+    y, vjp = jax.vjp(y, x, w)
+    return y, *vjp(jnp.asarray(cotangent(y.shape), y.dtype))
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize(
+    ("strides", "window", "pads"),
+    [
+        ((1, 1), (3, 3), "SAME"),
+        ((2, 2), (3, 3), ((1, 1), (1, 1))),
+        ((2, 1), (4, 3), ((1, 2), (0, 3))),
+        ((3, 3), (2, 2), "VALID"),
+    ],
+)
+def test_depthwise(strides, window, pads, dtype):
+    """Each channel is a convolution of its own, in C groups of one."""
+    x, w = operands((2, 9, 8, 5), (*window, 1, 5), dtype)
+    ours = depthwise_gradients(x, w, strides, pads)
+    for c in range(5):
+        one = np.s_[..., c : c + 1]
+        dy = cotangent(ours[0].shape)[one]
+        dy = np.asarray(jnp.asarray(dy, dtype), np.float64)
+        for a, b in zip(ours, reference(x[one], w[one], strides, pads, dy)):
+            assert a.dtype == dtype
+            bound = 1e-5 if dtype == jnp.float32 else 2**-8
+            np.testing.assert_allclose(np.asarray(a[one], np.float64), b, bound, 1e-5)
+
+
+def test_depthwise_inside_scan_and_differentiated_again():
+    x, w = operands((2, 6, 6, 5), (3, 3, 1, 5))
+
+    def penalty(w):
+        def y(x):
+            y = conv(x, w, (2, 2), "SAME", dimension_numbers=LAYOUT, feature_group_count=5)
+            return jnp.sum(y**3)
+
+        step = lambda x, _: (x + 1e-3 * jax.grad(y)(x), None)  # noqa: E731
+        return jnp.sum(lax.scan(step, x, length=3)[0] ** 2)
+
+    found = []
+    for on in (True, False):
+        with explicit_gradients(on):
+            found.append(jax.jit(jax.grad(penalty))(w))
+    np.testing.assert_allclose(*found, rtol=1e-4, atol=1e-5 * float(jnp.abs(found[1]).max()))
+
+
 def test_inside_scan():
     """A few steps of gradient ascent on the image, inside and outside a loop."""
     x, w = operands((2, 8, 8, 9), (4, 4, 9, 5))
