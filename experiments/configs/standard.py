@@ -5,13 +5,18 @@
 
 Variants: digits, mnist, fashion_mnist, cifar10, cifar100, each also with _debug. Expected: clean
 accuracy near that of the literature (MNIST 99 %, CIFAR-10 94 % and more), and about 0 under PGD.
+Rows *_paper and mnist_example are NORMAL of Shen et al., arXiv 2101.12372 (see configs/cse.py).
 """
 
-from configs import recipes
+from configs import fgsm_at, recipes
 
-ROWS = ("digits", "mnist", "fashion_mnist", "cifar10", "cifar100")
+LENGTHS = dict(
+    mnist_paper="10e", fashion_mnist_paper="10e", cifar10_paper="20e", mnist_example="10e"
+)
+ROWS = ("digits", "mnist", "fashion_mnist", "cifar10", "cifar100", *LENGTHS)
 DEFENSE = {row: dict(name="standard", smoothing=0.0) for row in ROWS}
 
 
 def get_config(variant="digits"):
-    return recipes.make("standard", variant, DEFENSE, select="clean")
+    overrides = {row: fgsm_at.paper(row, length) for row, length in LENGTHS.items()}
+    return recipes.make("standard", variant, DEFENSE, overrides, select="clean")

@@ -38,7 +38,7 @@ def make(
       name: one of `names()`.
       model: the classifier.
       threat: what it is defended against.
-      transforms: {transform: options}, applied in alphabetical order, e.g.
+      transforms: {transform: options}, applied in alphabetical order, `stacked` last, e.g.
         `{"ema": {"decay": 0.9995}, "weight_perturbation": {"gamma": 5e-3}}`.
       **options: keyword arguments of that defence's `make`.
 
@@ -51,6 +51,7 @@ def make(
         if option not in known:
             registry.unknown(f"option of defense {name}", option, [*known, "transforms"])
     defense = factory(model, threat, **options)
-    for transform, arguments in sorted((transforms or {}).items()):
+    chosen = sorted((transforms or {}).items(), key=lambda item: (item[0] == "stacked", item[0]))
+    for transform, arguments in chosen:
         defense = _transforms.apply(defense, transform, **arguments)
     return defense

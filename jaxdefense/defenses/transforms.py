@@ -126,7 +126,109 @@ def with_weight_perturbation(
     return dataclasses.replace(defense, phases=_map_phases(defense, change))
 
 
-_NAMED = {"ema": with_ema, "weight_perturbation": with_weight_perturbation}
+def stacked(
+    defense: base.Defense, *, members: int = 2, prefix: str = "member", same_keys: bool = False
+) -> base.Defense:
+    """Several members of a defence trained in one program, on the same batches.
+
+    Parameters, carry and optimiser states get a leading axis of members, and the loss is the
+    members' sum, so that each moves by its own gradient. Members are mapped one after the other
+    on the CPU (a convolution vmapped over kernels is slower there) and vmapped elsewhere.
+
+    Members differ in their keys (initialisation, what is drawn in crafts and losses) and, where
+    the defence asks for it, in a constant: a defence whose carry holds "member", a one-hot vector
+    over its variants (`cse` with `protect="each"`), finds its own number there, and must be
+    stacked as often as it has variants. The batches, with their order and augmentation, are the
+    same for all: members are not quite as different as runs of several seeds.
+
+    Optimisers act on each entry, so they serve the stack as they would each member; two options
+    do not: "clip_norm" takes the norm of the whole stack, and "decay_kernels_only" takes stacked
+    biases for kernels. `defenses.make` stacks last, behind weight perturbation and EMA.
+
+    Args:
+      defense: any.
+      members: how many.
+      prefix: the predictors are `<prefix>0`, `<prefix>1`, ... and, of others than the deployed
+        one, `<prefix>0_<name>`, ... Validation and selection look at the first alone; where that
+        will not do, train for a fixed length and take the checkpoint `last`.
+      same_keys: all members draw from the same keys: with a constant of their own each is then
+        what the unstacked defence would be with that constant and the same seed.
+
+    Raises:
+      ValueError: no members; when parameters are first made, not as many as variants.
+    """
+    if members < 1:
+        raise ValueError(f"stacked needs at least one member, got {members}")
+    numbers = jnp.arange(members)
+
+    def each(function: Callable[..., Any], *stacks: Any) -> Any:
+        """function(number, *member's slices) of every member, stacked."""
+        if jax.default_backend() == "cpu":
+            return jax.lax.map(lambda slices: function(*slices), (numbers, *stacks))
+        return jax.vmap(function)(numbers, *stacks)
+
+    def own(key: Key, number: Any) -> Key:
+        return key if same_keys else jax.random.fold_in(key, number)
+
+    def init(key: Key, images: Any) -> tuple[base.Params, base.Carry]:
+        params, carry = each(lambda i: defense.init(own(key, i), images))
+        if "member" in carry:
+            variants = carry["member"].shape[-1]
+            if variants != members:
+                raise ValueError(f"the defence has {variants} variants, and {members} members")
+            carry = {**carry, "member": jnp.eye(members)}
+        return params, carry
+
+    def wrapped(update: base.Update) -> base.Update:
+        def craft(params: Any, carry: Any, batch: base.Batch, key: Key) -> base.Batch:
+            def one(i, params, carry):
+                crafted = update.craft(params, carry, batch, own(key, i))
+                return {name: v for name, v in crafted.items() if batch.get(name) is not v}
+
+            return {**batch, "members": each(one, params, carry)}
+
+        def loss(params: Any, carry: Any, batch: base.Batch, key: Key) -> Any:
+            shared = {name: v for name, v in batch.items() if name != "members"}
+
+            def one(i, params, carry, crafted):
+                return update.loss(params, carry, {**shared, **crafted}, own(key, i))
+
+            values, (carry, metrics) = each(one, params, carry, batch.get("members", {}))
+            metrics = {"loss": (values, jnp.ones(members)), **metrics}
+            return jnp.sum(values), (carry, jax.tree.map(lambda v: jnp.sum(v, 0), metrics))
+
+        return base.Update(loss, update.roles, craft if update.craft else None)
+
+    def followed(after: base.After) -> base.After:
+        def follow(params: base.Params, carry: base.Carry, batch: base.Batch) -> base.Carry:
+            return each(lambda _, params, carry: after(params, carry, batch), params, carry)
+
+        return follow
+
+    def change(phase: base.Phase) -> base.Phase:
+        updates, after = tuple(map(wrapped, phase.updates)), tuple(map(followed, phase.after))
+        return dataclasses.replace(phase, updates=updates, after=after)
+
+    def of(i: int, function: Callable[[base.Params, base.Carry], Any]) -> Any:
+        def at(params: base.Params, carry: base.Carry) -> Any:
+            return function(*jax.tree.map(lambda leaf: leaf[i], (params, carry)))
+
+        return at
+
+    def label(i: int, name: str) -> str:
+        return f"{prefix}{i}" if name == defense.primary else f"{prefix}{i}_{name}"
+
+    def purifier(i: int, purifier: base.Purifier) -> base.Purifier:
+        detours = {name: of(i, p) for name, p in purifier.detours.items()}
+        return base.Purifier(label(i, purifier.base), of(i, purifier.purify), detours)
+
+    every = range(members)
+    predictors = {label(i, n): of(i, p) for i in every for n, p in defense.predictors.items()}
+    purifiers = {label(i, n): purifier(i, p) for i in every for n, p in defense.purifiers.items()}
+    return base.Defense(init, _map_phases(defense, change), predictors, purifiers)
+
+
+_NAMED = {"ema": with_ema, "stacked": stacked, "weight_perturbation": with_weight_perturbation}
 
 
 def names() -> list[str]:

@@ -1,0 +1,22 @@
+"""FRL: fair robust learning (Xu et al., arXiv 2010.06121), reweight and remargin over TRADES.
+
+    python experiments/train.py --config=frl:mnist --workdir=runs/frl
+    python experiments/evaluate.py --workdir=runs/frl
+
+Variants: digits, mnist, fashion_mnist, cifar10, each also with _debug. Expected: mean accuracies
+near TRADES' (see the README's tables), the worst class above its worst
+(experiments/tables.py --per_class=pgd20).
+"""
+
+from configs import recipes
+
+DEFENSE = dict(
+    digits=dict(name="frl", steps=7, step_size=0.04, ramp_epochs=8.0),
+    mnist=dict(name="frl", beta=1.0, steps=7, step_size=0.08, ramp_epochs=3.0),
+    fashion_mnist=dict(name="frl", steps=7, step_size=0.025, ramp_epochs=3.0),
+    cifar10=dict(name="frl", steps=10, step_size=2 / 255),
+)
+
+
+def get_config(variant="digits"):
+    return recipes.make("frl", variant, DEFENSE)

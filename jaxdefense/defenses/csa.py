@@ -1,0 +1,57 @@
+"""CSA: cost-sensitive adversarial training, two updates per batch."""
+
+from collections.abc import Sequence
+
+import flax.linen as nn
+
+from jaxdefense.defenses import base, cse
+from jaxdefense.types import Threat
+
+
+def make(
+    model: nn.Module,
+    threat: Threat,
+    *,
+    protect: int | Sequence[int] | str = 0,
+    cost: float = 10.0,
+    cost_weight: float = 1.0,
+    start: str = "adv",
+    pretrain: float | str = "50%",
+    step_size: float | None = None,
+    bounds: Sequence[float] | None = None,
+    ramp_epochs: float = 0.0,
+) -> base.Defense:
+    """L_CSA = CE(f(x), y) + l1 sum_j C[j, y] p_j, on x, then on x' = FGSM of the network updated.
+
+    The FGSM raises L_CSA too. Phase `adv` before it is FGSM training with the cross-entropy.
+
+    Args:
+      model: images (B, H, W, C) -> logits (B, K).
+      threat: of the FGSM.
+      protect, cost, cost_weight: the cost matrix and l1, see `cse`.
+      start, pretrain: the warm start ("adv" or "normal") and its length.
+      step_size, bounds, ramp_epochs: of the FGSM, see `fgsm_at`.
+
+    Returns:
+      A `Defense` with the role and predictor `classifier`.
+
+    Raises:
+      ValueError: as `cse`.
+
+    Reference: Shen et al., Adversarial learning with cost-sensitive classes, arXiv 2101.12372, and
+      the first author's code.
+    """
+    return cse.make(
+        model,
+        threat,
+        protect=protect,
+        cost=cost,
+        cost_weight=cost_weight,
+        layers={},
+        adversarial=True,
+        start=start,
+        pretrain=pretrain,
+        step_size=step_size,
+        bounds=bounds,
+        ramp_epochs=ramp_epochs,
+    )
