@@ -21,6 +21,7 @@ Planes = tuple[Array, ...]  # one (B, H, W) per channel
 # The augmentations' defaults are for 32x32 images; the crop's padding is scaled for others.
 _SIZES = {"digits": 8, "mnist": 28, "fashion_mnist": 28, "cifar10": 32, "cifar100": 32}
 _NO_FLIP = ("digits", "mnist")  # a mirrored digit is no digit
+_LEAST_CROP = 0.5  # of a digit's area: a fifth of it, as of a photograph, is often no digit
 _LUMA = (0.2989, 0.587, 0.114)  # of red, green and blue, as torchvision weighs them
 
 
@@ -213,8 +214,9 @@ def make(name: str, dataset: str) -> Augment:
 
     Args:
       name: 'none'; 'crop_flip', a padded crop by an eighth of the size and a flip, none for digits;
-        'weak', the same under the name it has in contrastive training; 'strong', a resized crop,
-        a flip (none for digits), colour jitter and random gray.
+        'weak', the same under the name it has in contrastive training; 'strong', a resized crop
+        (of half the area at least for digits), a flip (none for digits), colour jitter and
+        random gray.
       dataset: one of the data sets of `datasets.names()`.
 
     Raises:
@@ -222,14 +224,16 @@ def make(name: str, dataset: str) -> Augment:
     """
     if dataset not in _SIZES:
         registry.unknown("data set", dataset, _SIZES)
-    flip = () if dataset in _NO_FLIP else (random_flip(),)
+    digits = dataset in _NO_FLIP
+    flip = () if digits else (random_flip(),)
+    resized = random_resized_crop(scale=(_LEAST_CROP, 1.0)) if digits else random_resized_crop()
     # The flip comes first: XLA:CPU fuses a reversal into the crop's gather, 20 times as slow.
     crop_flip = compose(*flip, random_crop(padding=_SIZES[dataset] // 8))
     views = {
         "none": identity,
         "crop_flip": crop_flip,
         "weak": crop_flip,
-        "strong": compose(random_resized_crop(), *flip, color_jitter(), random_gray()),
+        "strong": compose(resized, *flip, color_jitter(), random_gray()),
     }
     if name not in views:
         registry.unknown("augmentation", name, views)

@@ -1,0 +1,75 @@
+"""CLAF: contrastive learning with adversarial features (Rahamim, Naeh, arXiv 2203.08959).
+
+    python experiments/train.py --config=claf:cifar10 --workdir=runs/claf-cifar10
+    python experiments/evaluate.py --workdir=runs/claf-cifar10
+    python experiments/claf_literal.py --workdir=runs/claf-cifar10_literal
+
+Variants: digits, mnist, cifar10, cifar10_paper, cifar10_literal, each also with _debug.
+`cifar10_paper` has the published schedule, 60 + 140 (1 + 5) + 100 = 1,000 passes over the data
+(INFERRED: momentum .9), `cifar10` a tenth of it; `cifar10_literal` trains with the released code's
+attack, which is no L_inf attack (`claf.literal_pgd`), and is judged by claf_literal.py.
+
+Expected: on digits and MNIST what the README's tables say. On CIFAR-10 the authors' README has
+92.46 clean and 60.47 under their literal attack, which is not 8/255 and is compared with nothing
+else; under a true 8/255 no number of theirs is known.
+"""
+
+from configs import recipes
+
+_CIFAR10 = dict(name="claf", dataset="cifar10", temperature=0.07, steps=5, step_size=2 / 255)
+_FULL = dict(_CIFAR10, cycles=140, refresh_epochs="5e", refresh_every="1e", final_epochs="100e")
+DEFENSE = dict(
+    digits=dict(
+        name="claf",
+        dataset="digits",
+        steps=5,
+        step_size=0.04,
+        cycles=6,
+        refresh_epochs="1e",
+        refresh_every="2e",
+        final_epochs="8e",
+    ),
+    mnist=dict(
+        name="claf",
+        dataset="mnist",
+        steps=5,
+        step_size=0.08,
+        cycles=6,
+        refresh_epochs="0.5e",
+        refresh_every="0.5e",
+        final_epochs="1e",
+    ),
+    cifar10=dict(_CIFAR10, cycles=14, refresh_epochs="1e", refresh_every="2e", final_epochs="10e"),
+    cifar10_paper=dict(_FULL, mode="pixel"),
+    cifar10_literal=dict(_FULL, mode="literal"),
+)
+_OPTIMIZER = dict(
+    name="sgd",
+    lr=0.05,
+    momentum=0.9,
+    weight_decay=1e-4,
+    schedule=dict(name="cosine", final=1e-3),
+)
+_SHORT = dict(train=dict(length="58e", batch_size=256, optimizer=_OPTIMIZER, validate_every="2e"))
+_PAPER = dict(
+    model=dict(mean=(0.4914, 0.4822, 0.4465), std=(0.2023, 0.1994, 0.2010)),
+    train=dict(
+        length="1000e",
+        batch_size=256,
+        optimizer=_OPTIMIZER,
+        validate_every="10e",
+        checkpoint_every="10e",
+    ),
+)
+OVERRIDES = dict(
+    digits=dict(train=dict(length="40e")),
+    mnist=dict(train=dict(length="10e")),
+    cifar10=_SHORT,
+    cifar10_paper=_PAPER,
+    cifar10_literal=_PAPER,
+    debug=dict(defense=dict(cycles=1, refresh_epochs="1s", refresh_every="1s", final_epochs="1s")),
+)
+
+
+def get_config(variant="digits"):
+    return recipes.make("claf", variant, DEFENSE, OVERRIDES, augment="none")

@@ -1,0 +1,45 @@
+"""SupCon: supervised contrastive training, no adversary (Khosla et al., arXiv 2004.11362).
+
+    python experiments/train.py --config=supcon:cifar10 --workdir=runs/supcon-cifar10
+    python experiments/evaluate.py --workdir=runs/supcon-cifar10
+
+Variants: digits, mnist, cifar10, cifar10_paper, each also with _debug. `cifar10_paper` has CLAF's
+schedule, 200 epochs of contrast and 100 of the head (which is INFERRED for this rival).
+Expected: clean accuracy near that of standard training, and about 0 under PGD.
+"""
+
+from configs import recipes
+
+_CIFAR10 = dict(name="supcon", dataset="cifar10", temperature=0.07)
+DEFENSE = dict(
+    digits=dict(name="supcon", dataset="digits", head_epochs="8e"),
+    mnist=dict(name="supcon", dataset="mnist", head_epochs="1e"),
+    cifar10=dict(_CIFAR10, head_epochs="10e"),
+    cifar10_paper=dict(_CIFAR10, head_epochs="100e"),
+)
+_OPTIMIZER = dict(
+    name="sgd",
+    lr=0.05,
+    momentum=0.9,
+    weight_decay=1e-4,
+    schedule=dict(name="cosine", final=1e-3),
+)
+OVERRIDES = dict(
+    digits=dict(train=dict(length="40e")),
+    mnist=dict(train=dict(length="4e")),
+    cifar10=dict(train=dict(length="40e", batch_size=256, optimizer=_OPTIMIZER)),
+    cifar10_paper=dict(
+        train=dict(
+            length="300e",
+            batch_size=256,
+            optimizer=_OPTIMIZER,
+            validate_every="10e",
+            checkpoint_every="10e",
+        )
+    ),
+    debug=dict(defense=dict(head_epochs="1s")),
+)
+
+
+def get_config(variant="digits"):
+    return recipes.make("supcon", variant, DEFENSE, OVERRIDES, augment="none", select="clean")

@@ -1,0 +1,111 @@
+"""ACL(DS): contrast of clean and of attacked pairs, each through its own BatchNorm."""
+
+from typing import Any
+
+import flax.linen as nn
+import jax.numpy as jnp
+
+from jaxdefense import attacks, losses, registry
+from jaxdefense.attacks import checks
+from jaxdefense.defenses import base, contrastive
+from jaxdefense.types import Images, Key, PerExample, Threat
+
+BRANCHES = ("clean", "adversarial")
+
+
+def make(
+    model: nn.Module,
+    threat: Threat,
+    *,
+    dataset: str = "cifar10",
+    temperature: float = 0.5,
+    projection: int = 128,
+    steps: int = 5,
+    step_size: float | None = None,
+    branch: str = "adversarial",
+    head: str = "clean",
+    head_epochs: float | str = 100,
+    head_lr: float = 1e-3,
+) -> base.Defense:
+    """min mean (NT-Xent(x1, x2; BN 0) + NT-Xent(x1', x2'; BN 1)) / 2, x1', x2' = argmax of it.
+
+    x1 and x2 are strong views; all weights but BatchNorm's are shared. One branch is deployed: the
+    head is trained on it, the predictor uses it, so that any attack meets it. Two phases:
+    `contrast` takes what the other leaves of the run; `head` trains the linear head alone, the
+    encoder and its statistics fixed.
+
+    Args:
+      model: images (B, H, W, C) -> logits (B, K), its last layer called `head`. It is given two
+        sets of BatchNorm; without BatchNorm the branches are one.
+      threat: the set around x1 and x2 that x1' and x2' are searched in.
+      dataset: whose strong and weak views are drawn (`data.make_augment`).
+      temperature: of the contrast.
+      projection: size of the projector's output.
+      steps, step_size: of every PGD; step_size in image units, by default eps / 4.
+      branch: the BatchNorm set that is deployed, 'adversarial' or 'clean'.
+      head: 'clean' trains the head on weak crops, 'adv' on what PGD on its cross-entropy finds.
+      head_epochs: length of the phase `head`.
+      head_lr: Adam's rate there.
+
+    Returns:
+      A `Defense` with the roles `encoder`, `head`, `projector` and the predictor `classifier`.
+
+    Raises:
+      ValueError: unknown data set, branch or head, or a count or temperature that is not
+        positive.
+
+    Reference: Jiang et al., Robust pre-training by adversarial contrastive learning, arXiv
+      2010.13337, ACL(DS). Deviation: a linear head instead of fine-tuning the whole network.
+      INFERRED: temperature, steps, the deployed branch; the attack runs on running averages.
+    """
+    contrastive.check_temperature(temperature)
+    checks.check_count("steps", steps)
+    checks.check_step("step_size", step_size)
+    if branch not in BRANCHES:
+        registry.unknown("acl branch", branch, BRANCHES)
+    if head not in ("clean", "adv"):
+        registry.unknown("acl head", head, ("clean", "adv"))
+    step_size = threat.eps / 4 if step_size is None else step_size
+    dual = hasattr(model, "bn_sets")
+    clean, adversarial = ({"bn_set": 0}, {"bn_set": 1}) if dual else ({}, {})
+    deployed = clean if branch == "clean" else adversarial
+    parts = contrastive.Parts(model.clone(bn_sets=2) if dual else model, projection=projection)
+    view = contrastive.views(dataset)
+
+    def contrast(z: Any) -> PerExample:
+        return losses.supcon(z, temperature=temperature, axis_name=base.AXIS)
+
+    def craft(params: Any, carry: Any, batch: base.Batch, key: Key) -> base.Batch:
+        def objective(both: Images) -> PerExample:
+            z = parts.embed_eval(params, carry, *jnp.split(both, 2), **adversarial)
+            return jnp.tile(contrast(z), 2)  # one value per image: either moves the pair's loss
+
+        both = jnp.concatenate([batch["view1"], batch["view2"]])
+        moved = attacks.maximize(objective, both, threat, key, steps=steps, step_size=step_size)
+        return {**batch, "moved": moved}
+
+    def loss(params: Any, carry: Any, batch: base.Batch, key: Key) -> Any:
+        z, _, carry = parts.embed(params, carry, batch["view1"], batch["view2"], **clean)
+        moved = jnp.split(batch["moved"], 2)
+        z_adv, _, carry = parts.embed(params, carry, *moved, **adversarial)
+        natural, robust = contrast(z), contrast(z_adv)
+        metrics = {"robust_contrast": (jnp.sum(robust), jnp.float32(robust.size))}
+        return jnp.mean(natural + robust) / 2, (carry, metrics)
+
+    def predict(params: Any, carry: Any) -> Any:
+        return parts.predict(params, carry, **deployed)
+
+    contrast_phase = base.Phase(
+        "contrast", (base.Update(loss, contrastive.CONTRAST, craft),), view=view
+    )
+    head_phase = contrastive.head_phase(
+        "head",
+        parts,
+        view,
+        length=head_epochs,
+        lr=head_lr,
+        fresh=True,
+        attack=attacks.pgd(threat, steps=steps, step_size=step_size) if head == "adv" else None,
+        **deployed,
+    )
+    return base.Defense(parts.init, (contrast_phase, head_phase), {"classifier": predict})
