@@ -1,0 +1,87 @@
+"""HGD: a denoiser guided by the classifier's high-level features."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import flax.linen as nn
+import jax.numpy as jnp
+
+from jaxdefense.attacks import bpda
+from jaxdefense.defenses import base, purifying
+from jaxdefense.types import Images, Predict, Threat
+
+
+def make(
+    model: nn.Module,
+    threat: Threat,
+    *,
+    generator: str = "unet",
+    generator_options: Mapping[str, Any] | None = None,
+    lengths: Mapping[str, float | str] | None = None,
+    optimizer: Mapping[str, Any] | None = None,
+    attacks: Sequence[str] = purifying.ATTACKS,
+    steps: int = 10,
+    step_size: float | None = None,
+    layer: str = "logits",
+) -> base.Defense:
+    """min_G mean |F_l(x^) - F_l(x)|, x^ = clip(x' + G(x')), x' crafted on F alone.
+
+    The label is not used: what the denoiser must restore is what the classifier makes of the
+    clean image.
+
+    Args:
+      model: F. Trained first, on clean images; then frozen, in eval mode.
+      threat: the set that x' is searched in.
+      generator, generator_options: G, one of `models.generators()`, and its fields.
+      lengths: {'classifier' or 'denoise': its length}; the other has the rest of the run.
+      optimizer: of G; by default Adam with 2e-4 and b1 .5, APE-GAN's.
+      attacks: kinds of x' that each batch holds in equal shares: 'fgsm', 'pgd', 'clean'.
+      steps, step_size: of PGD; step_size in image units, by default eps / 4.
+      layer: l, 'logits' (the paper's LGD), 'features' (the head's input, near its FGD) or a
+        submodule of F by its name.
+
+    Returns:
+      A `Defense` with the predictors `purified`, F(clip(. + G(.))), and `classifier`, F alone.
+
+    Raises:
+      ValueError: an unknown generator, attack or (at init) layer.
+
+    Reference: Liao et al., Defense against adversarial attacks using high-level representation
+      guided denoiser, arXiv 1712.02976, eq. 6. Deviations: a smaller U-Net without BatchNorm, a
+      clip to valid images, and one eps where theirs are drawn from 1 to 16 of 255.
+    """
+    low, high = threat.bounds
+
+    def finish(x: Images, out: Images) -> Images:
+        return jnp.clip(x + out, low, high)
+
+    system = purifying.make_system(model, generator, generator_options, finish)
+
+    def straight_through(params: Any, carry: Any) -> Predict:
+        generate = system.generator.predict(params, carry)
+        classify = system.classifier.predict(params, carry)
+        cut = bpda(lambda z: jnp.clip(z, low, high))
+        return lambda x: classify(cut(x + generate(x)))
+
+    def loss(params: Any, carry: Any, batch: base.Batch, key: Any) -> Any:
+        cleaned, carry = system.clean(params, carry, batch["adversarial"])
+        logits, distance = purifying.feature_distance(
+            system.classifier, params, carry, cleaned, batch["image"], layer
+        )
+        metrics = {"restored_accuracy": base.accuracy(logits, batch["label"])}
+        return jnp.mean(distance), (carry, metrics)
+
+    craft = purifying.mixture(
+        threat, system.classifier.predict, kinds=attacks, steps=steps, step_size=step_size
+    )
+    given = purifying.phase_lengths(lengths, ("classifier", "denoise"))
+    phases = [
+        system.classifier_phase(threat, given["classifier"]),
+        base.Phase(
+            "denoise",
+            (base.Update(loss, ("generator",), craft),),
+            given["denoise"],
+            {"generator": dict(optimizer or purifying.OPTIMIZER)},
+        ),
+    ]
+    return system.defense(phases, layer=layer, detours={"around clip": straight_through})

@@ -1,0 +1,138 @@
+"""IPG: a generator's bounded perturbation that cancels the attacker's."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import flax.linen as nn
+import jax.numpy as jnp
+
+from jaxdefense import losses, registry
+from jaxdefense.attacks import bpda
+from jaxdefense.defenses import base, purifying
+from jaxdefense.types import Images, Predict, Threat
+
+PHASES = ("oblivious", "end_to_end")
+
+
+def make(
+    model: nn.Module,
+    threat: Threat,
+    *,
+    generator: str = "unet",
+    generator_options: Mapping[str, Any] | None = None,
+    reach: float = 1.0,
+    phases: Sequence[str] = PHASES,
+    lengths: Mapping[str, float | str] | None = None,
+    optimizer: Mapping[str, Any] | None = None,
+    attacks: Sequence[str] = purifying.ATTACKS,
+    steps: int = 10,
+    step_size: float | None = None,
+    clean_weight: float = 1.0,
+    feature_weight: float = 0.1,
+    pixel_weight: float = 1.0,
+    adversarial_weight: float = 0.0,
+    layer: str = "features",
+) -> base.Defense:
+    """min_G of, with purify(x) = clip(x + eps_d tanh(G(x))) and x^ = purify(x'),
+
+        CE(F(x^), y) + clean_weight CE(F(purify(x)), y) + feature_weight mean|F_l(x^) - F_l(x)|
+        + pixel_weight mean|x^ - x| + adversarial_weight BCE(D(x^), 1)
+
+    To first order CE(F(x' + d)) = CE(F(x')) + <gradient, d>, whose best step in an L_inf ball is
+    -eps_d sign(gradient): G learns that step without being told the label.
+
+    Args:
+      model: F. Trained first, on clean images; then frozen, in eval mode.
+      threat: the set that x' is searched in.
+      generator, generator_options: G, one of `models.generators()`, and its fields.
+      reach: eps_d in units of the threat's eps.
+      phases: of 'oblivious' (x' crafted on F, as in the paper) and 'end_to_end' (crafted on the
+        whole, F(purify(.))), in that order or one of them.
+      lengths: {'classifier' or a phase: its length}; the others share the rest of the run.
+      optimizer: of G and D; by default Adam with 2e-4 and b1 .5.
+      attacks: kinds of x' that each batch holds in equal shares: 'fgsm', 'pgd', 'clean'.
+      steps, step_size: of PGD; step_size in image units, by default eps / 4.
+      clean_weight, feature_weight, pixel_weight, adversarial_weight: see above; the discriminator
+        D exists only where the last is not 0.
+      layer: l, 'features' (the head's input), 'logits' or a submodule of F by its name.
+
+    Returns:
+      A `Defense` with the predictors `purified`, F(purify(.)), and `classifier`, F alone.
+
+    Raises:
+      ValueError: an unknown generator, phase, attack or (at init) layer, a negative weight, or a
+        reach that is not positive.
+
+    Reference: X. W. Zhang, master thesis, 2023, first part. Only its abstract could be read: it
+      says that a generator builds an inverse perturbation in front of the classifier, and that
+      the classifier guides it. Every value and choice here beyond that is INFERRED from its
+      lineage (APE-GAN, arXiv 1707.05474; HGD, arXiv 1712.02976; JATP, arXiv 2106.05453), phase
+      'end_to_end' is our addition, and D is an ablation.
+    """
+    purifying.check_weights(
+        clean_weight=clean_weight,
+        feature_weight=feature_weight,
+        pixel_weight=pixel_weight,
+        adversarial_weight=adversarial_weight,
+    )
+    if not reach > 0:
+        raise ValueError(f"reach must be positive, got {reach}")
+    for phase in phases:
+        if phase not in PHASES:
+            registry.unknown("phase", phase, PHASES)
+    if list(phases) not in ([*PHASES], [PHASES[0]], [PHASES[1]]):
+        raise ValueError(f"phases must be {' then '.join(PHASES)}, or one of them, got {phases}")
+    eps_d, (low, high) = reach * threat.eps, threat.bounds
+
+    def finish(x: Images, out: Images) -> Images:
+        return jnp.clip(x + eps_d * jnp.tanh(out), low, high)
+
+    system = purifying.make_system(
+        model, generator, generator_options, finish, discriminator=adversarial_weight > 0
+    )
+
+    def straight_through(params: Any, carry: Any) -> Predict:
+        generate = system.generator.predict(params, carry)
+        classify = system.classifier.predict(params, carry)
+        squash, cut = bpda(jnp.tanh), bpda(lambda z: jnp.clip(z, low, high))
+        return lambda x: classify(cut(x + eps_d * squash(generate(x))))
+
+    def loss(params: Any, carry: Any, batch: base.Batch, key: Any) -> Any:
+        x, labels = batch["image"], batch["label"]
+        both = jnp.concatenate((batch["adversarial"], x))
+        cleaned, carry = system.clean(params, carry, both)
+        logits, features = purifying.feature_distance(
+            system.classifier, params, carry, cleaned, x, layer
+        )
+        restored, kept = logits[: len(x)], logits[len(x) :]
+        pixels = losses.absolute_error(cleaned[: len(x)], x)
+        target = base.targets(batch, restored)
+        value = losses.cross_entropy(restored, target)
+        value += clean_weight * losses.cross_entropy(kept, target)
+        value += feature_weight * features + pixel_weight * pixels
+        if system.discriminator is not None:
+            real = system.judge(params, carry, cleaned[: len(x)])[0]
+            value += adversarial_weight * losses.binary_cross_entropy(real, 1.0)
+        metrics = {
+            "accuracy": base.accuracy(kept, labels),
+            "restored_accuracy": base.accuracy(restored, labels),
+            "pixels": (jnp.sum(pixels), jnp.float32(pixels.size)),
+        }
+        return jnp.mean(value), (carry, metrics)
+
+    def phase(name: str, target: base.Predictor, length: float | str | None) -> base.Phase:
+        craft = purifying.mixture(threat, target, kinds=attacks, steps=steps, step_size=step_size)
+        updates = [base.Update(loss, ("generator",), craft)]
+        if system.discriminator is not None:
+            updates.insert(0, system.discriminate(craft))
+        spec = dict(optimizer or purifying.OPTIMIZER)
+        roles = {role: spec for update in updates for role in update.roles}
+        return base.Phase(name, tuple(updates), length, roles)
+
+    given = purifying.phase_lengths(lengths, ("classifier", *phases))
+    targets = {"oblivious": system.classifier.predict, "end_to_end": system.purified}
+    trained = [phase(name, targets[name], given[name]) for name in phases]
+    first = system.classifier_phase(threat, given["classifier"])
+    return system.defense(
+        [first, *trained], layer=layer, detours={"around tanh and clip": straight_through}
+    )

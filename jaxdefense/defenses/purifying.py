@@ -1,0 +1,275 @@
+"""What the purifying defences share: a classifier, frozen once trained, and what cleans its images.
+
+    predict(x) = F(purify(x)),    purify(x) = finish(x, G(x))
+
+Phase `classifier` trains F on clean images; every later phase trains the generator G (and a
+discriminator, where there is one) and leaves F's parameters and statistics as they are.
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from jaxdefense import attacks, losses, models, registry
+from jaxdefense.attacks import checks
+from jaxdefense.defenses import base, standard
+from jaxdefense.models import ape_gan
+from jaxdefense.types import Array, Images, Key, Logits, PerExample, Predict, Threat
+
+# APE-GAN's and IAED-GAN's optimiser, for generators and discriminators alike.
+OPTIMIZER = {"name": "adam", "lr": 2e-4, "b1": 0.5}
+
+ATTACKS = ("fgsm", "pgd", "clean")
+
+
+@dataclasses.dataclass(frozen=True)
+class Generator:
+    """A generator of `models.generators()` in a role, for images of any number of channels."""
+
+    name: str
+    options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    role: str = "generator"
+
+    def __post_init__(self) -> None:
+        self._net(1)  # an unknown name or option fails here
+
+    def _net(self, channels: int) -> base.Net:
+        return base.Net(models.generator(self.name, channels, **self.options), self.role)
+
+    def init(self, key: Key, images: Images) -> tuple[base.Params, base.Carry]:
+        """({role: parameters}, {role: running statistics})."""
+        return self._net(images.shape[-1]).init(key, images)
+
+    def predict(self, params: base.Params, carry: base.Carry) -> Callable[[Images], Images]:
+        """The network in eval mode."""
+        return lambda x: self._net(x.shape[-1]).predict(params, carry)(x)
+
+    def train(self, params: base.Params, carry: base.Carry, x: Images) -> tuple[Images, base.Carry]:
+        """(output, carry): BatchNorm, if any, on the batch's statistics."""
+        return self._net(x.shape[-1]).train(params, carry, x)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class System:
+    """Classifier, generator and discriminator, and what the three can be asked.
+
+    Attributes:
+      classifier: F.
+      generator: G.
+      finish: (images, G's output on them) -> cleaned images.
+      discriminator: D, images -> one logit each, or None.
+    """
+
+    classifier: base.Net
+    generator: Generator
+    finish: Callable[[Images, Images], Images]
+    discriminator: base.Net | None = None
+
+    def init(self, key: Key, images: Images) -> tuple[base.Params, base.Carry]:
+        """(params, carry) of all roles."""
+        params: base.Params = {}
+        carry: base.Carry = {}
+        for i, net in enumerate((self.classifier, self.generator, self.discriminator)):
+            if net is not None:
+                new_params, new_carry = net.init(jax.random.fold_in(key, i), images)
+                params, carry = {**params, **new_params}, {**carry, **new_carry}
+        return params, carry
+
+    def purify(self, params: base.Params, carry: base.Carry) -> Callable[[Images], Images]:
+        """Images -> cleaned images, as deployed."""
+        generate = self.generator.predict(params, carry)
+        return lambda x: self.finish(x, generate(x))
+
+    def purified(self, params: base.Params, carry: base.Carry) -> Predict:
+        """F(purify(.)), the deployed classifier."""
+        purify, classify = self.purify(params, carry), self.classifier.predict(params, carry)
+        return lambda x: classify(purify(x))
+
+    def clean(self, params: base.Params, carry: base.Carry, x: Images) -> tuple[Images, base.Carry]:
+        """(cleaned images, carry), the generator in train mode."""
+        out, carry = self.generator.train(params, carry, x)
+        return self.finish(x, out), carry
+
+    def judge(self, params: base.Params, carry: base.Carry, x: Images) -> tuple[Array, base.Carry]:
+        """(logits (B,) of being real, carry), the discriminator in train mode."""
+        assert self.discriminator is not None
+        return self.discriminator.train(params, carry, x)
+
+    def classifier_phase(self, threat: Threat, length: float | str | None) -> base.Phase:
+        """Standard training of F alone."""
+        phase = standard.make(self.classifier.module, threat).phases[0]
+        return dataclasses.replace(phase, name="classifier", length=length)
+
+    def discriminate(self, craft: base.Craft) -> base.Update:
+        """D's step on BCE(D(x), 1) + BCE(D(purify(x')), 0): it raises what G lowers."""
+
+        def loss(params: Any, carry: Any, batch: base.Batch, key: Any) -> Any:
+            cleaned = self.clean(params, carry, batch["adversarial"])[0]
+            real, carry = self.judge(params, carry, batch["image"])
+            fake, carry = self.judge(params, carry, jax.lax.stop_gradient(cleaned))
+            value = losses.binary_cross_entropy(real, 1.0) + losses.binary_cross_entropy(fake, 0.0)
+            right = jnp.sum(real > 0, dtype=jnp.float32) + jnp.sum(fake <= 0, dtype=jnp.float32)
+            return jnp.mean(value), (carry, {"told_apart": (right, jnp.float32(2 * fake.size))})
+
+        return base.Update(loss, ("discriminator",), craft)
+
+    def defense(
+        self,
+        phases: Sequence[base.Phase],
+        *,
+        layer: str = "features",
+        detours: Mapping[str, base.Predictor] | None = None,
+    ) -> base.Defense:
+        """The defence with the predictors `purified` (deployed) and `classifier`."""
+
+        def init(key: Key, images: Images) -> tuple[base.Params, base.Carry]:
+            params, carry = self.init(key, images)
+            layers = [*params[self.classifier.role], "features", "logits"]
+            if layer not in layers:
+                registry.unknown("layer", layer, layers)
+            return params, carry
+
+        predictors = {"purified": self.purified, "classifier": self.classifier.predict}
+        purifier = base.Purifier("classifier", self.purify, detours or {})
+        return base.Defense(init, tuple(phases), predictors, {"purified": purifier})
+
+
+def make_system(
+    model: nn.Module,
+    generator: str,
+    options: Mapping[str, Any] | None,
+    finish: Callable[[Images, Images], Images],
+    *,
+    discriminator: bool = False,
+) -> System:
+    """The system of a classifier and a generator by name.
+
+    Raises:
+      ValueError: an unknown generator or option of it.
+    """
+    options = dict(options or {})
+    judge = None
+    if discriminator:
+        # As wide, against its own, as an APE-GAN generator; beside any other as published.
+        width = options.get("width", 1.0) if generator == "ape_gan" else 1.0
+        judge = base.Net(ape_gan.Discriminator(width=width), "discriminator")
+    return System(base.Net(model), Generator(generator, options), finish, judge)
+
+
+def mixture(
+    threat: Threat,
+    target: base.Predictor,
+    *,
+    kinds: Sequence[str] = ATTACKS,
+    steps: int = 10,
+    step_size: float | None = None,
+) -> base.Craft:
+    """x': equal shares of the batch by each kind of attack on `target`, in `batch["adversarial"]`.
+
+    The order of a batch is random, so this is a draw of the kind for each image, and a third of
+    the work of crafting all three.
+
+    Args:
+      threat: the set.
+      target: what is attacked.
+      kinds: of `ATTACKS`; a kind may stand there twice.
+      steps, step_size: of PGD, in image units, by default eps / 4.
+
+    Raises:
+      ValueError: no or an unknown kind, or steps that are no positive integer.
+    """
+    if not kinds:
+        raise ValueError(f"attacks must name at least one of {', '.join(ATTACKS)}")
+    step_size = threat.eps / 4 if step_size is None else step_size
+    made: dict[str, Any] = {
+        "fgsm": attacks.fgsm(threat),
+        "pgd": attacks.pgd(threat, steps=steps, step_size=step_size),
+        "clean": lambda predict, key, x, y: x,
+    }
+    for kind in kinds:
+        if kind not in made:
+            registry.unknown("attack", kind, made)
+
+    def craft(params: Any, carry: Any, batch: base.Batch, key: Any) -> base.Batch:
+        predict = target(params, carry)
+        n = batch["image"].shape[0]
+        parts = []
+        for i, kind in enumerate(kinds):
+            rows = slice(n * i // len(kinds), n * (i + 1) // len(kinds))
+            x, y = batch["image"][rows], batch["label"][rows]
+            if len(x):
+                parts.append(made[kind](predict, jax.random.fold_in(key, i), x, y))
+        return {**batch, "adversarial": jnp.concatenate(parts)}
+
+    return craft
+
+
+def activations(
+    net: base.Net, params: base.Params, carry: base.Carry, x: Images, layer: str
+) -> tuple[Logits, Array]:
+    """(logits, a layer's output (B, ...)) of the network in eval mode.
+
+    Args:
+      net: the network.
+      params, carry: of its role.
+      x: (B, H, W, C).
+      layer: "logits", "features" (the head's input), or the name of a submodule.
+    """
+    if layer in ("logits", "features"):
+        logits, features = net.predict(params, carry, features=True)(x)
+        return logits, logits if layer == "logits" else features
+
+    def wanted(module: nn.Module, _: str) -> bool:
+        return module.name == layer
+
+    variables = {"params": params[net.role], "batch_stats": carry[net.role]}
+    logits, kept = net.module.apply(
+        variables, x, capture_intermediates=wanted, mutable=["intermediates"]
+    )
+    return logits, kept["intermediates"][layer]["__call__"][0]
+
+
+def feature_distance(
+    net: base.Net,
+    params: base.Params,
+    carry: base.Carry,
+    cleaned: Images,
+    images: Images,
+    layer: str,
+) -> tuple[Logits, PerExample]:
+    """(F(cleaned), mean |F_l(cleaned) - F_l(images)| (B,)), no gradient through the latter.
+
+    `cleaned` may hold more images than `images`; only as many are compared.
+    """
+    logits, got = activations(net, params, carry, cleaned, layer)
+    wanted = activations(net, params, carry, images, layer)[1]
+    return logits, losses.absolute_error(got[: len(images)], jax.lax.stop_gradient(wanted))
+
+
+def check_weights(**weights: float) -> None:
+    """Weights of a loss's terms are finite and not negative.
+
+    Raises:
+      ValueError: otherwise.
+    """
+    for name, weight in weights.items():
+        checks.check_step(name, weight)
+
+
+def phase_lengths(
+    lengths: Mapping[str, float | str] | None, phases: Sequence[str]
+) -> dict[str, float | str | None]:
+    """Each phase's length, None where none is given.
+
+    Raises:
+      ValueError: a length for an unknown phase.
+    """
+    lengths = dict(lengths or {})
+    for name in lengths:
+        if name not in phases:
+            registry.unknown("phase in lengths", name, phases)
+    return {name: lengths.get(name) for name in phases}
