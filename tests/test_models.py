@@ -18,9 +18,11 @@ SMALL = {
     "cnn": {"width": 0.25},
     "lenet": {"width": 0.5},
     "mnist_net": {"width": 4, "bn": True},
+    "mobilenet": {"width": 0.25, "stages": [[1, 16, 1, 1], [6, 24, 2, 2]]},
     "resnet": {"width": 4},
     "preact_resnet": {"width": 4},
     "vgg": {"width": 4},
+    "wide_resnet": {"depth": 10, "width": 1},
 }
 NAMES = models.names()
 CLASSES = 5
@@ -256,6 +258,9 @@ def test_unknown_model():
         ("resnet", (1, 32, 32, 3), {"depth": 50}, 23_520_842),
         ("preact_resnet", (1, 32, 32, 3), {}, 11_172_170),
         ("preact_resnet", (1, 32, 32, 3), {"final_norm": False}, 11_171_146),
+        ("wide_resnet", (1, 32, 32, 3), {"depth": 28}, 36_479_194),
+        ("wide_resnet", (1, 32, 32, 3), {"depth": 34}, 46_160_474),
+        ("mobilenet", (1, 32, 32, 3), {}, 2_296_922),
     ],
 )
 def test_parameter_counts(name, shape, kwargs, parameters):
@@ -301,6 +306,14 @@ def test_resnet_depths():
     assert shapes(model, (1, 8, 8, 3), features=True)[1].shape == (1, 2 * 8 * 4)
     with pytest.raises(ValueError, match="unknown depth 20; allowed: 18, 34, 50"):
         shapes(models.make("resnet", CLASSES, depth=20), (1, 8, 8, 3))
+
+
+def test_wide_resnet_depths_and_initialisation():
+    with pytest.raises(ValueError, match=r"depth must be 6 n \+ 4 .* got 30"):
+        shapes(models.make("wide_resnet", CLASSES, depth=30), (1, 8, 8, 3))
+    params = built("wide_resnet")[1]["params"]
+    kernel = params["stage3_block1"]["conv2"]["kernel"]  # 3x3, 64 -> 64
+    assert np.std(kernel) == pytest.approx((2 / (9 * 64)) ** 0.5, rel=0.05)
 
 
 @pytest.mark.parametrize("name", ["resnet", "preact_resnet"])

@@ -119,7 +119,7 @@ _RECIPES = {
 }
 
 # A network's width in debug variants; 8 for those that count channels.
-_NARROW = {"cnn": 0.5, "lenet": 1.0}
+_NARROW = {"cnn": 0.5, "lenet": 1.0, "mobilenet": 0.125, "wide_resnet": 1}
 
 Sections = Mapping[str, Mapping[str, Any]]
 

@@ -20,6 +20,7 @@ class Block(nn.Module):
       dtype: compute dtype.
       bn_axis: mapped axis over which BatchNorm averages, or None.
       bn_sets: number of BatchNorm sets.
+      kernel_init: of the convolutions.
     """
 
     channels: int
@@ -27,11 +28,18 @@ class Block(nn.Module):
     dtype: str
     bn_axis: str | None
     bn_sets: int
+    kernel_init: nn.initializers.Initializer = layers.kernel_init
 
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool, bn_set: int) -> jax.Array:
         """(B, H, W, C) -> (B, H / stride, W / stride, channels)."""
-        conv = partial(layers.Conv, self.channels, use_bias=False, dtype=self.dtype)
+        conv = partial(
+            layers.Conv,
+            self.channels,
+            use_bias=False,
+            dtype=self.dtype,
+            kernel_init=self.kernel_init,
+        )
         norm = partial(layers.batch_norm, self, train=train, which=bn_set)
         y = nn.relu(norm(x, "bn1"))
         if self.stride != 1 or x.shape[-1] != self.channels:
