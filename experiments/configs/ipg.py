@@ -56,7 +56,7 @@ ROWS = dict(
     mnist_phase1=dict(train=dict(length="2e")),
     mnist_paper=dict(train=dict(length="72e", batch_size=128)),
     cifar10_paper=dict(train=dict(length="230e")),
-    debug=dict(defense=dict(lengths=dict(classifier="30%"), steps=2)),
+    debug=dict(defense=dict(lengths=dict(classifier="30%", oblivious="30%"))),
 )
 
 
