@@ -3,10 +3,12 @@
     python experiments/benchmark.py                      # all suites
     python experiments/benchmark.py conv pgd             # some
     python experiments/benchmark.py --record=experiments/records/benchmark/cpu.json pgd
+    python experiments/benchmark.py --runs=runs/pgd_at-mnist-0:1000 --reference=auto-attack attacks
 
-Peers are Foolbox on JAX, and torchattacks where torch and torchattacks are installed (they are
-not among the library's requirements); a peer that is missing is said to be. Only ratios carry
-over to another machine. torch runs in a process of its own: beside XLA in one process it crawls.
+Peers are Foolbox on JAX, torchattacks where it and torch are installed (they are not among the
+library's requirements) and the authors' AutoAttack (--reference, a checkout of
+github.com/fra31/auto-attack); a peer that is missing is said to be. Only ratios carry over to
+another machine. torch runs in a process of its own: beside XLA in one process it crawls.
 """
 
 import contextlib
@@ -18,6 +20,7 @@ import sys
 import tempfile
 import time
 
+import benchmark_attacks
 import benchmark_conv
 import cli
 import jax
@@ -29,6 +32,9 @@ from jaxdefense import attacks, models, registry, threat
 from jaxdefense.evaluation import records, tables
 
 RECORD = flags.DEFINE_string("record", None, "Write the rows to this JSON file too.")
+RUNS = flags.DEFINE_list("runs", [], "For attacks: WORKDIR:EXAMPLES or WORKDIR:EXAMPLES:NORM:EPS.")
+REFERENCE = flags.DEFINE_string("reference", None, "For attacks: a checkout of fra31/auto-attack.")
+GOLDEN = flags.DEFINE_string("golden", None, "For attacks: a folder for the golden files.")
 REPEATS = flags.DEFINE_integer("repeats", 5, "Timed pairs per row, after one warm-up.")
 
 
@@ -78,7 +84,7 @@ def _torchattacks_pgd(name, variables, images, labels, eps, steps, step_size):
         np.savez(problem, steps=steps, step_size=step_size, **flat, **rest)
         script = pathlib.Path(__file__).parent / "torch_peers.py"
         with subprocess.Popen(
-            [sys.executable, str(script), str(problem)],
+            [sys.executable, str(script), "serve", str(problem)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -135,7 +141,21 @@ def conv():
         yield {"what": row["case"], "peer": "autodiff", **times, "ratio": row["ratio"]}
 
 
-SUITES = {"conv": conv, "pgd": pgd}
+def attacks_suite():
+    """Standard AutoAttack on trained runs (--runs), against torchattacks and the authors' code."""
+    for run in RUNS.value:
+        workdir, examples, norm, eps = [*run.split(":"), None, None][:4]
+        yield from benchmark_attacks.rows(
+            workdir,
+            int(examples),
+            norm=norm,
+            eps=eps and float(eps),
+            reference=REFERENCE.value,
+            golden=GOLDEN.value,
+        )
+
+
+SUITES = {"conv": conv, "pgd": pgd, "attacks": attacks_suite}
 
 
 def main(argv):
@@ -150,7 +170,7 @@ def main(argv):
             print(f"  {row['what']}: {row['peer']} takes {shown} ours", flush=True)
     spent = time.monotonic() - began
     record = records.make("benchmark", {}, {}, seed=0, seconds=spent, rows=rows)
-    print(tables.benchmark_table(record))
+    print(tables.benchmark_table(record), tables.verdict_table(record), sep="\n\n")
     if RECORD.value:
         records.save(record, RECORD.value)
 

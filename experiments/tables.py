@@ -39,8 +39,9 @@ def renew(text):
         begin, kind, path, end = match.groups()
         if kind == "benchmark":
             record = records.load(ROOT / path)
-            table = tables.benchmark_table(record)
-            return f"{begin}{table}\n\n{tables.provenance([record])}\n{end}"
+            parts = [tables.benchmark_table(record), tables.verdict_table(record)]
+            parts = [part for part in parts if part.count("\n") > 1]
+            return begin + "\n\n".join([*parts, tables.provenance([record])]) + f"\n{end}"
         return begin + render([ROOT / path]) + end
 
     return _MARKED.sub(block, text)

@@ -3,11 +3,14 @@
 The library never imports torch. `pip install torch torchattacks --no-deps` and torchattacks' own
 requirements (requests, tqdm, scipy) are enough.
 
-As a program it runs torchattacks' PGD once for each line that it reads, and answers each with a
-line: a process of its own, because torch and XLA in one process get in each other's way.
+A program of its own, because torch and XLA in one process get in each other's way: `serve` runs
+torchattacks' PGD once for each line that it reads (experiments/benchmark.py), `cascade` a whole
+AutoAttack (experiments/benchmark_attacks.py).
 """
 
 import sys
+import time
+import warnings
 
 import numpy as np
 import torch
@@ -100,10 +103,26 @@ def _flatten(tree, path, names, state):
         state[".".join((*path, names.get(key, key)))] = torch.from_numpy(array.copy())
 
 
-def serve(problem):
-    """PGD on the problem that experiments/benchmark.py wrote, once per line of standard input."""
-    import torchattacks
+class Counted(nn.Module):
+    """A network that counts the images it sees forward and backward."""
 
+    def __init__(self, module):
+        super().__init__()
+        self.module, self.forward_passes, self.backward_passes = module, 0, 0
+
+    def forward(self, x):
+        self.forward_passes += len(x)
+        logits = self.module(x.contiguous(memory_format=torch.channels_last))
+        if logits.requires_grad:
+            logits.register_hook(self._count)
+        return logits
+
+    def _count(self, grad):
+        self.backward_passes += len(grad)
+
+
+def read(problem):
+    """(arrays, network, images, labels) of a problem file, on the best device there is."""
     with np.load(problem) as file:
         arrays = dict(file)
     tree = {}
@@ -113,20 +132,94 @@ def serve(problem):
         for folder in folders:
             node = node.setdefault(folder, {})
         node[name] = array
-    module = load({"cnn": CNN, "resnet": ResNet18}[str(tree["name"])](), tree["variables"])
+    make = {"cnn": lambda width: CNN(), "resnet": lambda width: ResNet18(width=int(width))}
+    module = load(make[str(tree["name"])](tree.get("width", 64)), tree["variables"])
     device = "cuda" if torch.cuda.is_available() else "cpu"
     module = module.to(device, memory_format=torch.channels_last)
-    eps, step_size, steps = float(tree["eps"]), float(tree["step_size"]), int(tree["steps"])
-    attack = torchattacks.PGD(module, eps=eps, alpha=step_size, steps=steps)
     x = torch.from_numpy(tree["images"].transpose(0, 3, 1, 2).copy()).to(device)
     x = x.contiguous(memory_format=torch.channels_last)
-    y = torch.from_numpy(tree["labels"]).to(device)
+    y = torch.from_numpy(tree["labels"].astype(np.int64)).to(device)
+    return arrays, module, x, y
+
+
+def serve(problem):
+    """PGD on the problem that experiments/benchmark.py wrote, once per line of standard input."""
+    import torchattacks
+
+    arrays, module, x, y = read(problem)
+    eps, step_size, steps = (arrays[name].item() for name in ("eps", "step_size", "steps"))
+    attack = torchattacks.PGD(module, eps=eps, alpha=step_size, steps=steps)
     for _ in sys.stdin:
         attack(x, y)
-        if device == "cuda":
+        if x.is_cuda:
             torch.cuda.synchronize()
         print("done", flush=True)
 
 
+def reference_stages(module, norm, eps, folder):
+    """{stage: (images, labels) -> images} of the authors' code, as standard AutoAttack sets it."""
+    sys.path.insert(0, folder)
+    from autoattack import AutoAttack
+
+    name = {"linf": "Linf", "l2": "L2", "l1": "L1"}[norm]
+    device = next(module.parameters()).device
+    peer = AutoAttack(module, norm=name, eps=eps, version="standard", device=device, verbose=False)
+    peer.apgd.loss, peer.fab.targeted = "ce", True
+    for part in (peer.apgd, peer.apgd_targeted, peer.fab, peer.square):
+        part.seed = 0
+    return {
+        "apgd-ce": peer.apgd.perturb,
+        "apgd-t": peer.apgd_targeted.perturb,
+        "fab-t": peer.fab.perturb,
+        "square": peer.square.perturb,
+    }
+
+
+def torchattacks_stages(module, norm, eps):
+    """As `reference_stages`, by torchattacks with the standard's budgets; no L1."""
+    import torchattacks as ta
+
+    kw = dict(norm={"linf": "Linf", "l2": "L2"}[norm], eps=eps, seed=0)
+    return {
+        "apgd-ce": ta.APGD(module, steps=100, loss="ce", n_restarts=1, **kw),
+        "apgd-t": ta.APGDT(module, steps=100, n_classes=10, n_restarts=1, **kw),
+        "fab-t": ta.FAB(module, steps=100, multi_targeted=True, n_classes=10, n_restarts=1, **kw),
+        "square": ta.Square(module, n_queries=5000, n_restarts=1, resc_schedule=False, **kw),
+    }
+
+
+def cascade(problem, answer, peer, reference):
+    """A peer's standard AutoAttack, each stage on the survivors of those before, 500 at a time.
+
+    Writes {"clean", stage: robust bits after it, "stage passes": (forward, backward), "seconds"}.
+    """
+    warnings.simplefilter("ignore")  # torch's own deprecations are not ours to mend
+    arrays, module, x, y = read(problem)
+    module = Counted(module).eval()
+    norm, eps = str(arrays["norm"]), arrays["eps"].item()
+    if peer == "reference":
+        stages = reference_stages(module, norm, eps, reference)
+    else:
+        stages = torchattacks_stages(module, norm, eps)
+    began = time.monotonic()
+    with torch.no_grad():
+        robust = torch.cat([module(part).argmax(1) for part in x.split(500)]) == y
+    found = {"clean": robust.cpu().numpy()}
+    for name, attack in stages.items():
+        before = module.forward_passes, module.backward_passes
+        for rows in torch.nonzero(robust)[:, 0].split(500):
+            x_adv = attack(x[rows].clone(), y[rows].clone())
+            with torch.no_grad():
+                robust[rows] = module(x_adv).argmax(1) == y[rows]
+        found[name] = robust.cpu().numpy().copy()
+        after = module.forward_passes, module.backward_passes
+        found[f"{name} passes"] = np.subtract(after, before)
+        print(
+            f"  {peer} {name}: {int(robust.sum())} left, {time.monotonic() - began:.0f} s",
+            flush=True,
+        )
+    np.savez(answer, seconds=time.monotonic() - began, **found)
+
+
 if __name__ == "__main__":
-    serve(sys.argv[1])
+    {"serve": serve, "cascade": cascade}[sys.argv[1]](*sys.argv[2:])

@@ -96,14 +96,85 @@ def class_table(records: Sequence[Record], column: str) -> str:
     return markdown([f"{column}, %", *map(str, range(classes))], rows)
 
 
+def protected(record: Record, *, prefix: str = "protect") -> dict[str, float]:
+    """Metric I: {column: mean over classes i of class i's accuracy by the model that protects i}.
+
+    Args:
+      record: its predictors `<prefix>i` protect class i; without such ones, its first predictor
+        stands for every class.
+      prefix: of those predictors' names.
+
+    Reference: Shen et al., Adversarial learning with cost-sensitive classes, arXiv 2101.12372.
+    """
+    results = record["results"]
+    first = next(iter(results.values()))
+    means = {}
+    for column, result in first.items():
+        values = []
+        for i in range(len(result["per_class"])):
+            own = results.get(f"{prefix}{i}") if f"{prefix}0" in results else first
+            if own is not None and own[column]["per_class"][i] is not None:
+                values.append(own[column]["per_class"][i])
+        means[column] = statistics.fmean(values)
+    return means
+
+
+def tier_table(record: Record, predictor: str) -> str:
+    """A row per tier of an audit: accuracy, and the class that suffers most, percent."""
+    rows = []
+    for name, found in record["results"][predictor].items():
+        classes = {k: v for k, v in enumerate(found["per_class"]) if v is not None}
+        worst = min(classes, key=classes.__getitem__)
+        label = "worst case per example, T0 left out" if name == "worst" else name
+        rows.append([label, f"{found['accuracy']:.2f}", f"{classes[worst]:.2f} (class {worst})"])
+    return markdown([f"{predictor}, accuracy, %", "all", "worst class"], rows)
+
+
+def check_table(record: Record, predictor: str) -> str:
+    """A row per check of an audit: its answer and what that rests on."""
+    checks = record["audit"][predictor]["checks"]
+    rows = [[c["name"], "pass" if c["passed"] else "FAIL", c["evidence"]] for c in checks]
+    return markdown(["check", "answer", "evidence"], rows)
+
+
 def benchmark_table(record: Record) -> str:
     """A row per comparison of experiments/benchmark.py: medians in ms, and peer over ours."""
     rows = []
     for row in record["rows"]:
+        if "survivors" in row:
+            continue  # has a table of its own
         numbers = [f"{row[k]:.1f}" if k in row else "–" for k in ("ours_ms", "peer_ms")]
         ratio = f"{row['ratio']:.2f}" if "ratio" in row else "–"
         rows.append([row["what"], row["peer"], *numbers, ratio])
     return markdown(["what", "peer", "ours, ms", "peer, ms", "peer / ours"], rows)
+
+
+def verdict_table(record: Record) -> str:
+    """A row per AutoAttack comparison: ours / the peer's, and on how many images they disagree.
+
+    Survivors after each stage; millions of passes, forward and backward, ours being the most that
+    can have been spent; seconds, the first with compilation. "" where there are none.
+    """
+    rows, stages = [], []
+    for row in record["rows"]:
+        if "survivors" not in row:
+            continue
+        stages = list(row["survivors"])
+        counts = [row["clean"], *row["survivors"].values()]
+        passes = [sum(map(sum, column)) for column in zip(*row["passes"].values(), strict=True)]
+        rows.append(
+            [
+                f"{row['what']}; {row['peer']}",
+                *(f"{ours} / {peer}" for ours, peer in counts),
+                str(len(row["differ"])),
+                " / ".join(f"{n / 1e6:.2f}" for n in passes),
+                f"{row['first_ms'] / 1e3:.0f}, {row['ours_ms'] / 1e3:.0f} / "
+                f"{row['peer_ms'] / 1e3:.0f}",
+                f"{row['matrix_rate_share']:.0%}",
+            ]
+        )
+    header = ["ours / peer", "clean", *stages, "differ", "passes, M", "seconds", "of matrix rate"]
+    return markdown(header, rows) if rows else ""
 
 
 def provenance(records: Sequence[Record]) -> str:
