@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import scipy.special
+import scipy.stats
 
 from jaxdefense import losses
 
@@ -126,3 +127,75 @@ def test_too_few_classes_and_bad_shapes():
         losses.cross_entropy(LABELS[None], LABELS)
     with pytest.raises(ValueError, match="nearest: margin"):
         losses.make("margins")
+
+
+def test_cost_matrix():
+    expected = [[0, 7, 7, 7], [7, 0, 1, 7], [7, 1, 0, 7], [7, 7, 7, 0]]
+    np.testing.assert_array_equal(losses.cost_matrix(4, [0, 3], 7.0), expected)
+    np.testing.assert_array_equal(losses.cost_matrix(4, 3, 7.0), losses.cost_matrix(4, [3], 7.0))
+    rows = [[0, 0, 0], [5, 0, 5], [0, 0, 0]]
+    np.testing.assert_array_equal(losses.cost_matrix(3, 1, 5.0, others=0.0, columns=False), rows)
+    for bad in (4, -1, [], [0, 4]):
+        with pytest.raises(ValueError, match="protected classes"):
+            losses.cost_matrix(4, bad)
+    with pytest.raises(ValueError, match="costs"):
+        losses.cost_matrix(4, 0, -1.0)
+
+
+COST = np.random.default_rng(0).uniform(0, 3, (5, 5)).astype(np.float32)
+
+
+def test_expected_cost():
+    p = scipy.special.softmax(Z, -1)
+    expected = [sum(COST[j, y] * row[j] for j in range(5)) for row, y in zip(p, Y, strict=True)]
+    np.testing.assert_allclose(losses.expected_cost(LOGITS, LABELS, COST), expected, rtol=1e-5)
+    errors = 1 - p[ROWS, Y]  # all errors cost 1
+    value = losses.expected_cost(LOGITS, LABELS, 1 - jnp.eye(5))
+    np.testing.assert_allclose(value, errors, rtol=1e-4, atol=1e-6)
+
+
+def test_margin_cost():
+    expected = [
+        np.log1p(sum(COST[y, j] * np.exp(row[j] - row[y]) for j in range(5) if j != y))
+        for row, y in zip(Z, Y, strict=True)
+    ]
+    np.testing.assert_allclose(losses.margin_cost(LOGITS, LABELS, COST), expected, rtol=1e-5)
+    ones = jnp.ones((5, 5))
+    np.testing.assert_allclose(
+        losses.margin_cost(LOGITS, LABELS, ones), losses.cross_entropy(LOGITS, LABELS), rtol=1e-5
+    )
+    free = losses.margin_cost(LOGITS * 50, LABELS, jnp.zeros((5, 5)))  # no cost, no overflow
+    np.testing.assert_allclose(free, 0, atol=1e-5)
+
+
+def test_min_max_is_zero_for_at_most_one_entry_and_positive_otherwise():
+    one = jnp.zeros((3, 3, 2, 4)).at[1, 2, 0, 3].set(-2.5)
+    assert abs(float(losses.min_max(one))) < 1e-6
+    assert abs(float(losses.min_max(0 * one))) < 1e-5
+    assert float(losses.min_max(one.at[0, 0, 0, 0].set(0.01))) > 0.009
+    kernel = np.random.default_rng(1).normal(size=(3, 3, 2, 4))
+    expected = np.abs(kernel).sum() - np.sqrt((kernel**2).sum())
+    np.testing.assert_allclose(losses.min_max(jnp.asarray(kernel)), expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize("term", [losses.min_max, losses.excess_kurtosis])
+def test_gradients_of_weight_terms_by_finite_differences(term):
+    w = np.random.default_rng(2).normal(size=(6,))
+    with jax.enable_x64(True):
+        # The terms compute in float32: a step that is large for it, small for the function.
+        value = jax.jit(lambda w: term(w))
+        grad = jax.grad(term)(jnp.asarray(w))
+        for i in range(6):
+            step = np.zeros(6)
+            step[i] = 1e-2
+            slope = (float(value(w + step)) - float(value(w - step))) / 2e-2
+            assert float(grad[i]) == pytest.approx(slope, abs=2e-3)
+    if term is losses.min_max:
+        np.testing.assert_allclose(grad, np.sign(w) - w / np.linalg.norm(w), rtol=1e-5)
+    assert np.all(np.isfinite(jax.grad(term)(jnp.zeros(6))))
+
+
+def test_excess_kurtosis():
+    w = np.random.default_rng(3).normal(size=(4, 5)) ** 3
+    expected = scipy.stats.kurtosis(w, axis=None)
+    np.testing.assert_allclose(losses.excess_kurtosis(jnp.asarray(w)), expected, rtol=1e-4)

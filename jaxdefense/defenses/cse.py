@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from jaxdefense import losses
 from jaxdefense.defenses import base, fgsm_at, min_max
-from jaxdefense.types import Logits, PerExample, Threat
+from jaxdefense.types import Labels, Logits, LossFn, PerExample, Threat
 
 
 def make(
@@ -71,7 +71,8 @@ def make(
     if isinstance(protect, str) and not each:
         raise ValueError(f'protect must be a class, several, or "each", got {protect!r}')
     matrices = jnp.stack([losses.cost_matrix(model.num_classes, k, cost) for k in classes])
-    penalty = min_max.penalty({"conv1": 1.0} if layers is None else layers, kurtosis or {})
+    layers, kurtosis = {"conv1": 1.0} if layers is None else layers, kurtosis or {}
+    penalty = min_max.penalty(layers, kurtosis) if layers or kurtosis else None
 
     def natural(logits: Logits, batch: base.Batch, carry: base.Carry) -> PerExample:
         return losses.cross_entropy(logits, base.targets(batch, logits))
@@ -83,7 +84,8 @@ def make(
 
     def init(key: Any, images: Any) -> tuple[base.Params, base.Carry]:
         params, carry = net.init(key, images)
-        penalty(params[net.role])  # its layers exist
+        if penalty is not None:
+            penalty(params[net.role])  # its layers exist
         return params, {**carry, "member": jnp.eye(len(matrices))[0]} if each else carry
 
     options = dict(step_size=step_size, bounds=bounds, ramp_epochs=ramp_epochs)
@@ -93,3 +95,20 @@ def make(
     first = fgsm_at.updates(net, threat, natural, **options)
     phases = fgsm_at.warm_start(net, start, first, pretrain, phase)
     return base.Defense(init, phases, {net.role: net.predict})
+
+
+def attack_loss(
+    num_classes: int,
+    *,
+    protect: int | Sequence[int] = 0,
+    cost: float = 10.0,
+    cost_weight: float = 1.0,
+) -> LossFn:
+    """The part of L_CSE that sees images, of logits and labels: what the paper's attacks raise."""
+    matrix = losses.cost_matrix(num_classes, protect, cost)
+
+    def loss(logits: Logits, labels: Labels) -> PerExample:
+        expected = losses.expected_cost(logits, labels, matrix)
+        return losses.cross_entropy(logits, labels) + cost_weight * expected
+
+    return loss
