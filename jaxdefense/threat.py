@@ -390,4 +390,5 @@ def make(norm: str, eps: float, bounds: tuple[float, float] = (0.0, 1.0)) -> Thr
     """
     if norm not in _NORMS:
         registry.unknown("norm", norm, _NORMS)
-    return _NORMS[norm](eps, tuple(bounds))
+    low, high = bounds
+    return _NORMS[norm](eps, (low, high))

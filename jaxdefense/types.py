@@ -6,10 +6,11 @@ an attack draws for an example does not depend on the batch it sits in.
 """
 
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 Array = jax.Array
 Images = jax.Array  # (B, H, W, C)
@@ -18,6 +19,7 @@ Logits = jax.Array  # (B, K)
 Key = jax.Array  # () or (B,) typed PRNG keys
 PerExample = jax.Array  # (B,)
 PyTree = Any
+HostArray = np.ndarray | jax.Array  # what only checks and evaluation read
 
 Predict = Callable[[Images], Logits]  # parameters already inside, eval mode
 LossFn = Callable[[Logits, Labels], PerExample]
@@ -33,15 +35,21 @@ class Attack(Protocol):
 class Threat(Protocol):
     """A norm ball around each image, cut by the box of valid images."""
 
-    eps: float | Array
-    bounds: tuple[float, float]
+    norm: ClassVar[str]
 
+    @property
+    def eps(self) -> float | Array: ...
+    @property
+    def bounds(self) -> tuple[float, float]: ...
     def diameter(self, n: float) -> float: ...
     def project(self, x_adv: Images, x: Images) -> Images: ...
     def sample(self, key: Key, x: Images) -> Images: ...
     def ascent(self, grad: Images, x: Images, step_size: float | PerExample) -> Images: ...
     def distance(self, x_adv: Images, x: Images) -> PerExample: ...
+    def dual(self, grad: Images) -> PerExample: ...
+    def reach(self, x: Images, normal: Images, gap: PerExample) -> Images: ...
     def scaled(self, factor: float | PerExample) -> "Threat": ...
+    def resized(self, eps: float | PerExample) -> "Threat": ...
 
 
 def example_keys(key: Key, batch: int) -> Key:

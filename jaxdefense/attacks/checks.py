@@ -12,14 +12,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxdefense.types import Attack, Images, Key, Labels, Logits, Predict, Threat, example_keys
+from jaxdefense.types import Attack, HostArray, Images, Key, Labels, Predict, Threat, example_keys
 
 
 def _concrete(*arrays: Any) -> bool:
     return not any(isinstance(a, jax.core.Tracer) for a in arrays)
 
 
-def check_images(images: Images, bounds: tuple[float, float] = (0.0, 1.0)) -> None:
+def check_images(images: HostArray, bounds: tuple[float, float] = (0.0, 1.0)) -> None:
     """Floating, finite, inside the bounds.
 
     Raises:
@@ -44,7 +44,7 @@ def check_images(images: Images, bounds: tuple[float, float] = (0.0, 1.0)) -> No
         )
 
 
-def check_labels(labels: Labels, batch: int, num_classes: int) -> None:
+def check_labels(labels: HostArray, batch: int, num_classes: int) -> None:
     """(B,) integers in [0, num_classes).
 
     Raises:
@@ -62,7 +62,7 @@ def check_labels(labels: Labels, batch: int, num_classes: int) -> None:
         raise ValueError(f"labels must be in [0, {num_classes}), got values in [{low}, {high}]")
 
 
-def check_logits(logits: Logits, batch: int) -> None:
+def check_logits(logits: HostArray, batch: int) -> None:
     """(B, K) finite logits that are not probabilities.
 
     Raises:
@@ -83,16 +83,15 @@ def check_logits(logits: Logits, batch: int) -> None:
         )
 
 
-def check_eps(threat: Threat, images: Images) -> None:
+def check_eps(threat: Threat, images: HostArray) -> None:
     """eps can be meant for images of this size, and is one or one per example.
 
     Raises:
       ValueError: eps larger than the box's diameter in the threat's norm, or of another length.
     """
-    eps = threat.eps
-    if not _concrete(eps):
+    if not _concrete(threat.eps):
         return
-    eps = np.asarray(eps)
+    eps = np.asarray(threat.eps)
     if eps.ndim == 1 and eps.shape[0] != images.shape[0]:
         raise ValueError(f"eps has {eps.shape[0]} entries for {images.shape[0]} images")
     diameter = threat.diameter(math.prod(images.shape[1:]))
@@ -126,7 +125,7 @@ def check_count(name: str, value: Any, least: int = 1) -> None:
         raise ValueError(f"{name} must be an integer >= {least}, got {value!r}")
 
 
-def num_classes(predict: Predict, images: Images) -> int:
+def num_classes(predict: Predict, images: HostArray) -> int:
     """K, from the shape of predict's output; nothing is computed.
 
     Raises:

@@ -81,10 +81,11 @@ def maximize(
     lowest = jnp.full(x.shape[0], -jnp.inf)
 
     def direction(grad: Images, memory: Images, x_adv: Images) -> Images:
+        kept = (decay or 0.0) * memory
         if accumulate == "direction":
-            return decay * memory + threat.ascent(grad, x_adv, 1.0)
+            return kept + threat.ascent(grad, x_adv, 1.0)
         size = jnp.sum(jnp.abs(grad), range(1, x.ndim))
-        return decay * memory + grad / per_example(jnp.where(size > 0, size, 1), x)
+        return kept + grad / per_example(jnp.where(size > 0, size, 1), x)
 
     def run(restart: Any) -> tuple[Images, PerExample]:
         if start is not None:

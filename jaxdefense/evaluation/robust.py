@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from jaxdefense.attacks import checks
 from jaxdefense.evaluation import records
-from jaxdefense.types import Array, Attack, Images, Key, Labels, Logits, PyTree, Threat
+from jaxdefense.types import Array, Attack, HostArray, Images, Key, Logits, PyTree, Threat
 
 Apply = Callable[[PyTree, Images], Logits]  # (variables, images) -> logits, eval mode
 
@@ -32,7 +32,7 @@ _AXIS = "examples"
 _TOLERANCE = 1e-5
 
 
-def attack_keys(seed: int, attack: str, ids: Labels) -> Key:
+def attack_keys(seed: int, attack: str, ids: HostArray) -> Key:
     """One key per example: fold_in(fold_in(seed, attack's name), example id)."""
     key = jax.random.fold_in(jax.random.key(seed), zlib.crc32(attack.encode()))
     return jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.asarray(ids))
