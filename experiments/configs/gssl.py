@@ -4,13 +4,14 @@
     python experiments/train.py --config=gssl_baseline:mnist_small --workdir=runs/gssl_baseline
     python experiments/evaluate.py --workdir=runs/gssl --checkpoint=last
 
-Variants: digits, mnist, cifar10, cifar100; mnist_small (networks of an eighth of the width, 2 epochs
-in all: some five minutes on two CPU cores, far from the paper's scale); mnist_paper, cifar10_paper, cifar100_paper; and the ablations of mnist_small
-and cifar10_paper: ROW_no_generator (the examples as they are; `advprop` is the published relative),
-ROW_no_gate, ROW_shared_bn, ROW_residual (CD-VAE's x - G(x)), ROW_stage3 (no joint stage, its epochs
-go to the screening), ROW_mae; each also with _debug. Only the abstract could be read: eps, epochs,
-networks and weights of `paper` too are INFERRED; eps is there to be swept (--config.defense.eps).
-Without augmentation, so that plain training comes near the paper's own.
+Variants: digits, mnist, cifar10, cifar100; mnist_small (networks an eighth as wide, two epochs in
+all: minutes on two CPU cores, far from the paper's scale); mnist_paper, cifar10_paper,
+cifar100_paper; and, of mnist_small and cifar10_paper, the ablations ROW_no_generator (the examples
+as they are; `advprop` is the published relative), ROW_no_gate, ROW_shared_bn, ROW_residual
+(CD-VAE's x - G(x)), ROW_stage3 (no joint stage, its epochs go to the screening) and ROW_mae; each
+also with _debug. Only the abstract could be read: eps, epochs, networks and weights of the `paper`
+rows too are INFERRED; eps is there to be swept (--config.defense.eps=0.0157). They have no
+augmentation, so that plain training comes near the paper's own.
 
 Expected: the abstract reports clean accuracy, standard training -> GSSL: MNIST 99.64 -> 99.70,
 CIFAR-10 83.00 -> 84.34, CIFAR-100 62.76 -> 63.65 (found; number of runs unknown). That is one to
