@@ -86,8 +86,13 @@ def run_steps(defense, phase, n=2, view=lambda key, x: {"image": x}):
 
 @pytest.mark.parametrize("name", defenses.names())
 def test_contract(name):
-    """init, every phase's step, finite metrics, moved parameters, working predictors."""
+    """init, every phase's step, finite metrics, moved parameters, working predictors.
+
+    A phase may leave some of a role's parameters alone (another BatchNorm set), but not all, and
+    each moves in one phase at least.
+    """
     defense = build(name)
+    ever = {}
     for phase in dict.fromkeys(defense.phases):
         before, state, metrics = run_steps(defense, phase)
         for metric, (total, count) in metrics.items():
@@ -98,7 +103,9 @@ def test_contract(name):
                 moved = jax.tree.map(
                     lambda a, b: bool(jnp.any(a != b)), before[role], state.params[role]
                 )
-                assert all(jax.tree.leaves(moved)), (phase.name, role)
+                assert any(jax.tree.leaves(moved)), (phase.name, role)
+                ever[role] = jax.tree.map(lambda a, b: a or b, moved, ever.get(role, moved))
+    assert all(jax.tree.leaves(ever)), ever
     assert defense.primary in defense.predictors
     for name, predictor in defense.predictors.items():
         logits = predictor(state.params, state.carry)(IMAGES)
