@@ -199,3 +199,19 @@ def test_excess_kurtosis():
     w = np.random.default_rng(3).normal(size=(4, 5)) ** 3
     expected = scipy.stats.kurtosis(w, axis=None)
     np.testing.assert_allclose(losses.excess_kurtosis(jnp.asarray(w)), expected, rtol=1e-4)
+
+
+def test_gaussian_kl():
+    """0 for the prior alone; the formula in float64; SciPy's entropies and the second moment."""
+    rng = np.random.default_rng(4)
+    mean, log_variance = rng.normal(size=(2, 6, 3))
+    expected = 0.5 * np.sum(np.exp(log_variance) + mean**2 - 1 - log_variance, -1)
+    got = losses.gaussian_kl(jnp.asarray(mean), jnp.asarray(log_variance))
+    np.testing.assert_allclose(got, expected, rtol=1e-5)
+    normal = scipy.stats.norm(mean, np.exp(log_variance / 2))
+    cross_entropy = 0.5 * np.log(2 * np.pi) + 0.5 * normal.moment(2)
+    np.testing.assert_allclose(got, np.sum(cross_entropy - normal.entropy(), -1), rtol=1e-4)
+    np.testing.assert_array_equal(losses.gaussian_kl(jnp.zeros((2, 3)), jnp.zeros((2, 3))), 0)
+    assert np.all(np.asarray(got) > 0)
+    with pytest.raises(ValueError, match="both"):
+        losses.gaussian_kl(jnp.zeros((2, 3)), jnp.zeros((2, 4)))
