@@ -3,6 +3,7 @@
 import functools
 import json
 
+import claf_literal
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -277,6 +278,23 @@ class TestClaf:
         np.testing.assert_allclose(got, adversarial, atol=1e-5)
         assert np.abs(got - n).max() > 2 * eps  # no ball of that radius, in any unit
 
+    def test_what_the_literal_clamp_leaves_of_images(self):
+        """Values below the mean, between, and above mean + std: frozen low, movable, frozen high."""
+        mean, std = (0.5, 0.5, 0.5), (0.25, 0.25, 0.25)
+        images = np.full((1, 2, 2, 3), 0.6, np.float32)
+        images[0, 0, 0], images[0, 1] = 0.1, 0.9
+        clamped, numbers = claf_literal.geometry(images, mean, std)
+        expected = np.full((1, 2, 2, 3), 0.6)
+        expected[0, 0, 0], expected[0, 1] = 0.5, 0.75
+        np.testing.assert_allclose(clamped, expected, rtol=1e-6)
+        assert numbers == {
+            "frozen_low_percent": 25.0,
+            "frozen_high_percent": 50.0,
+            "movable_percent": 25.0,
+            "mean_pixel_movement_of_the_clamp": round(255 * (0.4 + 0.15 * 2) / 4, 2),
+            "eps_in_pixels": 2.0,
+        }
+
     def test_literal_mode_trains_on_that_attack(self):
         model = Tiny(mean=(0.4,), std=(0.25,))
         defense = defenses.make("claf", model, BALL, **SMALL, cycles=1, mode="literal")
@@ -338,7 +356,7 @@ class TestRivals:
             ("rocl", IMAGES),
             ("acl", jnp.concatenate([IMAGES, IMAGES[:, ::-1]])),
         ):
-            defense = defenses.make(name, CNN, BALL, **{**SMALL, "steps": 5})
+            defense = defenses.make(name, TINY, BALL, **{**SMALL, "steps": 5})
             params, carry = defense.init(KEY, IMAGES[:1])
             (update,) = defense.phases[0].updates
 

@@ -13,7 +13,9 @@ from configs import recipes
 
 _CIFAR10 = dict(name="acl", dataset="cifar10", steps=5, step_size=2 / 255)
 DEFENSE = dict(
-    digits=dict(name="acl", dataset="digits", steps=5, step_size=0.04, head_epochs="8e"),
+    digits=dict(
+        name="acl", dataset="digits", steps=5, step_size=0.04, head_epochs="8e", head_lr=1e-2
+    ),
     mnist=dict(name="acl", dataset="mnist", steps=5, step_size=0.08, head_epochs="1e"),
     cifar10=dict(_CIFAR10, head_epochs="10e"),
     cifar10_paper=dict(_CIFAR10, head_epochs="100e"),

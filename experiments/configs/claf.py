@@ -25,9 +25,10 @@ DEFENSE = dict(
         steps=5,
         step_size=0.04,
         cycles=6,
-        refresh_epochs="1e",
+        refresh_epochs="2e",
         refresh_every="2e",
         final_epochs="8e",
+        head_lr=1e-2,
     ),
     mnist=dict(
         name="claf",

@@ -12,7 +12,9 @@ from configs import recipes
 
 _CIFAR10 = dict(name="rocl", dataset="cifar10", steps=7, step_size=2 / 255)
 DEFENSE = dict(
-    digits=dict(name="rocl", dataset="digits", steps=5, step_size=0.04, head_epochs="8e"),
+    digits=dict(
+        name="rocl", dataset="digits", steps=5, step_size=0.04, head_epochs="8e", head_lr=1e-2
+    ),
     mnist=dict(name="rocl", dataset="mnist", steps=5, step_size=0.08, head_epochs="1e"),
     cifar10=dict(_CIFAR10, head_epochs="10e"),
     cifar10_paper=dict(_CIFAR10, head_epochs="100e"),

@@ -12,7 +12,7 @@ from configs import recipes
 
 _CIFAR10 = dict(name="supcon", dataset="cifar10", temperature=0.07)
 DEFENSE = dict(
-    digits=dict(name="supcon", dataset="digits", head_epochs="8e"),
+    digits=dict(name="supcon", dataset="digits", head_epochs="8e", head_lr=1e-2),
     mnist=dict(name="supcon", dataset="mnist", head_epochs="1e"),
     cifar10=dict(_CIFAR10, head_epochs="10e"),
     cifar10_paper=dict(_CIFAR10, head_epochs="100e"),
