@@ -1,0 +1,171 @@
+"""Why the 60.47 % of CLAF's README is no robustness at 8/255: its attack, measured and drawn.
+
+    python experiments/train.py --config=pgd_at:cifar10 --workdir=runs/small \\
+        --config.model.width=8 --config.defense.steps=2 --config.defense.step_size=0.0235 \\
+        --config.train.length=250s --config.train.optimizer.lr=0.1
+    python experiments/claf_literal.py --workdir=runs/small
+
+The released code perturbs images that are already normalised, by eps in units of std, and clamps
+them to [0, 1] there. So every value below the mean becomes the mean, every one above mean + std
+becomes that, and the rest moves by about 1.6/255. Any trained CIFAR-10 run is judged under that
+attack and under PGD with the same numbers in pixels; claf:cifar10_literal is the run to reproduce
+the README's number with. Writes FOLDER/claf_literal.json and .png. The literal accuracy counts, as
+the released code does, every image that is right after the attack.
+"""
+
+import pathlib
+import time
+
+import cli
+import jax
+import numpy as np
+from absl import flags
+from matplotlib.figure import Figure
+
+from jaxdefense import attacks, data, threat
+from jaxdefense.data import prepare
+from jaxdefense.defenses import claf
+from jaxdefense.evaluation import records, robust
+from jaxdefense.train import loop
+
+FOLDER = pathlib.Path(__file__).parent / "records" / "claf_literal"
+
+WORKDIR = flags.DEFINE_string("workdir", None, "Folder of a trained CIFAR-10 run.", required=True)
+OUT = flags.DEFINE_string("folder", str(FOLDER), "Where the record and the figure go.")
+EXAMPLES = flags.DEFINE_integer("examples", 512, "Only the first so many test examples.")
+
+# CIFAR-10's, for a model without its own.
+MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)
+BALL = threat.Linf(8 / 255)
+STEPS, STEP_SIZE = 10, 2 / 255
+SHOWN = 5
+
+
+def geometry(images, mean, std):
+    """(what the clamp alone leaves of the images, how much of them it leaves to the attack)."""
+    n = (images - np.float32(mean)) / np.float32(std)
+    clamped = np.clip(n, 0, 1) * np.float32(std) + np.float32(mean)
+    low, high = n + BALL.eps <= 0, n - BALL.eps >= 1
+    numbers = {
+        "frozen_low_percent": 100 * low.mean(),
+        "frozen_high_percent": 100 * high.mean(),
+        "movable_percent": 100 * (1 - low.mean() - high.mean()),
+        "mean_pixel_movement_of_the_clamp": 255 * np.abs(clamped - images).mean(),
+        "eps_in_pixels": 255 * BALL.eps * np.mean(std),
+    }
+    return clamped, {name: round(float(value), 2) for name, value in numbers.items()}
+
+
+def literal(evaluator, variables, images, labels, ids, mean, std):
+    """What the released code's PGD makes of the images; the evaluator's own check would refuse."""
+    attack = claf.literal_pgd(BALL, mean=mean, std=std, steps=STEPS, step_size=STEP_SIZE)
+
+    def run(variables, keys, x, y):
+        return attack(lambda z: evaluator.apply(variables, z), jax.random.wrap_key_data(keys), x, y)
+
+    keys = np.asarray(jax.random.key_data(robust.attack_keys(0, "literal", ids)))
+    packs = evaluator.packs(np.arange(len(images)))
+    given = ((keys[rows], images[rows], labels[rows]) for rows in packs)
+    return np.concatenate([evaluator.call("literal", run, variables, *some) for some in given])
+
+
+def draw(columns, shares, accuracies):
+    """The images, the shares of their values, the accuracies."""
+    figure = Figure(figsize=(9.5, 5.2), layout="constrained")
+    left, right = figure.subfigures(1, 2, width_ratios=(1.35, 1))
+    cells = left.subplots(SHOWN, len(columns))
+    for j, (title, images) in enumerate(columns.items()):
+        cells[0, j].set_title(title, fontsize=9)
+        for i in range(SHOWN):
+            cells[i, j].imshow(np.clip(images[i], 0, 1), interpolation="nearest")
+            cells[i, j].set_axis_off()
+    above, below = right.subplots(2, 1, height_ratios=(1, 2))
+    start = 0.0
+    for name, color, ink in (
+        ("frozen low", "0.35", "white"),
+        ("movable", "C2", "white"),
+        ("frozen high", "0.75", "black"),
+    ):
+        share = shares[name.replace(" ", "_") + "_percent"]
+        above.barh(0, share, left=start, color=color)
+        text = f"{name}\n{share:.0f} %"
+        above.text(start + share / 2, 0, text, ha="center", va="center", size=8, color=ink)
+        start += share
+    above.set_title("pixel values under the literal attack", loc="left", fontsize=9)
+    above.set_axis_off()
+    bars = below.bar(range(len(accuracies)), list(accuracies.values()), color="C0")
+    below.bar_label(bars, fmt="%.1f", fontsize=8)
+    below.set_xticks(range(len(accuracies)), list(accuracies), fontsize=8)
+    below.set_ylim(0, 100)
+    below.set_title("accuracy, %", loc="left", fontsize=9)
+    below.spines[["top", "right"]].set_visible(False)
+    return figure
+
+
+def main(argv):
+    if len(argv) > 1:
+        raise ValueError(f"unexpected arguments: {argv[1:]}")
+    folder = prepare.default_data_dir(None)
+    if not prepare.is_prepared("cifar10", folder):
+        print(f"skipped: CIFAR-10 is not prepared in {folder}, see experiments/prepare_data.py")
+        return
+    began = time.monotonic()
+    run, variables, meta = loop.restore(WORKDIR.value)
+    if run.config["dataset"]["name"] != "cifar10":
+        raise ValueError(f"{WORKDIR.value} is a run on {run.config['dataset']['name']}")
+    mean = getattr(run.module, "mean", None) or MEAN
+    std = getattr(run.module, "std", None) or STD
+    arrays = run.arrays("test").take(slice(EXAMPLES.value))
+    images, labels, ids = data.to_float(arrays.images), arrays.labels, arrays.ids
+
+    evaluator = robust.Evaluator(run.apply(run.defense.primary), BALL, batch_size=512)
+    variables = evaluator.place(variables)
+    clamped, numbers = geometry(images, mean, std)
+    attacked = literal(evaluator, variables, images, labels, ids, mean, std)
+    pgd = attacks.pgd(BALL, steps=STEPS, step_size=STEP_SIZE)
+    bits = evaluator.bits(variables, images, labels, ids, {"pgd10": pgd})
+    shown, _ = evaluator.attack(
+        "pgd10", pgd, variables, images[:SHOWN], labels[:SHOWN], ids[:SHOWN]
+    )
+    for name, some in (("clamped", clamped), ("literal_pgd10", attacked)):
+        bits[name] = evaluator.logits(variables, some).argmax(-1) == labels
+    results = robust.summary(bits, labels, arrays.num_classes)
+    distance = 255 * np.abs(attacked - images)
+    numbers |= {
+        "mean_pixel_movement_of_literal_pgd10": round(float(distance.mean()), 2),
+        "largest_pixel_movement_of_literal_pgd10": round(float(distance.max()), 2),
+    }
+
+    record = records.make(
+        f"claf_literal-{run.config['name']}",
+        run.config,
+        {run.defense.primary: results},
+        seed=run.seed,
+        seconds=time.monotonic() - began,
+        protocol="literal",
+        training={"checkpoint": "best", **meta},
+        geometry=numbers,
+    )
+    out = pathlib.Path(OUT.value)
+    records.save(record, out / "claf_literal.json")
+    columns = {
+        "original": images,
+        "clamped": clamped,
+        "literal PGD-10": attacked,
+        "PGD-10, 8/255": shown,
+    }
+    titles = {
+        "clean": "clean",
+        "clamped": "clamped,\nno attack",
+        "literal_pgd10": "literal\nPGD-10",
+        "pgd10": "PGD-10,\n8/255",
+    }
+    accuracies = {title: results[name]["accuracy"] for name, title in titles.items()}
+    draw(columns, numbers, accuracies).savefig(out / "claf_literal.png", dpi=110)
+    for name, value in (*numbers.items(), *((n, r["accuracy"]) for n, r in results.items())):
+        print(f"{name:42s} {value:8.2f}")
+    print(f"record and figure: {out}")
+
+
+if __name__ == "__main__":
+    cli.run(main)
