@@ -80,7 +80,10 @@ def own_losses(run):
 def judge(run, variables, *, eps, examples=None, progress=False):
     """{predictor: {column: as in `robust.summary`}} under the protocol."""
     model = run.config["model"]
-    mean, std = (np.float32(model.get(k, default)) for k, default in (("mean", 0), ("std", 1)))
+    mean, std = (
+        np.float32(model.get(name) or [without]).reshape(1, 1, 1, -1)
+        for name, without in (("mean", 0), ("std", 1))
+    )
     arrays = run.arrays("test").take(slice(examples))
     images = (data.to_float(arrays.images) - mean) / std
     inside = bool(images.min() >= CLIPPED[0] - 1e-4 and images.max() <= CLIPPED[1] + 1e-4)

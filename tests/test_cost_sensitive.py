@@ -400,29 +400,30 @@ def test_each_member_is_judged_by_its_own_loss():
         "defense": {"name": "cse", "protect": "each", "cost": 3.0},
         "model": {"mean": [0.5], "std": [0.25]},
     }
-    stack = {"stacked": {"members": 4, "prefix": "protect"}}
-    defense = defenses.make("cse", Linear(), BALL, protect="each", layers={}, transforms=stack)
+    stack = {"stacked": {"members": 2, "prefix": "protect"}}
+    model, labels = Linear(2), LABELS % 2
+    defense = defenses.make("cse", model, BALL, protect="each", layers={}, transforms=stack)
     params, carry = defense.init(KEY, IMAGES[:1])
     pixels = np.round(IMAGES * 255).astype(np.uint8)
-    held = types.SimpleNamespace(images=pixels, labels=LABELS, ids=np.arange(8), num_classes=4)
+    held = types.SimpleNamespace(images=pixels, labels=labels, ids=np.arange(8), num_classes=2)
     held.take = lambda rows: held
     run = types.SimpleNamespace(
         config=config,
         seed=0,
-        module=Linear(),
+        module=model,
         defense=defense,
         arrays=lambda split: held,
         apply=lambda name: lambda v, x: defense.predictors[name](v["params"], v["carry"])(x),
     )
     chosen = cost_sensitive.own_losses(run)
-    logits = jax.random.normal(KEY, (8, 4))
-    expected = losses.cross_entropy(logits, LABELS) + losses.expected_cost(
-        logits, LABELS, losses.cost_matrix(4, 2, 3.0)
+    logits = jax.random.normal(KEY, (8, 2))
+    expected = losses.cross_entropy(logits, labels) + losses.expected_cost(
+        logits, labels, losses.cost_matrix(2, 1, 3.0)
     )
-    np.testing.assert_allclose(chosen["protect2"](logits, LABELS), expected, rtol=1e-6)
+    np.testing.assert_allclose(chosen["protect1"](logits, labels), expected, rtol=1e-6)
     judged = cost_sensitive.judge(run, {"params": params, "carry": carry}, eps=0.3)
     predict = defense.predictors["protect1"](params, carry)
-    right = np.asarray(predict(pixels / np.float32(255)).argmax(-1) == LABELS)
+    right = np.asarray(predict(pixels / np.float32(255)).argmax(-1) == labels)
     assert judged["protect1"]["clean"]["accuracy"] == 100 * right.mean()
     assert list(judged["protect1"]) == [
         "clean", "normalised fgsm", "normalised deepfool3", "normalised pgd40 (invalid)"
