@@ -279,7 +279,7 @@ class TestClaf:
         assert np.abs(got - n).max() > 2 * eps  # no ball of that radius, in any unit
 
     def test_what_the_literal_clamp_leaves_of_images(self):
-        """Values below the mean, between, and above mean + std: frozen low, movable, frozen high."""
+        """Values below the mean are frozen low, above mean + std high, the others movable."""
         mean, std = (0.5, 0.5, 0.5), (0.25, 0.25, 0.25)
         images = np.full((1, 2, 2, 3), 0.6, np.float32)
         images[0, 0, 0], images[0, 1] = 0.1, 0.9

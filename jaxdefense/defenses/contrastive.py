@@ -46,7 +46,8 @@ class Parts:
         projector = jax.jit(self._projector.init)(k_projector, jnp.zeros(h.shape, h.dtype))
         encoder = dict(params["encoder"])
         head = encoder.pop("head")
-        return {"encoder": encoder, "head": head, "projector": projector["params"]}, carry
+        params = {"encoder": encoder, "head": head, "projector": projector["params"]}
+        return params, {**carry, "head": {}, "projector": {}}
 
     @staticmethod
     def _joined(params: base.Params) -> base.Params:
