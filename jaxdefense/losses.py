@@ -67,6 +67,19 @@ def kl(p_logits: Logits, q_logits: Logits) -> PerExample:
     return jnp.sum(jnp.exp(p) * (p - q), -1)
 
 
+def distillation(
+    teacher_logits: Logits, student_logits: Logits, *, temperature: float = 1.0
+) -> PerExample:
+    """tau^2 KL(softmax(teacher / tau) || softmax(student / tau)) summed over the classes, (B,).
+
+    tau^2 keeps the size of the gradient as tau grows. At tau = 1 it is `kl`.
+
+    Reference: Hinton et al., Distilling the knowledge in a neural network, arXiv 1503.02531.
+    """
+    teacher, student = _float32(teacher_logits), _float32(student_logits)
+    return temperature**2 * kl(teacher / temperature, student / temperature)
+
+
 def margin(logits: Logits, labels: Labels) -> PerExample:
     """max_{k != y} z_k - z_y: positive exactly where the prediction is wrong (Carlini, Wagner).
 

@@ -3,7 +3,7 @@
 One train loop runs any list of phases, so no defence has a trainer of its own:
 
     params   by role: {"classifier": ..., "generator": ...}
-    carry    what is neither trained nor data: BatchNorm statistics, teachers, averages; by role
+    carry    what is neither trained nor data: BatchNorm statistics, averages; by role
     batch    {"image", "label", "id", "step", "epoch"} and what views and crafts add to it
     Craft    (params, carry, batch, key) -> batch      the inner maximisation; never differentiated
     Loss     (params, carry, batch, key) -> (scalar, (carry, metrics))   the outer minimisation
@@ -94,6 +94,28 @@ class Purifier:
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
+class Trained:
+    """A network that was trained before, as a value: what a defence takes for its teacher, say.
+
+    In a config it is written as {"workdir": ..., "checkpoint": "best"}; `train.load` reads one.
+
+    Attributes:
+      module: the network.
+      params, batch_stats: its variables, on the host.
+      source: where they come from, for messages.
+    """
+
+    module: nn.Module
+    params: PyTree
+    batch_stats: PyTree
+    source: str = "memory"
+
+    def init(self, role: str) -> tuple[Params, Carry]:
+        """({role: parameters}, {role: running statistics}), as of `Net.init`."""
+        return {role: self.params}, {role: self.batch_stats}
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
 class Defense:
     """A defence of a classifier.
 
@@ -102,17 +124,24 @@ class Defense:
       phases: run in order; the same Phase may stand in the list several times.
       predictors: {name: (params, carry) -> Predict}; the first is the deployed classifier.
       purifiers: {name of a predictor that cleans images first: its Purifier}.
+      given: {role: the trained network that `init` puts there}. No update trains such a role, and
+        checkpoints leave it out.
     """
 
     init: Callable[[Key, Images], tuple[Params, Carry]]
     phases: tuple[Phase, ...]
     predictors: Mapping[str, Predictor]
     purifiers: Mapping[str, Purifier] = dataclasses.field(default_factory=dict)
+    given: Mapping[str, Trained] = dataclasses.field(default_factory=dict)
 
     @property
     def primary(self) -> str:
         """The name of the deployed classifier's predictor."""
         return next(iter(self.predictors))
+
+    def own(self, by_role: Mapping[str, PyTree]) -> dict[str, PyTree]:
+        """Parameters or carry without the given roles."""
+        return {role: tree for role, tree in by_role.items() if role not in self.given}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -61,7 +61,8 @@ def combine(parts: Sequence[tuple[float, base.Defense]]) -> base.Defense:
         return params, carry
 
     first = parts[0][1]
-    return base.Defense(init, phases, first.predictors, first.purifiers)
+    given = {role: net for _, part in reversed(parts) for role, net in part.given.items()}
+    return base.Defense(init, phases, first.predictors, first.purifiers, given)
 
 
 def _phase(i: int, phase: base.Phase, parts: Sequence[tuple[float, base.Defense]]) -> base.Phase:

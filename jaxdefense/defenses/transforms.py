@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxdefense import registry
+from jaxdefense import losses, registry
 from jaxdefense.defenses import base
 from jaxdefense.types import Key, PyTree
 
@@ -43,13 +43,15 @@ def with_ema(defense: base.Defense, *, decay: float = 0.9995) -> base.Defense:
 
     def init(key: Key, images: Any) -> tuple[base.Params, base.Carry]:
         params, carry = defense.init(key, images)
+        now = {"params": defense.own(params), "carry": defense.own(carry)}
         # Copies: two names for one buffer cannot both be donated to the step.
-        return params, {**carry, "ema": jax.tree.map(jnp.copy, {"params": params, "carry": carry})}
+        return params, {**carry, "ema": jax.tree.map(jnp.copy, now)}
 
     def follow(params: base.Params, carry: base.Carry, batch: base.Batch) -> base.Carry:
         t = batch["step"].astype(jnp.float32)
         d = jnp.minimum(decay, (1 + t) / (10 + t))
-        now = {"params": params, "carry": {k: v for k, v in carry.items() if k != "ema"}}
+        rest = {role: tree for role, tree in carry.items() if role != "ema"}
+        now = {"params": defense.own(params), "carry": defense.own(rest)}
 
         def average(old, new):
             if not jnp.issubdtype(new.dtype, jnp.floating):
@@ -59,7 +61,11 @@ def with_ema(defense: base.Defense, *, decay: float = 0.9995) -> base.Defense:
         return {**carry, "ema": jax.tree.map(average, carry["ema"], now)}
 
     def averaged(function: Callable[[base.Params, base.Carry], Any]) -> Any:
-        return lambda params, carry: function(carry["ema"]["params"], carry["ema"]["carry"])
+        def at(params: base.Params, carry: base.Carry) -> Any:
+            ema = carry["ema"]
+            return function({**params, **ema["params"]}, {**carry, **ema["carry"]})
+
+        return at
 
     def averaged_purifier(purifier: base.Purifier) -> base.Purifier:
         detours = {name: averaged(p) for name, p in purifier.detours.items()}
@@ -72,7 +78,7 @@ def with_ema(defense: base.Defense, *, decay: float = 0.9995) -> base.Defense:
     raw = {f"raw_{name}": p for name, p in defense.predictors.items()}
     purifiers = {name: averaged_purifier(p) for name, p in defense.purifiers.items()}
     phases = _map_phases(defense, change)
-    return base.Defense(init, phases, {**predictors, **raw}, purifiers)
+    return base.Defense(init, phases, {**predictors, **raw}, purifiers, defense.given)
 
 
 def with_weight_perturbation(
@@ -225,10 +231,77 @@ def stacked(
     every = range(members)
     predictors = {label(i, n): of(i, p) for i in every for n, p in defense.predictors.items()}
     purifiers = {label(i, n): purifier(i, p) for i in every for n, p in defense.purifiers.items()}
-    return base.Defense(init, _map_phases(defense, change), predictors, purifiers)
+    phases = _map_phases(defense, change)
+    return base.Defense(init, phases, predictors, purifiers, defense.given)
 
 
-_NAMED = {"ema": with_ema, "stacked": stacked, "weight_perturbation": with_weight_perturbation}
+def with_soft_labels(
+    defense: base.Defense,
+    *,
+    teacher: base.Trained,
+    temperature: float = 1.0,
+    weight: float = 1.0,
+) -> base.Defense:
+    """A teacher's softened predictions in place of the labels, where a loss has targets.
+
+    target = weight softmax(T(x) / tau) + (1 - weight) one-hot(y), x the batch's images.
+
+    What a defence does with labels themselves (PGD's cross-entropy, a margin) it still does.
+
+    Args:
+      defense: any whose losses read `base.targets`.
+      teacher: T, in eval mode.
+      temperature: tau.
+      weight: the teacher's share.
+
+    Returns:
+      A `Defense` with the teacher in the role `soft_labels`.
+
+    Raises:
+      ValueError: no trained teacher, a temperature that is not positive, or a weight outside
+        [0, 1].
+    """
+    if not isinstance(teacher, base.Trained):
+        raise ValueError(
+            f"soft_labels needs a trained teacher ({{'workdir': ...}} in a config), got {teacher!r}"
+        )
+    if not temperature > 0 or not 0 <= weight <= 1:
+        raise ValueError(
+            f"need temperature > 0 and weight in [0, 1], got {temperature} and {weight}"
+        )
+    net = base.Net(teacher.module, "soft_labels")
+
+    def init(key: Key, images: Any) -> tuple[base.Params, base.Carry]:
+        (params, carry), (given, statistics) = defense.init(key, images), teacher.init(net.role)
+        return {**params, **given}, {**carry, **statistics}
+
+    def wrapped(update: base.Update) -> base.Update:
+        def craft(params: Any, carry: Any, batch: base.Batch, key: Key) -> base.Batch:
+            logits = net.predict(params, carry)(batch["image"])
+            hot = losses.one_hot(batch["label"], logits.shape[-1])
+            soft = jax.nn.softmax(logits.astype(hot.dtype) / temperature)
+            batch = {**batch, "target": weight * soft + (1 - weight) * hot}
+            return update.craft(params, carry, batch, key) if update.craft else batch
+
+        return dataclasses.replace(update, craft=craft)
+
+    def change(phase: base.Phase) -> base.Phase:
+        return dataclasses.replace(phase, updates=tuple(map(wrapped, phase.updates)))
+
+    return dataclasses.replace(
+        defense,
+        init=init,
+        phases=_map_phases(defense, change),
+        given={**defense.given, net.role: teacher},
+    )
+
+
+_NAMED = {
+    "ema": with_ema,
+    "soft_labels": with_soft_labels,
+    "stacked": stacked,
+    "weight_perturbation": with_weight_perturbation,
+}
 
 
 def names() -> list[str]:

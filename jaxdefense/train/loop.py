@@ -3,6 +3,8 @@
 A workdir holds config.json, metrics.jsonl, TensorBoard events, and the checkpoints `last` (to go
 on from) and `best` (of the last phase, by accuracy on the validation split, never on the test
 set). A run that was killed goes on from `last` and ends with the same bits as one that was not.
+Networks that the config names by their workdir (a teacher) are copied into `given` at the start, so
+that a workdir is all that its run needs; checkpoints do not repeat them.
 """
 
 import contextlib
@@ -10,6 +12,7 @@ import json
 import os
 import pathlib
 import signal
+import sys
 import time
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -21,9 +24,10 @@ import tensorboardX
 from tqdm import tqdm
 
 from jaxdefense import data
+from jaxdefense.defenses import base
 from jaxdefense.evaluation import records, robust
 from jaxdefense.train import checkpoint, optim, plan
-from jaxdefense.train.run import Run, build
+from jaxdefense.train.run import Run, build, read_model, restore
 from jaxdefense.train.step import (
     Chunk,
     State,
@@ -32,7 +36,9 @@ from jaxdefense.train.step import (
     replicate,
     unreplicate,
 )
-from jaxdefense.types import Images, Key
+from jaxdefense.types import Images, Key, PyTree
+
+__all__ = ["Diverged", "Interrupted", "Trainer", "restore", "train"]
 
 
 class Diverged(RuntimeError):
@@ -112,6 +118,7 @@ class Trainer:
             "best": checkpoint.Store(workdir / "best"),
         }
         self.best: dict[str, Any] = {}
+        self.given: dict[str, Any] = {}
         self.seconds = 0.0
 
     def every(self, name: str) -> int:
@@ -157,9 +164,11 @@ class Trainer:
         """The last checkpoint's state, or a fresh one."""
         last = self.stores["last"]
         if not last.steps():
+            self.given = self.examine()
             return self.fresh()
         meta = last.meta()
         self.best, self.seconds = meta["best"], meta["seconds"]
+        self.given = meta.get("given", {})
 
         def passed():
             state = self.fresh()
@@ -169,7 +178,7 @@ class Trainer:
             return state
 
         like = jax.eval_shape(passed)
-        model = last.restore("model", {"params": like.params, "carry": like.carry})
+        model = read_model(last, self.run.defense, like.params, like.carry)
         opt = last.restore("optimizer", like.opt)
         return State(jnp.int32(meta["step"]), model["params"], model["carry"], opt)
 
@@ -178,18 +187,25 @@ class Trainer:
         if jax.process_index() != 0:
             return
         host = unreplicate(state)
-        items = {"model": {"params": host.params, "carry": host.carry}}
+        own = self.run.defense.own
+        items = {"model": {"params": own(host.params), "carry": own(host.carry)}}
         if kind == "last":
             items["optimizer"] = host.opt
         meta = {"best": self.best, "seconds": self.seconds}
+        if self.given:
+            meta["given"] = self.given
         self.stores[kind].save(int(host.step), items, meta)
 
     def validate(self, state: State) -> dict[str, float]:
         """Clean and robust accuracy on the validation split, percent."""
         host = unreplicate(state)
+        return self.scores(self.evaluator, {"params": host.params, "carry": host.carry})
+
+    def scores(self, evaluator: robust.Evaluator, variables: PyTree) -> dict[str, float]:
+        """What `validate` returns, of any network."""
         arrays = self.held_out
-        bits = self.evaluator.bits(
-            {"params": host.params, "carry": host.carry},
+        bits = evaluator.bits(
+            variables,
             data.to_float(arrays.images),
             arrays.labels,
             arrays.ids,
@@ -197,6 +213,17 @@ class Trainer:
             seed=self.run.seed,
         )
         return {f"validation_{name}": 100 * float(b.mean()) for name, b in bits.items()}
+
+    def examine(self) -> dict[str, dict[str, Any]]:
+        """{role: where a given network comes from, and its accuracy on the validation split}."""
+        found = {}
+        for role, network in self.run.defense.given.items():
+            net, variables = base.Net(network.module, role), network.init(role)
+            evaluator = robust.Evaluator(
+                lambda v, x, net=net: net.predict(*v)(x), self.run.threat, batch_size=512
+            )
+            found[role] = {"source": network.source, **self.scores(evaluator, variables)}
+        return found
 
     def better(self, scores: Mapping[str, float], step: int) -> bool:
         """Whether these scores beat the best so far; ties go to the other score, then to later."""
@@ -211,6 +238,9 @@ class Trainer:
         """Runs to the end; returns the summary that the record's "training" holds."""
         state = self.resume()
         step = int(state.step)
+        for role, scores in self.given.items():
+            told = {name: v for name, v in scores.items() if name != "source"}
+            tqdm.write(f"{role} {scores['source']}: " + _percent(told), file=sys.stderr)
         with (
             contextlib.closing(Log(self.workdir, step)) as log,
             tqdm(total=self.total, initial=step, disable=not progress, unit="step") as bar,
@@ -246,7 +276,8 @@ class Trainer:
                             f"the same command goes on from there"
                         )
                 state = unreplicate(state)
-        return {"steps": self.total, "seconds": self.seconds, "best": self.best}
+        summary = {"steps": self.total, "seconds": self.seconds, "best": self.best}
+        return {**summary, "given": self.given} if self.given else summary
 
     def _next_stop(self, step: int, segment: plan.Segment) -> int:
         """Where the next dispatch ends: a validation, a checkpoint, a phase, or at its longest.
@@ -293,8 +324,12 @@ class Trainer:
 
 
 def _line(step: int, per_epoch: int, scores: Mapping[str, float]) -> str:
+    return f"epoch {step / per_epoch:.4g}: " + _percent(scores)
+
+
+def _percent(scores: Mapping[str, float]) -> str:
     shown = ", ".join(f"{name.removeprefix('validation_')} {v:.2f} %" for name, v in scores.items())
-    return f"epoch {step / per_epoch:.4g}: validation {shown}"
+    return f"validation {shown}"
 
 
 def _claim(config: Mapping[str, Any], workdir: pathlib.Path) -> None:
@@ -324,52 +359,22 @@ def train(
       progress: show a bar with rate and time left.
 
     Returns:
-      {"steps", "seconds", "best": {"step", "validation_clean", "validation_robust"}}.
+      {"steps", "seconds", "best": {"step", "validation_clean", "validation_robust"}}, and "given",
+      {role: {"source", "validation_clean", "validation_robust"}}, where networks were given.
 
     Raises:
       ValueError: a wrong config, or a workdir of another config; before any compilation.
       Diverged: a loss that is not finite; names the step and the last good checkpoint.
       Interrupted: after SIGTERM, when the state is saved.
     """
-    run = build(config)
     workdir = pathlib.Path(workdir)
+    run = build(config, workdir=workdir)
     workdir.mkdir(parents=True, exist_ok=True)
     _claim(config, workdir)
+    run.keep_sources(workdir)
     trainer = Trainer(run, workdir)
     try:
         return trainer.go(progress=progress)
     finally:
         for store in trainer.stores.values():
             store.close()
-
-
-def restore(
-    workdir: str | os.PathLike, *, kind: str = "best"
-) -> tuple[Run, dict[str, Any], dict[str, Any]]:
-    """A trained run from its workdir.
-
-    Args:
-      workdir: of a run that has at least one checkpoint.
-      kind: "best" or "last".
-
-    Returns:
-      (run, {"params", "carry"}, the checkpoint's metadata with its "step").
-
-    Raises:
-      ValueError: no run there, no checkpoint, or a damaged one.
-    """
-    workdir = pathlib.Path(workdir)
-    path = workdir / "config.json"
-    if not path.exists():
-        raise ValueError(f"{workdir} holds no run: there is no {path.name}")
-    run = build(json.loads(path.read_text()))
-    if not (workdir / kind).is_dir():
-        raise ValueError(f"{workdir} has no checkpoint {kind!r}")
-    store = checkpoint.Store(workdir / kind)
-    try:
-        meta = store.meta()
-        params, carry = jax.eval_shape(run.init, run.arrays("validation").images)
-        model = store.restore("model", {"params": params, "carry": carry})
-    finally:
-        store.close()
-    return run, model, meta

@@ -1,4 +1,4 @@
-"""A run built from its config: data, model, defence, attacks. Train and evaluate read the same.
+"""A run built from its config: data, model, defence, attacks; restored from its workdir.
 
 {"seed": 0,
  "dataset":  {"name": "mnist", "validation": 2000},
@@ -10,18 +10,29 @@
  "validation": {"name": "pgd", "steps": 10, ...},
  "evaluation": {"batch_size": 500, "attacks": {"pgd40": {"name": "pgd", "steps": 40}}},
  "reported": {"pgd40": {"value": 93.2, "status": "FOUND"}}}
+
+Wherever an option of the defence (of a part, of a transform) is {"workdir": ..., "checkpoint":
+"best"}, the classifier of that trained run is meant: the defence is given a `base.Trained`.
 """
 
 import dataclasses
 import inspect
+import json
+import os
+import pathlib
+import shutil
+import tempfile
 from collections.abc import Mapping
 from typing import Any
 
+import flax.errors
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 from jaxdefense import attacks, data, defenses, models, registry, threat
+from jaxdefense.defenses import base
+from jaxdefense.train import checkpoint
 from jaxdefense.types import Attack, Images, Logits, PyTree, Threat
 
 # What `train` may hold, and its value where a config leaves it out.
@@ -51,6 +62,14 @@ _SECTIONS = (
 
 
 @dataclasses.dataclass(frozen=True)
+class Source:
+    """A trained run that a config names: its workdir and a kind of checkpoint."""
+
+    workdir: pathlib.Path
+    checkpoint: str
+
+
+@dataclasses.dataclass(frozen=True)
 class Run:
     """What a config describes, built; nothing is trained or compiled yet."""
 
@@ -62,6 +81,7 @@ class Run:
     train: dict[str, Any]
     validation: Attack
     attacks: dict[str, Attack]
+    sources: dict[str, Source]  # by the option's path in the section "defense"
 
     def arrays(self, split: str) -> data.Arrays:
         """The data set's train, validation or test split."""
@@ -84,6 +104,22 @@ class Run:
         key = jax.random.fold_in(jax.random.key(self.seed), 0x1217)
         return self.defense.init(key, jnp.asarray(images[:1], jnp.float32))
 
+    def keep_sources(self, workdir: pathlib.Path) -> None:
+        """Copies the trained runs that the config names into workdir/given, each whole or not."""
+        for option, source in self.sources.items():
+            target = workdir / "given" / option
+            if target.exists():
+                continue
+            target.parent.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(dir=workdir) as folder:
+                copy = pathlib.Path(folder) / option
+                copy.mkdir()
+                shutil.copy(source.workdir / "config.json", copy)
+                for part in (source.checkpoint, "given"):
+                    if (source.workdir / part).is_dir():
+                        shutil.copytree(source.workdir / part, copy / part)
+                os.replace(copy, target)
+
 
 def _section(config: Mapping[str, Any], name: str) -> dict[str, Any]:
     section = config.get(name)
@@ -102,11 +138,90 @@ def _load(dataset: Mapping[str, Any], split: str) -> data.Arrays:
     return data.load(options.pop("name", None), split, **options).take(slice(limit))
 
 
-def build(config: Mapping[str, Any]) -> Run:
-    """The run of a config of plain values.
+def _sources(options: Mapping[str, Any], *path: str) -> dict[tuple[str, ...], Mapping[str, Any]]:
+    """{path of an option: its value} of all options, however deep, that name a workdir."""
+    found = {}
+    for name, value in options.items():
+        if isinstance(value, Mapping) and "workdir" in value:
+            found[*path, name] = value
+        elif isinstance(value, Mapping):
+            found |= _sources(value, *path, name)
+    return found
+
+
+def _with(options: Mapping[str, Any], path: tuple[str, ...], value: Any) -> dict[str, Any]:
+    """The options with the one at `path` replaced."""
+    name, *rest = path
+    return {**options, name: _with(options[name], tuple(rest), value) if rest else value}
+
+
+def _source(option: str, spec: Mapping[str, Any], workdir: pathlib.Path | None) -> Source:
+    """Where a named run is: its copy in this run's workdir, if there is one."""
+    for name in spec:
+        if name not in ("workdir", "checkpoint"):
+            registry.unknown(f"key of defense.{option}", name, ("workdir", "checkpoint"))
+    kind = spec.get("checkpoint", "best")
+    if kind not in ("best", "last"):
+        registry.unknown(f"defense.{option}.checkpoint", kind, ("best", "last"))
+    copy = None if workdir is None else workdir / "given" / option
+    return Source(copy if copy and copy.is_dir() else pathlib.Path(spec["workdir"]), kind)
+
+
+def _given(option: str, source: Source, arrays: data.Arrays) -> base.Trained:
+    """The network of a source, if it fits the run's data."""
+    try:
+        run, model, _ = restore(source.workdir, kind=source.checkpoint)
+        if (name := run.config["dataset"]["name"]) != arrays.name:
+            raise ValueError(f"it was trained on {name}, and this run is of {arrays.name}")
+        network = _classifier(run, model, source)
+        variables = {"params": network.params, "batch_stats": network.batch_stats}
+        image = jax.ShapeDtypeStruct((1, *arrays.images.shape[1:]), jnp.float32)
+        logits = jax.eval_shape(network.module.apply, variables, image)
+        if logits.shape != (1, arrays.num_classes):
+            raise ValueError(f"it has {logits.shape[-1]} classes, not {arrays.num_classes}")
+    except (ValueError, TypeError, flax.errors.FlaxError) as error:
+        where = f"defense.{option} ({source.workdir}, {source.checkpoint})"
+        raise ValueError(f"{where} cannot be used: {error}") from error
+    return network
+
+
+def _classifier(run: Run, model: Mapping[str, Any], source: Source) -> base.Trained:
+    params, carry = model["params"], model["carry"]
+    if "ema" in carry:  # what is deployed are the running averages
+        params, carry = carry["ema"]["params"], carry["ema"]["carry"]
+    if "classifier" not in params:
+        raise ValueError(f"it has no network called classifier, only {sorted(params)}")
+    where = f"{source.workdir}/{source.checkpoint}"
+    return base.Trained(run.module, params["classifier"], carry["classifier"], where)
+
+
+def load(workdir: str | os.PathLike, *, kind: str = "best") -> base.Trained:
+    """The classifier of a trained run, as a value that defences take (a teacher, say).
+
+    Args:
+      workdir: of the run.
+      kind: of checkpoint, "best" or "last".
+
+    Returns:
+      The network in the role `classifier`, its running averages where the run deploys those.
 
     Raises:
-      ValueError: a missing or unknown section or name, or a value out of range.
+      ValueError: no run there, no checkpoint, a damaged one, or no such network.
+    """
+    run, model, _ = restore(workdir, kind=kind)
+    return _classifier(run, model, Source(pathlib.Path(workdir), kind))
+
+
+def build(config: Mapping[str, Any], *, workdir: pathlib.Path | None = None) -> Run:
+    """The run of a config of plain values.
+
+    Args:
+      config: see the head of this file.
+      workdir: the run's own, where copies of the networks it was given may lie.
+
+    Raises:
+      ValueError: a missing or unknown section or name, a value out of range, or a trained run
+        that is not there, is damaged, or is of other data.
     """
     for name in config:
         if name not in _SECTIONS:
@@ -134,6 +249,11 @@ def build(config: Mapping[str, Any]) -> Run:
         )
     }
     validation = _section(config, "validation")
+    sources = {}
+    for path, spec in _sources(defense).items():
+        option = ".".join(path)
+        sources[option] = _source(option, spec, workdir)
+        defense = _with(defense, path, _given(option, sources[option], held_out))
     return Run(
         config=dict(config),
         seed=seed,
@@ -143,4 +263,61 @@ def build(config: Mapping[str, Any]) -> Run:
         train=options,
         validation=attacks.make(validation.pop("name", None), where, **validation),
         attacks=named,
+        sources=sources,
     )
+
+
+def restore(
+    workdir: str | os.PathLike, *, kind: str = "best"
+) -> tuple[Run, dict[str, Any], dict[str, Any]]:
+    """A trained run from its workdir.
+
+    Args:
+      workdir: of a run that has at least one checkpoint.
+      kind: "best" or "last".
+
+    Returns:
+      (run, {"params", "carry"}, the checkpoint's metadata with its "step").
+
+    Raises:
+      ValueError: no run there, no checkpoint, or a damaged one.
+    """
+    workdir = pathlib.Path(workdir)
+    path = workdir / "config.json"
+    if not path.exists():
+        raise ValueError(f"{workdir} holds no run: there is no {path.name}")
+    run = build(json.loads(path.read_text()), workdir=workdir)
+    if not (workdir / kind).is_dir():
+        raise ValueError(f"{workdir} has no checkpoint {kind!r}")
+    store = checkpoint.Store(workdir / kind)
+    try:
+        meta = store.meta()
+        params, carry = jax.eval_shape(run.init, run.arrays("validation").images)
+        model = read_model(store, run.defense, params, carry)
+    finally:
+        store.close()
+    return run, model, meta
+
+
+def read_model(
+    store: checkpoint.Store, defense: defenses.Defense, params: PyTree, carry: PyTree
+) -> dict[str, PyTree]:
+    """{"params", "carry"} of the newest checkpoint, with the networks that it leaves out.
+
+    Args:
+      store: of the run's checkpoints.
+      defense: the run's.
+      params, carry: of the same structure, shapes and dtypes.
+
+    Raises:
+      ValueError: no checkpoint, a damaged one, or one of another model.
+    """
+    own = {"params": defense.own(params), "carry": defense.own(carry)}
+    model = store.restore("model", own)
+    for role, network in defense.given.items():
+        params, carry = network.init(role)
+        model = {
+            "params": {**model["params"], **params},
+            "carry": {**model["carry"], **carry},
+        }
+    return model

@@ -1,0 +1,79 @@
+"""AdaAD: the attack looks for where teacher and student disagree, and the teacher answers there."""
+
+from typing import Any
+
+import flax.linen as nn
+import jax.numpy as jnp
+
+from jaxdefense import losses
+from jaxdefense.defenses import base, teachers
+from jaxdefense.types import Images, Objective, PerExample, Threat
+
+
+def make(
+    model: nn.Module,
+    threat: Threat,
+    *,
+    teacher: teachers.Spec = None,
+    alpha: float = 1.0,
+    scale: float = 1.0,
+    steps: int = 10,
+    step_size: float | None = None,
+    noise: float = 1e-3,
+    ramp_epochs: float = 0.0,
+) -> base.Defense:
+    """min_S mean of scale (alpha D(x') + (1 - alpha) D(x)), D(z) = KL(T(z) || S(z)).
+
+    x' is the maximum of D around x; its gradient goes through the student and the teacher.
+
+    Args:
+      model: the student S, images (B, H, W, C) -> logits (B, K).
+      threat: the set that x' is searched in.
+      teacher: T, a trained network (in a config {"workdir": ..., "checkpoint": "best"}), or how
+        the run's first phase trains one (`teachers.make_teacher`).
+      alpha: share of the adversarial examples.
+      scale: of the whole loss.
+      steps, step_size: of the inner maximisation; step_size in image units, by default eps / 4.
+        Each step differentiates the teacher, which is the price of this defence.
+      noise: standard deviation of its Gaussian start, image units.
+      ramp_epochs: eps and step size grow linearly from 0 over so many epochs of the run.
+
+    Returns:
+      A `Defense` with the predictors `classifier` (the student, deployed) and `teacher`.
+
+    Raises:
+      ValueError: an option out of range, or a teacher that cannot be made.
+
+    Reference: Huang et al., Boosting accuracy and robustness of student models via adaptive
+      adversarial distillation, CVPR 2023. The attack runs on the eval-mode student; x', then x,
+      pass BatchNorm as two batches, also where alpha = 1.
+    """
+    teachers.check(1.0, alpha=alpha)
+    teachers.check_scale(scale)
+    student, guide = base.Net(model), teachers.make_teacher(teacher, model, threat)
+
+    def objective(params: Any, carry: Any, batch: base.Batch) -> Objective:
+        teach, learn = guide.predict(params, carry), student.predict(params, carry)
+
+        def disagreement(z: Images) -> PerExample:
+            return losses.kl(teach(z), learn(z))
+
+        return disagreement
+
+    climb = teachers.climb(
+        objective, threat, steps=steps, step_size=step_size, noise=noise, ramp_epochs=ramp_epochs
+    )
+
+    def craft(params: Any, carry: Any, batch: base.Batch, key: Any) -> base.Batch:
+        batch, predict = climb(params, carry, batch, key), guide.predict(params, carry)
+        answers = {"soft": predict(batch["image"]), "soft_moved": predict(batch["adversarial"])}
+        return {**batch, **answers}
+
+    def loss(params: Any, carry: Any, batch: base.Batch, key: Any) -> Any:
+        moved, carry = student.train(params, carry, batch["adversarial"])
+        clean, carry = student.train(params, carry, batch["image"])
+        robust, natural = losses.kl(batch["soft_moved"], moved), losses.kl(batch["soft"], clean)
+        value = scale * jnp.mean(alpha * robust + (1 - alpha) * natural)
+        return value, (carry, teachers.metrics(batch, clean, moved))
+
+    return guide.defense(student, loss, craft=craft)
