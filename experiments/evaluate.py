@@ -4,9 +4,11 @@
     python experiments/evaluate.py --workdir=runs/trades-mnist --record=experiments/records/x.json
 
     python experiments/evaluate.py --workdir=runs/trades-mnist --protocol=honest
+    python experiments/evaluate.py --workdir=runs/ipg-mnist --protocol=audit --examples=1000
 
 The protocol `paper` runs the config's own attacks, `honest` AutoAttack; a killed `honest` run goes
-on where it was. Print tables from records with experiments/tables.py.
+on where it was. `audit` asks what each kind of knowledge breaks, oblivious to black box, and draws
+a page beside its record. Print tables from records with experiments/tables.py.
 """
 
 import pathlib
@@ -19,7 +21,7 @@ from jaxdefense.train import loop
 
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder of a trained run.", required=True)
 KIND = flags.DEFINE_enum("checkpoint", "best", ["best", "last"], "Which checkpoint.")
-PROTOCOL = flags.DEFINE_enum("protocol", "paper", ["paper", "honest"], "Which attacks.")
+PROTOCOL = flags.DEFINE_enum("protocol", "paper", ["paper", "honest", "audit"], "Which attacks.")
 RECORD = flags.DEFINE_string("record", None, "Where to write it; default WORKDIR/PROTOCOL.json.")
 EXAMPLES = flags.DEFINE_integer("examples", None, "Only the first so many test examples.")
 PROGRESS = flags.DEFINE_bool("progress", True, "Show a progress bar.")
@@ -40,8 +42,18 @@ def main(argv):
     record = getattr(protocols, PROTOCOL.value)(run, variables, **options)
     path = pathlib.Path(RECORD.value or workdir / f"{PROTOCOL.value}.json")
     records.save(record, path)
-    print(tables.accuracy_table([record]))
-    print(f"\nrecord: {path}")
+    if PROTOCOL.value == "audit":
+        from jaxdefense.evaluation import report  # the one protocol that needs matplotlib
+
+        for predictor in record["audit"]:
+            print(tables.tier_table(record, predictor), "\n")
+            print(tables.check_table(record, predictor), "\n")
+        page = path.with_suffix(".html")
+        records.write_text(page, report.audit_page(record))
+        print(f"page: {page}")
+    else:
+        print(tables.accuracy_table([record]), "\n")
+    print(f"record: {path}")
 
 
 if __name__ == "__main__":

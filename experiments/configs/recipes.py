@@ -132,6 +132,7 @@ def _shrink(config: ConfigDict) -> None:
     config.dataset.update(validation=32, limit=256)
     config.model.width = _NARROW.get(config.model.name, 8)
     config.evaluation.batch_size = 64
+    config.evaluation.audit = dict(steps=2, restarts=1, stages=["apgd-ce"], queries=4)
     if "steps" in config.defense:
         config.defense.steps = 2
 

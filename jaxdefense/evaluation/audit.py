@@ -2,7 +2,8 @@
 
 Tiers of knowledge, each an accuracy per example:
 
-    T0  oblivious     crafted on the undefended base, judged on the defence. Not white-box.
+    T0  oblivious     crafted on the undefended base, judged on the defence. Not white-box: its name
+                      says so wherever it is printed, and no worst case counts it.
     T1  end to end    gradients through the whole defence: PGD with restarts, APGD-CE, APGD-T
     T2  BPDA          the purifier's backward pass is the identity
     T3  black box     Square, and transfer from other models
@@ -17,12 +18,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from tqdm import tqdm
 
 from jaxdefense import attacks, losses
 from jaxdefense.attacks import checks as inputs
 from jaxdefense.evaluation import cascade, curves, robust, tables
 from jaxdefense.evaluation.robust import Evaluator, summary
 from jaxdefense.types import Attack, Images, Key, Logits, Predict, Threat
+
+OBLIVIOUS = "T0 oblivious pgd (not white-box)"
 
 # Steps towards any class at eps .5 of the box must break every classifier that can be broken.
 _WIDE = 0.5
@@ -74,7 +78,7 @@ class Audit:
         bits = {**self.tiers, "worst": self.worst}
         return {
             "tiers": summary(bits, labels, num_classes),
-            "checks": [dataclasses.asdict(check) for check in self.checks],
+            "checks": [{**dataclasses.asdict(c), "passed": bool(c.passed)} for c in self.checks],
             "curve": [list(point) for point in self.curve],
         }
 
@@ -165,10 +169,12 @@ def audit(
     extra: dict[str, Attack] | None = None,
     steps: int = 50,
     restarts: int = 5,
+    stages: Sequence[str] = ("apgd-ce", "apgd-t"),
     queries: int = 5000,
     samples: int = 20,
     seed: int = 0,
     batch_size: int = 512,
+    progress: bool = False,
 ) -> Audit:
     """The honesty report of a classifier, or of a purifier in front of one.
 
@@ -184,10 +190,12 @@ def audit(
       sources: other models, to transfer from (T3).
       extra: further attacks of the threat's set by name, e.g. on the defence's own loss (T1).
       steps, restarts: of T1's PGD.
+      stages: AutoAttack's that T1 holds, "fab-t" among them where there is the time.
       queries: of Square.
       samples: of EOT.
       seed: of all attacks.
       batch_size: most examples per dispatch.
+      progress: show a bar of the attacks.
 
     Returns:
       An `Audit`. Attacks are left out where a check shows that they would mean nothing.
@@ -208,14 +216,14 @@ def audit(
         nothing = np.zeros(len(images), bool)
         return Audit({}, nothing, tuple(checks), (), images.copy())
 
-    survey = _Survey(predict, images, labels, threat, seed, batch_size)
+    survey = _Survey(predict, images, labels, threat, seed, batch_size, progress)
     tiers, x_adv = survey.tiers, survey.x_adv
     if base is not None:
-        survey.craft("T0 oblivious pgd", attacks.pgd(threat, steps=steps), base, counts=False)
+        survey.craft(OBLIVIOUS, attacks.pgd(threat, steps=steps), base, counts=False)
     short = attacks.pgd(threat, steps=10)
     survey.craft("T1 pgd-10", short)
     survey.craft("T1 pgd", attacks.pgd(threat, steps=steps, restarts=restarts, best=True))
-    for stage in cascade.stages(threat, classes, attacks=("apgd-ce", "apgd-t")):
+    for stage in cascade.stages(threat, classes, attacks=stages):
         survey.craft(f"T1 {stage.name}", stage.attack)
     for name, attack in (extra or {}).items():
         survey.craft(f"T1 {name}", attack)
@@ -233,6 +241,7 @@ def audit(
     worst = np.all([b for name, b in tiers.items() if not name.startswith("T0")], axis=0)
     curve = survey.curve(steps)
     checks += _comparisons(tiers, curve, threat, survey.raw(short))
+    survey.bar.close()
     return Audit(tiers, worst, tuple(checks), curve, x_adv)
 
 
@@ -248,18 +257,20 @@ _FATAL = (
 class _Survey:
     """The attacks of an audit, each judged on the deployed defence."""
 
-    def __init__(self, predict, images, labels, threat, seed, batch_size):
+    def __init__(self, predict, images, labels, threat, seed, batch_size, progress):
         self.threat, self.seed, self.batch_size = threat, seed, batch_size
         self.images, self.labels, self.ids = images, labels, np.arange(len(images))
         self.judge = _evaluator(predict, threat, batch_size)
         clean = self.judge.logits((), images).argmax(-1) == labels
         self.tiers = {"clean": clean}
         self.x_adv = images.copy()
+        self.bar = tqdm(disable=not progress, unit="attack")
 
     def craft(
         self, name: str, attack: Attack, on: Predict | None = None, *, counts: bool = True
     ) -> None:
         """Runs an attack, on another model where one is given; the defence judges its images."""
+        self.bar.set_postfix_str(name)
         right = self.tiers["clean"].copy()
         crafter = self.judge if on is None else _evaluator(on, self.threat, self.batch_size)
         for pack in crafter.packs(np.flatnonzero(right)):
@@ -271,6 +282,7 @@ class _Survey:
             if counts:
                 self.x_adv[pack[wrong]] = found[wrong]
         self.tiers[name] = right
+        self.bar.update()
 
     def raw(self, attack: Attack) -> float:
         """Accuracy in percent when the attack also meets what is misclassified already."""
@@ -283,6 +295,7 @@ class _Survey:
 
     def curve(self, steps: int) -> tuple[tuple[float, float], ...]:
         """PGD's accuracy at shares of eps, at eps, and at eps .5 of the box's diameter."""
+        self.bar.set_postfix_str("curve")
         wide = _WIDE * self.threat.diameter(self.images[0].size)
         eps = [*(share * self.threat.eps for share in (0.0, 0.25, 0.5, 1.0, 2.0)), wide]
         eps = sorted({float(e) for e in eps if e <= wide})

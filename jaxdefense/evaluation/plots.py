@@ -5,11 +5,13 @@ import os
 import pathlib
 import statistics
 from collections.abc import Mapping, Sequence
+from typing import Any
 
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from jaxdefense.evaluation.records import Record
+from jaxdefense.evaluation.records import Record, unpack_images
 from jaxdefense.evaluation.tables import columns, group
 
 
@@ -46,25 +48,73 @@ def accuracy_bars(records: Sequence[Record]) -> Figure:
     return figure
 
 
-def class_bars(records: Sequence[Record], column: str) -> Figure:
-    """Accuracy per class under one attack, a line per row's deployed predictor."""
-    figure, axes = _axes(6.5, 3.2, f"accuracy per class, {column}")
+def class_bars(records: Sequence[Record], *names: str) -> Figure:
+    """Accuracy per class, a line for each of the named attacks and row's deployed predictor."""
+    figure, axes = _axes(6.5, 3.2, f"accuracy per class, {', '.join(names)}")
     seen = set()
     for (name, predictor), same in group(records).items():
-        lists = [r["results"][predictor].get(column, {}).get("per_class") for r in same]
-        lists = [values for values in lists if values]
-        if name in seen or not lists:
+        if name in seen:
             continue
-        seen.add(name)
-        means = [
-            statistics.fmean([v for v in values if v is not None] or [0.0])
-            for values in zip(*lists, strict=True)
-        ]
-        axes.plot(range(len(means)), means, "o-", label=name, markersize=4)
-        axes.set_xticks(range(len(means)))
+        for column in names:
+            lists = [r["results"][predictor].get(column, {}).get("per_class") for r in same]
+            lists = [values for values in lists if values]
+            if not lists:
+                continue
+            seen.add(name)
+            means = [
+                statistics.fmean([v for v in values if v is not None] or [0.0])
+                for values in zip(*lists, strict=True)
+            ]
+            label = name if len(names) == 1 else f"{name}, {column}"
+            axes.plot(range(len(means)), means, "o-", label=label, markersize=4)
+            axes.set_xticks(range(len(means)))
     axes.set_xlabel("class")
     axes.set_ylim(0, 102)
     axes.legend(fontsize=8, frameon=False)
+    return figure
+
+
+def audit_curve(records: Sequence[Record]) -> Figure:
+    """PGD's accuracy over eps of each audited predictor; dashed, the threat's own eps."""
+    figure, axes = _axes(6.5, 3.2, "accuracy over eps, PGD through the whole defence")
+    eps = set()
+    for record in records:
+        for predictor, found in record["audit"].items():
+            if found["curve"]:
+                radii, values = zip(*found["curve"], strict=True)
+                axes.plot(radii, values, "o-", label=f"{record['name']}, {predictor}", markersize=4)
+                eps.add(record["config"]["threat"]["eps"])
+    for radius in eps:
+        axes.axvline(radius, color="0.5", linestyle="--", linewidth=1)
+    axes.set_xlabel("eps")
+    axes.set_ylim(0, 102)
+    axes.legend(fontsize=8, frameon=False)
+    return figure
+
+
+def gallery(examples: Mapping[str, Any]) -> Figure:
+    """An audit's examples in columns: clean, adversarial, their difference, and cleaned.
+
+    Above a column stands its label and what the defence says of the adversarial image; grey is no
+    difference, black and white the largest one of all.
+    """
+    clean, moved = (unpack_images(examples[key]) for key in ("clean", "adversarial"))
+    change = moved - clean
+    largest = max(float(np.abs(change).max()), 1e-6)
+    rows = {"clean": clean, "adversarial": moved, "difference": change / (2 * largest) + 0.5}
+    if "cleaned" in examples:
+        rows["adversarial, cleaned"] = unpack_images(examples["cleaned"])
+    count = len(clean)
+    figure = Figure(figsize=(1.1 * count + 0.6, 1.15 * len(rows) + 0.3), layout="constrained")
+    grid = figure.subplots(len(rows), count, squeeze=False)
+    for axes, (name, images) in zip(grid, rows.items(), strict=True):
+        for ax, image in zip(axes, images, strict=True):
+            ax.imshow(image if image.shape[-1] == 3 else image[..., 0], cmap="gray", vmin=0, vmax=1)
+            ax.set_xticks([])
+            ax.set_yticks([])
+        axes[0].set_ylabel(name, fontsize=8)
+    for ax, label, said in zip(grid[0], examples["labels"], examples["said"], strict=True):
+        ax.set_title(f"{label}, then {said}", fontsize=8)
     return figure
 
 

@@ -2,13 +2,20 @@
 
 import pathlib
 import time
+from collections.abc import Callable
 from typing import Any
 
-from jaxdefense import data
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxdefense import attacks, data, registry
 from jaxdefense.attacks import ensemble
 from jaxdefense.evaluation import cascade, records, robust
+from jaxdefense.evaluation.audit import Audit
+from jaxdefense.evaluation.audit import audit as judge
 from jaxdefense.train.run import Run
-from jaxdefense.types import PyTree
+from jaxdefense.types import Images, Predict, PyTree
 
 
 def _record(run: Run, results: Any, seconds: float, **more: Any) -> records.Record:
@@ -111,3 +118,97 @@ def honest(
     return _record(
         run, results, verdict.seconds, protocol="honest", training=training, cascade=told
     )
+
+
+# What a config's evaluation.audit may hold: `audit.audit`'s options.
+_AUDIT_OPTIONS = ("queries", "restarts", "samples", "stages", "steps")
+
+_SHOWN = 6  # examples in an audit's gallery
+
+
+def audit(
+    run: Run,
+    variables: PyTree,
+    *,
+    training: dict[str, Any],
+    examples: int | None = None,
+    progress: bool = False,
+) -> records.Record:
+    """The honesty report of the deployed predictor and of every one that cleans images first.
+
+    Args:
+      run, variables, training, examples, progress: as in `paper`. The config's
+        "evaluation": {"audit": {...}} may change `audit.audit`'s steps, restarts, stages, queries
+        and samples.
+
+    Returns:
+      A record whose results hold "clean", each tier's attacks and "worst" (per example, without
+      T0), and under "audit" for each predictor its "checks", the "curve" (eps, accuracy), and
+      "examples" for the eye: images in steps of 1/255.
+
+    Raises:
+      ValueError: an unknown option, or see `audit.audit`.
+    """
+    began = time.monotonic()
+    options = dict(run.config["evaluation"].get("audit", {}))
+    for option in options:
+        if option not in _AUDIT_OPTIONS:
+            registry.unknown("option of evaluation.audit", option, _AUDIT_OPTIONS)
+    arrays = run.arrays("test").take(slice(examples))
+    images, labels = data.to_float(arrays.images), arrays.labels
+    params, carry = jax.tree.map(jnp.asarray, (variables["params"], variables["carry"]))
+    results, told = {}, {}
+    for name in dict.fromkeys((run.defense.primary, *run.defense.purifiers)):
+        predict = run.defense.predictors[name](params, carry)
+        known: dict[str, Any] = {}
+        if name in run.defense.purifiers:
+            purifier = run.defense.purifiers[name]
+            climb = attacks.pgd(run.threat, steps=options.get("steps", 50), best=True)
+            known = {
+                "base": run.defense.predictors[purifier.base](params, carry),
+                "purify": purifier.purify(params, carry),
+                "extra": {
+                    f"pgd {detour}": attacks.transfer(climb, [other(params, carry)])
+                    for detour, other in purifier.detours.items()
+                },
+            }
+        report = judge(
+            predict,
+            images,
+            labels,
+            run.threat,
+            seed=run.seed,
+            batch_size=run.config["evaluation"].get("batch_size", 512),
+            progress=progress,
+            **known,
+            **options,
+        )
+        found = report.record(labels, arrays.num_classes)
+        results[name] = found.pop("tiers")
+        told[name] = {**found, "examples": _shown(report, images, labels, predict, known)}
+    seconds = time.monotonic() - began
+    return _record(run, results, seconds, protocol="audit", training=training, audit=told)
+
+
+def _shown(
+    report: Audit,
+    images: np.ndarray,
+    labels: np.ndarray,
+    predict: Predict,
+    known: dict[str, Callable[[Images], Images]],
+) -> dict[str, Any]:
+    """A few examples, first those that an attack turned: images, labels and what was said."""
+    turned = np.any(report.x_adv != images, (1, 2, 3))
+    rows = np.argsort(~turned, kind="stable")[:_SHOWN]
+    x, x_adv = images[rows], report.x_adv[rows]
+    shown = {
+        "rows": rows.tolist(),
+        "labels": labels[rows].tolist(),
+        "said": np.argmax(predict(jnp.asarray(x_adv)), -1).tolist(),
+        "clean": records.pack_images(x),
+        "adversarial": records.pack_images(x_adv),
+    }
+    if "purify" in known:
+        cleaned = np.asarray(known["purify"](jnp.asarray(x_adv)))
+        shown["cleaned"] = records.pack_images(cleaned)
+    return shown

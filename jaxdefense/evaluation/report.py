@@ -6,6 +6,9 @@ from collections.abc import Iterable
 
 from matplotlib.figure import Figure
 
+from jaxdefense.evaluation import plots, tables
+from jaxdefense.evaluation.records import Record
+
 _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 62em; margin: 2em auto; padding: 0 1em; }
 table { border-collapse: collapse; margin: 1em 0; }
@@ -49,3 +52,19 @@ def page(title: str, parts: Iterable[tuple[str, str | Figure]], footer: str = ""
         f'<!doctype html><html lang="en"><meta charset="utf-8">'
         f"<title>{html.escape(title)}</title><style>{_STYLE}</style>{''.join(body)}</html>\n"
     )
+
+
+def audit_page(record: Record) -> str:
+    """The page of one audit's record: tiers, checks, accuracy over eps and per class, examples."""
+    parts: list[tuple[str, str | Figure]] = []
+    for predictor, found in record["audit"].items():
+        parts.append((f"Accuracy of {predictor} by tier", tables.tier_table(record, predictor)))
+        parts.append((f"Checks of {predictor}", tables.check_table(record, predictor)))
+        one = {**record, "results": {predictor: record["results"][predictor]}}
+        parts.append((f"Classes of {predictor}", plots.class_bars([one], "clean", "worst")))
+        for column in ("clean", "worst"):
+            if column in record["results"][predictor]:
+                parts.append((f"Per class, {column}", tables.class_table([one], column)))
+        parts.append((f"Examples of {predictor}", plots.gallery(found["examples"])))
+    parts.insert(1, ("Over eps", plots.audit_curve([record])))
+    return page(f"Audit of {record['name']}", parts, tables.provenance([record]))

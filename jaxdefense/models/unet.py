@@ -1,6 +1,7 @@
 """A U-Net from images to images of the same size: what is to be added to them."""
 
 import functools
+import math
 from typing import Any
 
 import flax.linen as nn
@@ -15,11 +16,13 @@ class UNet(nn.Module):
 
     A 3x3 stem, `depth` times a 4x4 convolution with stride 2 that doubles the channels, a 3x3
     convolution at the bottom, then back up: a 3x3 convolution whose channels are spread over 2x2
-    pixels, joined with the down path's result of the same size, and a 3x3 convolution. The last
-    one is zero at the start, so the network begins by adding nothing. No BatchNorm: the function
-    that is trained is to the bit the one that is deployed and attacked. Sizes that 2^depth does
-    not divide are padded with their edge and cut again. 193,729 parameters at width 16 and depth 2
-    for one channel. Submodules: stem, down{1..}, bottom, up{1..}, join{1..}, out.
+    pixels, joined with the down path's result of the same size, and a 3x3 convolution; each with
+    GroupNorm and ReLU. A last 3x3 convolution is zero at the start, so the network begins by
+    adding nothing. GroupNorm, not BatchNorm: the function that is trained is to the bit the one
+    that is deployed and attacked. (Without any, IPG's tanh saturates within 50 steps on MNIST and
+    never returns.) Sizes that 2^depth does not divide are padded with their edge and cut again.
+    193,857 parameters at width 16 and depth 2 for one channel. Submodules: stem, down{1..},
+    bottom, up{1..}, join{1..}, each also with _norm, and out.
 
     Attributes:
       channels: C of what it returns.
@@ -53,17 +56,24 @@ class UNet(nn.Module):
         block = 2**self.depth
         x = jnp.pad(x, ((0, 0), (0, -height % block), (0, -width % block), (0, 0)), "edge")
         conv = functools.partial(layers.convolve, dtype=self.dtype)
-        x = nn.relu(conv(x, self.width, 3, 1, name="stem"))
+
+        def follow(x: jax.Array, name: str) -> jax.Array:
+            groups = math.gcd(x.shape[-1], 4)
+            norm = nn.GroupNorm(groups, epsilon=1e-5, dtype=self.dtype, name=f"{name}_norm")
+            return nn.relu(norm(x))
+
+        conv_free = functools.partial(conv, use_bias=False)  # the norm has the bias
+        x = follow(conv_free(x, self.width, 3, 1, name="stem"), "stem")
         twins = []
         for i in range(1, self.depth + 1):
             twins.append(x)
-            x = nn.relu(conv(x, self.width * 2**i, 4, 2, name=f"down{i}"))
-        x = nn.relu(conv(x, x.shape[-1], 3, 1, name="bottom"))
+            x = follow(conv_free(x, self.width * 2**i, 4, 2, name=f"down{i}"), f"down{i}")
+        x = follow(conv_free(x, x.shape[-1], 3, 1, name="bottom"), "bottom")
         for i in range(self.depth, 0, -1):
             c = self.width * 2 ** (i - 1)
-            x = nn.relu(layers.spread2(conv(x, 4 * c, 3, 1, name=f"up{i}")))
+            x = follow(layers.spread2(conv_free(x, 4 * c, 3, 1, name=f"up{i}")), f"up{i}")
             x = jnp.concatenate((x, twins.pop()), -1)
-            x = nn.relu(conv(x, c, 3, 1, name=f"join{i}"))
+            x = follow(conv_free(x, c, 3, 1, name=f"join{i}"), f"join{i}")
         zeros = nn.initializers.zeros
         x = conv(x, self.channels, 3, 1, name="out", kernel_init=zeros, bias_init=zeros)
         return x[:, :height, :width].astype(jnp.float32)
