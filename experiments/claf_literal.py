@@ -145,6 +145,7 @@ def main(argv):
         seconds=time.monotonic() - began,
         protocol="literal",
         training={"checkpoint": "best", **meta},
+        reported=run.config.get("reported", {}),
         geometry=numbers,
         normalisation={"mean": list(mean), "std": list(std)},
     )
