@@ -34,18 +34,9 @@ def budget(row):
     config = gssl.get_config(row)
     per_epoch = IMAGES[row.partition("_")[0]] // config.train.batch_size
     steps = round(float(config.train.length.removesuffix("e")) * per_epoch)
-    stages = config.defense.stages
-    single = sum(
-        _share(stages[name], config.train.length) for name in ("self_supervised", "standard")
-    )
+    shares = [config.defense.stages[name] for name in ("self_supervised", "standard")]
+    single = sum(float(share.removesuffix("%")) for share in shares) / 100
     return steps, config.train.batch_size * (2 - single)
-
-
-def _share(length, run):
-    """A stage's share of the run; both are epochs, or the stage's is a percentage."""
-    if length.endswith("%"):
-        return float(length.removesuffix("%")) / 100
-    return float(length.removesuffix("e")) / float(run.removesuffix("e"))
 
 
 def _override(row):

@@ -57,9 +57,10 @@ def make(
                                      + kl_weight KL(F_c(x) || F_s(s))),  no gradient to F_c there
         joint            F, G  L_f + L_g + MSE(G(x'), x); L_f's gradient reaches G through s
 
-    x' is made anew for every batch. Predictors: `classifier` is F_c(x), `screened` F_s(screen(x))
-    without randomness (a VAE's mean, an unmasked MAE), `auxiliary` F_s(x). The aim is a higher
-    clean accuracy: this is no defence by its own claim, and is to be attacked like any other.
+    x' is made anew for every batch, and screened without randomness (a VAE's mean, an unmasked
+    MAE), in training as afterwards. Predictors: `classifier` is F_c(x), `screened` F_s(screen(x)),
+    `auxiliary` F_s(x). The aim is a higher clean accuracy: this is no defence by its own claim,
+    and is to be attacked like any other.
 
     Args:
       model: images (B, H, W, C) -> logits (B, K); for `bn="dual"` one with BatchNorm sets.
@@ -101,14 +102,14 @@ def make(
       generators, sizes and lengths, from Yang et al., arXiv 2109.00946 (CD-VAE); Xie et al.,
       arXiv 1911.09665 (AdvProp); He et al., arXiv 2111.06377 (MAE).
     """
-    registry_of = (
+    choices = (
         ("attacked", attacked, ("clean", "screened")),
         ("screen", screen, SCREENS),
         ("generator", generator, GENERATORS),
         ("bn", bn, ("dual", "shared")),
         ("corruption", corruption, CORRUPTIONS),
     )
-    for option, value, known in registry_of:
+    for option, value, known in choices:
         if value not in known:
             registry.unknown(f"{option} of gssl", value, known)
     weights = {
