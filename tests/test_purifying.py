@@ -107,6 +107,24 @@ def test_the_classifier_is_frozen_to_the_bit_after_its_own_phase():
         assert not all(same(after.params["generator"], state.params["generator"]))
 
 
+def test_a_trained_classifier_is_taken_as_it_is():
+    net = normed()
+    variables = jax.jit(net.init)(jax.random.key(7), IMAGES[:1])
+    given = base.Trained(net, variables["params"], variables["batch_stats"])
+    defense = ipg(classifier=given)
+    params, carry = defense.init(KEY, IMAGES[:1])
+    assert [phase.name for phase in defense.phases] == ["oblivious", "end_to_end"]
+    assert all(same(params["classifier"], given.params))
+    assert all(same(carry["classifier"], given.batch_stats))
+    assert defense.given == {"classifier": given}
+    predict = defense.predictors["purified"](params, carry)
+    np.testing.assert_allclose(predict(IMAGES), net.apply(variables, IMAGES), rtol=1e-4, atol=1e-5)
+    with pytest.raises(ValueError, match="trained network"):
+        ipg(classifier="runs/f")
+    with pytest.raises(ValueError, match="unknown phase in lengths 'classifier'"):
+        ipg(classifier=given, lengths={"classifier": "2e"})
+
+
 def test_phases_craft_on_the_classifier_and_on_the_whole():
     """A gradient step's shares: FGSM on that phase's own target, PGD in the ball, clean."""
     defense, params, carry = started("ipg")

@@ -16,6 +16,7 @@ def make(
     model: nn.Module,
     threat: Threat,
     *,
+    classifier: base.Trained | None = None,
     generator: str = "ape_gan",
     generator_options: Mapping[str, Any] | None = None,
     lengths: Mapping[str, float | str] | None = None,
@@ -38,6 +39,8 @@ def make(
     Args:
       model: F. Trained first, on clean images; then frozen.
       threat: the set that x' is searched in.
+      classifier: F's weights, trained in a run of their own; `model` is then not used and there
+        is no phase `classifier`.
       generator, generator_options: G, one of `models.generators()`, and its fields.
       lengths: {'classifier' or 'gan': its length}; the other has the rest of the run.
       optimizer: of G and D; by default the authors' Adam with 2e-4 and b1 .5.
@@ -62,7 +65,12 @@ def make(
     purifying.check_weights(pixel_weight=pixel_weight, adversarial_weight=adversarial_weight)
     checks.check_count("generator_updates", generator_updates)
     system = purifying.make_system(
-        model, generator, generator_options, lambda x, out: out, discriminator=True
+        model,
+        generator,
+        generator_options,
+        lambda x, out: out,
+        classifier=classifier,
+        discriminator=True,
     )
 
     def loss(params: Any, carry: Any, batch: base.Batch, key: Any) -> Any:
@@ -80,12 +88,9 @@ def make(
     craft = purifying.mixture(
         threat, system.classifier.predict, kinds=attacks, steps=steps, step_size=step_size
     )
-    given = purifying.phase_lengths(lengths, ("classifier", "gan"))
     spec = dict(optimizer or purifying.OPTIMIZER)
     updates = [system.discriminate(craft)]
     updates += [base.Update(loss, ("generator",), craft)] * generator_updates
-    phases = [
-        system.classifier_phase(threat, given["classifier"]),
-        base.Phase("gan", tuple(updates), given["gan"], {"generator": spec, "discriminator": spec}),
-    ]
-    return system.defense(phases)
+    roles = {"generator": spec, "discriminator": spec}
+    phase = base.Phase("gan", tuple(updates), optimizers=roles)
+    return system.defense(threat, lengths, [phase])

@@ -15,6 +15,7 @@ def make(
     model: nn.Module,
     threat: Threat,
     *,
+    classifier: base.Trained | None = None,
     generator: str = "unet",
     generator_options: Mapping[str, Any] | None = None,
     lengths: Mapping[str, float | str] | None = None,
@@ -32,6 +33,8 @@ def make(
     Args:
       model: F. Trained first, on clean images; then frozen, in eval mode.
       threat: the set that x' is searched in.
+      classifier: F's weights, trained in a run of their own; `model` is then not used and there
+        is no phase `classifier`.
       generator, generator_options: G, one of `models.generators()`, and its fields.
       lengths: {'classifier' or 'denoise': its length}; the other has the rest of the run.
       optimizer: of G; by default Adam with 2e-4 and b1 .5, APE-GAN's.
@@ -55,7 +58,9 @@ def make(
     def finish(x: Images, out: Images) -> Images:
         return jnp.clip(x + out, low, high)
 
-    system = purifying.make_system(model, generator, generator_options, finish)
+    system = purifying.make_system(
+        model, generator, generator_options, finish, classifier=classifier
+    )
 
     def straight_through(params: Any, carry: Any) -> Predict:
         generate = system.generator.predict(params, carry)
@@ -74,14 +79,10 @@ def make(
     craft = purifying.mixture(
         threat, system.classifier.predict, kinds=attacks, steps=steps, step_size=step_size
     )
-    given = purifying.phase_lengths(lengths, ("classifier", "denoise"))
-    phases = [
-        system.classifier_phase(threat, given["classifier"]),
-        base.Phase(
-            "denoise",
-            (base.Update(loss, ("generator",), craft),),
-            given["denoise"],
-            {"generator": dict(optimizer or purifying.OPTIMIZER)},
-        ),
-    ]
-    return system.defense(phases, layer=layer, detours={"around clip": straight_through})
+    phase = base.Phase(
+        "denoise",
+        (base.Update(loss, ("generator",), craft),),
+        optimizers={"generator": dict(optimizer or purifying.OPTIMIZER)},
+    )
+    detours = {"around clip": straight_through}
+    return system.defense(threat, lengths, [phase], layer=layer, detours=detours)

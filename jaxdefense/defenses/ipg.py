@@ -18,6 +18,7 @@ def make(
     model: nn.Module,
     threat: Threat,
     *,
+    classifier: base.Trained | None = None,
     generator: str = "unet",
     generator_options: Mapping[str, Any] | None = None,
     reach: float = 1.0,
@@ -44,6 +45,8 @@ def make(
     Args:
       model: F. Trained first, on clean images; then frozen, in eval mode.
       threat: the set that x' is searched in.
+      classifier: F's weights, trained in a run of their own; `model` is then not used and there
+        is no phase `classifier`.
       generator, generator_options: G, one of `models.generators()`, and its fields.
       reach: eps_d in units of the threat's eps.
       phases: of 'oblivious' (x' crafted on F, as in the paper) and 'end_to_end' (crafted on the
@@ -88,7 +91,12 @@ def make(
         return jnp.clip(x + eps_d * jnp.tanh(out), low, high)
 
     system = purifying.make_system(
-        model, generator, generator_options, finish, discriminator=adversarial_weight > 0
+        model,
+        generator,
+        generator_options,
+        finish,
+        classifier=classifier,
+        discriminator=adversarial_weight > 0,
     )
 
     def straight_through(params: Any, carry: Any) -> Predict:
@@ -120,19 +128,20 @@ def make(
         }
         return jnp.mean(value), (carry, metrics)
 
-    def phase(name: str, target: base.Predictor, length: float | str | None) -> base.Phase:
+    def phase(name: str, target: base.Predictor) -> base.Phase:
         craft = purifying.mixture(threat, target, kinds=attacks, steps=steps, step_size=step_size)
         updates = [base.Update(loss, ("generator",), craft)]
         if system.discriminator is not None:
             updates.insert(0, system.discriminate(craft))
         spec = dict(optimizer or purifying.OPTIMIZER)
         roles = {role: spec for update in updates for role in update.roles}
-        return base.Phase(name, tuple(updates), length, roles)
+        return base.Phase(name, tuple(updates), optimizers=roles)
 
-    given = purifying.phase_lengths(lengths, ("classifier", *phases))
     targets = {"oblivious": system.classifier.predict, "end_to_end": system.purified}
-    trained = [phase(name, targets[name], given[name]) for name in phases]
-    first = system.classifier_phase(threat, given["classifier"])
     return system.defense(
-        [first, *trained], layer=layer, detours={"around tanh and clip": straight_through}
+        threat,
+        lengths,
+        [phase(name, targets[name]) for name in phases],
+        layer=layer,
+        detours={"around tanh and clip": straight_through},
     )

@@ -2,7 +2,8 @@
 
     predict(x) = F(purify(x)),    purify(x) = finish(x, G(x))
 
-Phase `classifier` trains F on clean images; every later phase trains the generator G (and a
+Phase `classifier` trains F on clean images, unless F is a trained network (`base.Trained`; in a
+config {"workdir": ..., "checkpoint": "best"}); every later phase trains the generator G (and a
 discriminator, where there is one) and leaves F's parameters and statistics as they are.
 """
 
@@ -62,12 +63,14 @@ class System:
       generator: G.
       finish: (images, G's output on them) -> cleaned images.
       discriminator: D, images -> one logit each, or None.
+      trained: F's weights, where they are given.
     """
 
     classifier: base.Net
     generator: Generator
     finish: Callable[[Images, Images], Images]
     discriminator: base.Net | None = None
+    trained: base.Trained | None = None
 
     def init(self, key: Key, images: Images) -> tuple[base.Params, base.Carry]:
         """(params, carry) of all roles."""
@@ -77,6 +80,9 @@ class System:
             if net is not None:
                 new_params, new_carry = net.init(jax.random.fold_in(key, i), images)
                 params, carry = {**params, **new_params}, {**carry, **new_carry}
+        if self.trained is not None:
+            given, statistics = self.trained.init(self.classifier.role)
+            params, carry = {**params, **given}, {**carry, **statistics}
         return params, carry
 
     def purify(self, params: base.Params, carry: base.Carry) -> Callable[[Images], Images]:
@@ -99,11 +105,6 @@ class System:
         assert self.discriminator is not None
         return self.discriminator.train(params, carry, x)
 
-    def classifier_phase(self, threat: Threat, length: float | str | None) -> base.Phase:
-        """Standard training of F alone."""
-        phase = standard.make(self.classifier.module, threat).phases[0]
-        return dataclasses.replace(phase, name="classifier", length=length)
-
     def discriminate(self, craft: base.Craft) -> base.Update:
         """D's step on BCE(D(x), 1) + BCE(D(purify(x')), 0): it raises what G lowers."""
 
@@ -119,12 +120,33 @@ class System:
 
     def defense(
         self,
+        threat: Threat,
+        lengths: Mapping[str, float | str] | None,
         phases: Sequence[base.Phase],
         *,
         layer: str = "features",
         detours: Mapping[str, base.Predictor] | None = None,
     ) -> base.Defense:
-        """The defence with the predictors `purified` (deployed) and `classifier`."""
+        """The defence with the predictors `purified` (deployed) and `classifier`.
+
+        Args:
+          threat: the run's.
+          lengths: of the phases by name, None an equal share of what the others leave.
+          phases: after the classifier's own.
+          layer: of F, whose name is checked.
+          detours: of the purifier.
+
+        Raises:
+          ValueError: a length for an unknown phase; at init, an unknown layer.
+        """
+        if self.trained is None:
+            first = standard.make(self.classifier.module, threat).phases[0]
+            phases = [dataclasses.replace(first, name="classifier"), *phases]
+        lengths = dict(lengths or {})
+        for name in lengths:
+            if name not in [phase.name for phase in phases]:
+                registry.unknown("phase in lengths", name, [phase.name for phase in phases])
+        phases = [dataclasses.replace(p, length=lengths.get(p.name)) for p in phases]
 
         def init(key: Key, images: Images) -> tuple[base.Params, base.Carry]:
             params, carry = self.init(key, images)
@@ -135,7 +157,8 @@ class System:
 
         predictors = {"purified": self.purified, "classifier": self.classifier.predict}
         purifier = base.Purifier("classifier", self.purify, detours or {})
-        return base.Defense(init, tuple(phases), predictors, {"purified": purifier})
+        given = {} if self.trained is None else {self.classifier.role: self.trained}
+        return base.Defense(init, tuple(phases), predictors, {"purified": purifier}, given)
 
 
 def make_system(
@@ -144,20 +167,28 @@ def make_system(
     options: Mapping[str, Any] | None,
     finish: Callable[[Images, Images], Images],
     *,
+    classifier: base.Trained | None = None,
     discriminator: bool = False,
 ) -> System:
-    """The system of a classifier and a generator by name.
+    """The system of a classifier, trained where one is given, and a generator by name.
 
     Raises:
-      ValueError: an unknown generator or option of it.
+      ValueError: an unknown generator or option of it, or a classifier that is no `base.Trained`.
     """
+    if classifier is not None:
+        if not isinstance(classifier, base.Trained):
+            raise ValueError(
+                f"classifier must be a trained network ({{'workdir': ...}} in a config), "
+                f"got {classifier!r}"
+            )
+        model = classifier.module
     options = dict(options or {})
     judge = None
     if discriminator:
         # As wide, against its own, as an APE-GAN generator; beside any other as published.
         width = options.get("width", 1.0) if generator == "ape_gan" else 1.0
         judge = base.Net(ape_gan.Discriminator(width=width), "discriminator")
-    return System(base.Net(model), Generator(generator, options), finish, judge)
+    return System(base.Net(model), Generator(generator, options), finish, judge, classifier)
 
 
 def mixture(
@@ -258,18 +289,3 @@ def check_weights(**weights: float) -> None:
     """
     for name, weight in weights.items():
         checks.check_step(name, weight)
-
-
-def phase_lengths(
-    lengths: Mapping[str, float | str] | None, phases: Sequence[str]
-) -> dict[str, float | str | None]:
-    """Each phase's length, None where none is given.
-
-    Raises:
-      ValueError: a length for an unknown phase.
-    """
-    lengths = dict(lengths or {})
-    for name in lengths:
-        if name not in phases:
-            registry.unknown("phase in lengths", name, phases)
-    return {name: lengths.get(name) for name in phases}

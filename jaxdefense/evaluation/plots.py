@@ -103,7 +103,7 @@ def gallery(examples: Mapping[str, Any]) -> Figure:
     largest = max(float(np.abs(change).max()), 1e-6)
     rows = {"clean": clean, "adversarial": moved, "difference": change / (2 * largest) + 0.5}
     if "cleaned" in examples:
-        rows["adversarial, cleaned"] = unpack_images(examples["cleaned"])
+        rows["cleaned"] = unpack_images(examples["cleaned"])
     count = len(clean)
     figure = Figure(figsize=(1.1 * count + 0.6, 1.15 * len(rows) + 0.3), layout="constrained")
     grid = figure.subplots(len(rows), count, squeeze=False)
