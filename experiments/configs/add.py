@@ -50,7 +50,7 @@ TEACHERS = dict(
 
 _MOBILENET = dict(name="mobilenet", width=1.0, dtype="float32")
 STUDENTS = dict(
-    digits=dict(train=dict(length="60e")),
+    digits=dict(train=dict(length="80e")),
     mnist=dict(model=dict(name="cnn", width=0.25)),
     cifar10=dict(model=_MOBILENET),
     cifar100=dict(model=_MOBILENET),

@@ -371,7 +371,8 @@ def train(
     run = build(config, workdir=workdir)
     workdir.mkdir(parents=True, exist_ok=True)
     _claim(config, workdir)
-    run.keep_sources(workdir)
+    if jax.process_index() == 0:
+        run.keep_sources(workdir)
     trainer = Trainer(run, workdir)
     try:
         return trainer.go(progress=progress)
