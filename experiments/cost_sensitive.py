@@ -31,6 +31,7 @@ RECORD = flags.DEFINE_string("record", None, "Where to write it; default WORKDIR
 BEFORE = flags.DEFINE_string("before", None, "Run whose weights the Min-Max report starts from.")
 FIGURE = flags.DEFINE_string("figure", None, "Draw the weights' histograms into this file.")
 EPS = flags.DEFINE_float("eps", 0.3, "Of FGSM and PGD, in normalised space.")
+PGD = flags.DEFINE_bool("pgd", True, "Run PGD too, which takes most of the time.")
 EXAMPLES = flags.DEFINE_integer("examples", None, "Only the first so many test examples.")
 PROGRESS = flags.DEFINE_bool("progress", True, "Show a progress bar.")
 
@@ -96,8 +97,8 @@ def own_losses(run):
     }
 
 
-def judge(run, variables, *, eps, examples=None, progress=False):
-    """{predictor: {column: as in `robust.summary`}} under the protocol."""
+def judge(run, variables, *, eps, pgd=True, examples=None, progress=False):
+    """{predictor: {column: as in `robust.summary`}} under the protocol, PGD left out on demand."""
     model = run.config["model"]
     mean, std = (
         np.float32(model.get(name) or [without]).reshape(1, 1, 1, -1)
@@ -109,8 +110,11 @@ def judge(run, variables, *, eps, examples=None, progress=False):
     results = {}
     for predictor, own_loss in own_losses(run).items():
         apply = run.apply(predictor)
+        chosen = protocol(own_loss, eps, images.shape[1:], inside)
         bits = {}
-        for name, (attack, ball) in protocol(own_loss, eps, images.shape[1:], inside).items():
+        for name, (attack, ball) in chosen.items():
+            if "pgd" in name and not pgd:
+                continue
             evaluator = robust.Evaluator(
                 lambda variables, z, apply=apply: apply(variables, z * std + mean), ball
             )
@@ -168,12 +172,14 @@ def main(argv):
     if FIGURE.value:
         min_max.figure(reports).savefig(FIGURE.value)
     print(tables.accuracy_table([record]))
-    found = reported(REPORTED_I, name)
-    rows = [
-        (column, f"{value:.2f}", f"{found[column]['value']:.2f}" if column in found else "–")
-        for column, value in tables.protected(record).items()
-    ]
-    print("\n" + tables.markdown(("metric I, %", "measured", "reported"), rows))
+    options = run.config["defense"]
+    if options.get("protect") == "each" or options["name"] not in ("csa", "cse"):
+        found = reported(REPORTED_I, name)
+        rows = [
+            (column, f"{value:.2f}", f"{found[column]['value']:.2f}" if column in found else "–")
+            for column, value in tables.protected(record).items()
+        ]
+        print("\n" + tables.markdown(("metric I, %", "measured", "reported"), rows))
     print(f"\n{min_max.table(reports)}\n\nrecord: {path}")
 
 

@@ -4,8 +4,8 @@
     python experiments/evaluate.py --workdir=runs/frl
 
 Variants: digits, mnist, fashion_mnist, cifar10, each also with _debug. Expected: mean accuracies
-near TRADES' (see the README's tables), the worst class above its worst
-(experiments/tables.py --per_class=pgd20).
+near TRADES' (see the README's tables), and its worst class above TRADES' worst
+(experiments/tables.py --per_class=pgd20); on digits it is not, with about 50 images a class.
 """
 
 from configs import recipes
