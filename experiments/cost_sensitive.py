@@ -153,7 +153,14 @@ def main(argv):
         "before": min_max.report(before),
         "after": min_max.report(weights(run, variables["params"])),
     }
-    results = judge(run, variables, eps=EPS.value, examples=EXAMPLES.value, progress=PROGRESS.value)
+    results = judge(
+        run,
+        variables,
+        eps=EPS.value,
+        pgd=PGD.value,
+        examples=EXAMPLES.value,
+        progress=PROGRESS.value,
+    )
     name = run.config["name"]
     record = records.make(
         f"{name} (the paper's protocol)",

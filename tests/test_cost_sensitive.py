@@ -421,10 +421,9 @@ def test_each_member_is_judged_by_its_own_loss():
         logits, labels, losses.cost_matrix(2, 1, 3.0)
     )
     np.testing.assert_allclose(chosen["protect1"](logits, labels), expected, rtol=1e-6)
-    judged = cost_sensitive.judge(run, {"params": params, "carry": carry}, eps=0.3)
+    variables = {"params": params, "carry": carry}
+    judged = cost_sensitive.judge(run, variables, eps=0.3, pgd=False)
     predict = defense.predictors["protect1"](params, carry)
     right = np.asarray(predict(pixels / np.float32(255)).argmax(-1) == labels)
     assert judged["protect1"]["clean"]["accuracy"] == 100 * right.mean()
-    assert list(judged["protect1"]) == [
-        "clean", "normalised fgsm", "normalised deepfool3", "normalised pgd40 (invalid)"
-    ]  # fmt: skip
+    assert list(judged["protect1"]) == ["clean", "normalised fgsm", "normalised deepfool3"]
