@@ -1,0 +1,66 @@
+"""AutoAttack against the verdicts of torch's, kept by experiments/benchmark.py --golden.
+
+Each file holds a network's weights, its verdicts here, in the authors' code and in torchattacks on
+the same images, and the first images; the library must still come to the same verdicts on those.
+"""
+
+import pathlib
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxdefense import evaluation, models, threat
+
+FILES = sorted((pathlib.Path(__file__).parent / "golden").glob("*.npz"))
+STAGES = ("apgd-ce", "apgd-t", "fab-t", "square")
+
+
+def read(path):
+    with np.load(path) as file:
+        return dict(file)
+
+
+def predictor(golden):
+    """The network with the file's weights."""
+    name, width = str(golden["model"]), golden["width"].item()
+    variables = {}
+    for path, weights in golden.items():
+        if path.startswith("variables/"):
+            *folders, leaf = path.split("/")[1:]
+            node = variables
+            for folder in folders:
+                node = node.setdefault(folder, {})
+            node[leaf] = jnp.asarray(weights, jnp.float32)
+    net = models.make(name, 10, width=width)
+    return lambda x: net.apply(variables, x)
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+class TestGolden:
+    def test_torchs_verdicts_are_within_two_tenths_of_a_point(self, path):
+        golden = read(path)
+        assert len(golden["labels"]) >= 500
+        for peer in ("reference", "torchattacks"):
+            ours, theirs = golden["ours square"].mean(), golden[f"{peer} square"].mean()
+            assert abs(ours - theirs) <= 0.002 + 1e-9, (peer, ours, theirs)
+
+    def test_the_verdicts_are_still_those(self, path):
+        golden = read(path)
+        images = golden["images"].astype(np.float32) / 255
+        n = len(images)
+        verdict = evaluation.autoattack(
+            predictor(golden),
+            images,
+            golden["labels"][:n],
+            threat.make(str(golden["norm"]), golden["eps"].item()),
+            batch_size=64,
+        )
+        np.testing.assert_array_equal(verdict.clean, golden["clean"][:n])
+        for stage in STAGES:  # another machine's rounding may turn one image
+            differ = np.flatnonzero(verdict.by_attack[stage] != golden[f"ours {stage}"][:n])
+            assert len(differ) <= 1, (stage, differ)
+
+
+def test_there_are_golden_files():
+    assert FILES
