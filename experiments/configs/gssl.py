@@ -16,7 +16,9 @@ augmentation, so that plain training comes near the paper's own.
 Expected: the abstract reports clean accuracy, standard training -> GSSL: MNIST 99.64 -> 99.70,
 CIFAR-10 83.00 -> 84.34, CIFAR-100 62.76 -> 63.65 (found; number of runs unknown). That is one to
 three binomial standard errors of 10,000 images: compare several seeds with gssl_baseline, pair by
-pair (experiments/paired.py). No robust accuracy is claimed.
+pair (experiments/paired.py). No robust accuracy is claimed. Ours so far, mnist_small over 5 pairs:
+GSSL 97.70, its baseline 98.28, difference -.57 with a standard error of .06 (in two epochs, of which
+a third train the generator alone).
 """
 
 from configs import recipes
