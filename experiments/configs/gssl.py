@@ -17,8 +17,8 @@ Expected: the abstract reports clean accuracy, standard training -> GSSL: MNIST 
 CIFAR-10 83.00 -> 84.34, CIFAR-100 62.76 -> 63.65 (found; number of runs unknown). That is one to
 three binomial standard errors of 10,000 images: compare several seeds with gssl_baseline, pair by
 pair (experiments/paired.py). No robust accuracy is claimed. Ours so far, mnist_small over 5 pairs:
-GSSL 97.70, its baseline 98.28, difference -.57 with a standard error of .06 (in two epochs, of which
-a third train the generator alone).
+GSSL 97.70, its baseline 98.28, difference -.57 with a standard error of .06 (in two epochs, a third
+of which trains the generator alone).
 """
 
 from configs import recipes
