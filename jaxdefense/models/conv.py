@@ -10,8 +10,11 @@ within the noise (experiments/benchmark_conv.py compares with autodiff's at smal
 * Patches. Forward and weight gradient are one matrix product of the image's patches where those
   are cheap to make: 1x1 kernels (32x32x64 -> 128, stride 2: forward 4.2 -> 1.6, weights
   14 -> 2), or a stride and at most four channels (28x28x1 -> 16, 4x4, stride 2, 1,000 images:
-  forward 7.4 -> 3.1, weights 4.8 -> 3.4). Otherwise the forward pass is XLA's, and the weight
-  gradient a convolution of the images by the cotangent, the batch being the contracted channel.
+  forward 7.4 -> 3.1, weights 4.8 -> 3.4). Where the stride divides the kernel, the forward pass
+  is a convolution of the s x s blocks instead: as fast alone, and XLA does not compute what made
+  the image anew for each of the patches' taps (Square on 512 images: 12.1 -> 10.3 ms a query).
+  Otherwise the forward pass is XLA's, and the weight gradient a convolution of the images by the
+  cotangent, the batch being the contracted channel.
 * Phases. The gradient with respect to the images of a convolution with stride s is s*s ordinary
   convolutions of the cotangent, one for each pixel of an s x s block; where s divides the kernel
   they have one shape, hence are one convolution, whose channels are then spread over the block
@@ -146,8 +149,12 @@ def conv(
 @partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
 def _conv(x: Array, w: Array, strides: Pair, pads: Pads, precision: Any) -> Array:
     if _by_patches(w, strides):
-        patches = _patches(x, w.shape[:2], strides, pads)
-        return _dot(patches, w.reshape(-1, w.shape[-1]), (3, 0), precision)
+        if max(strides) > 1 and not (w.shape[0] % strides[0] or w.shape[1] % strides[1]):
+            x, w = _space_to_depth(x, w, strides, pads)
+            strides, pads = (1, 1), ((0, 0), (0, 0))
+        else:
+            patches = _patches(x, w.shape[:2], strides, pads)
+            return _dot(patches, w.reshape(-1, w.shape[-1]), (3, 0), precision)
     return lax.conv_general_dilated(
         x, w, strides, pads, dimension_numbers=_LAYOUT, precision=precision
     )
@@ -225,6 +232,20 @@ def _taps(x: Array, window: Sequence[int], strides: Pair, pads: Pads) -> list[Ar
 def _patches(x: Array, window: Sequence[int], strides: Pair, pads: Pads) -> Array:
     """The windows of x that each output pixel sees: (B, n, m, kh * kw * C)."""
     return jnp.concatenate(_taps(x, window, strides, pads), axis=-1)
+
+
+def _space_to_depth(x: Array, w: Array, strides: Pair, pads: Pads) -> tuple[Array, Array]:
+    """x and w with their s x s blocks as channels: the same convolution, at stride 1, unpadded."""
+    (kh, kw, c, k), (sh, sw) = w.shape, strides
+    edges = []
+    for size, window, s, (lo, hi) in zip(x.shape[1:3], (kh, kw), strides, pads):
+        seen = (size + lo + hi - window) // s * s + window
+        edges.append((lo, seen - size - lo, 0))
+    x = lax.pad(x, jnp.zeros((), x.dtype), ((0, 0, 0), *edges, (0, 0, 0)))
+    n, m = x.shape[1] // sh, x.shape[2] // sw
+    x = x.reshape(-1, n, sh, m, sw, c).transpose(0, 1, 3, 2, 4, 5).reshape(-1, n, m, sh * sw * c)
+    w = w.reshape(kh // sh, sh, kw // sw, sw, c, k).transpose(0, 2, 1, 3, 4, 5)
+    return x, w.reshape(kh // sh, kw // sw, sh * sw * c, k)
 
 
 def _cut(x: Array, edges: Sequence[Pair]) -> tuple[Array, list[Pair]]:
