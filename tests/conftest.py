@@ -1,5 +1,6 @@
 """Two CPU devices, so that what is mapped is tested as mapped; a cache of compiled programs."""
 
+import importlib
 import os
 import pathlib
 
@@ -9,6 +10,7 @@ os.environ["XLA_FLAGS"] = (
 
 import jax
 import pytest
+from absl import flags
 
 ROOT = pathlib.Path(__file__).parents[1]
 
@@ -27,6 +29,15 @@ def pytest_configure(config):
     if not hasattr(config, "workerinput"):
         PREPARED.mkdir(parents=True, exist_ok=True)
         prepare.prepare_digits(PREPARED)
+
+
+def import_script(name):
+    """A script of experiments/ as a module; the flags of those imported before give way."""
+    for module, defined in list(flags.FLAGS.flags_by_module_dict().items()):
+        if (ROOT / "experiments" / f"{module.rpartition('.')[2]}.py").exists():
+            for flag in list(defined):
+                delattr(flags.FLAGS, flag.name)
+    return importlib.import_module(name)
 
 
 @pytest.fixture(scope="session")

@@ -3,12 +3,12 @@
 import functools
 import json
 
-import claf_literal
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import import_script
 
 from jaxdefense import attacks, defenses, losses, models, threat
 from jaxdefense.defenses import base, claf
@@ -17,6 +17,8 @@ from jaxdefense.models.projector import Projector
 from jaxdefense.train import loop, optim, plan, run
 from jaxdefense.train.step import State, make_step
 from jaxdefense.types import example_keys, fold_in
+
+claf_literal = import_script("claf_literal")
 
 KEY = jax.random.key(0)
 IMAGES = jax.random.uniform(jax.random.key(1), (8, 8, 8, 1))

@@ -3,7 +3,6 @@
 import types
 
 import configs
-import cost_sensitive
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -11,6 +10,7 @@ import numpy as np
 import optax
 import pytest
 import scipy.special
+from conftest import import_script
 
 from jaxdefense import defenses, losses, threat
 from jaxdefense.defenses import base, transforms
@@ -18,6 +18,8 @@ from jaxdefense.evaluation import min_max, protocols, tables
 from jaxdefense.models import layers
 from jaxdefense.train import loop, plan
 from jaxdefense.train.step import State, make_step
+
+cost_sensitive = import_script("cost_sensitive")
 
 KEY = jax.random.key(0)
 IMAGES = np.random.default_rng(0).uniform(size=(8, 8, 8, 1)).astype(np.float32)

@@ -124,7 +124,7 @@ def test_gate_and_teacher_carry_no_gradient():
         return jnp.mean(losses.cross_entropy(clean, LABELS) + 0.5 * gate * lesson)
 
     frozen, leaking = jax.jit(jax.grad(reference, (0, 1)))(params, params)
-    close(screening()[1]["classifier"], frozen["classifier"], rtol=1e-3, atol=1e-5)
+    close(screening()[1]["classifier"], frozen["classifier"], rtol=1e-3, atol=1e-4)
     # What would flow through gate and teacher is not small: the test could have failed.
     assert max(float(jnp.abs(g).max()) for g in jax.tree.leaves(leaking["classifier"])) > 1e-3
 
