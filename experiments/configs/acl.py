@@ -9,7 +9,7 @@ Expected: the paper gains 2.14 clean and 2.99 robust over earlier robust pre-tra
 fine-tuning the whole network; here the head alone is trained, so less.
 """
 
-from configs import recipes
+from configs import claf, recipes
 
 _CIFAR10 = dict(name="acl", dataset="cifar10", steps=5, step_size=2 / 255)
 DEFENSE = dict(
@@ -20,28 +20,7 @@ DEFENSE = dict(
     cifar10=dict(_CIFAR10, head_epochs="10e"),
     cifar10_paper=dict(_CIFAR10, head_epochs="100e"),
 )
-_OPTIMIZER = dict(
-    name="sgd",
-    lr=0.05,
-    momentum=0.9,
-    weight_decay=1e-4,
-    schedule=dict(name="cosine", final=1e-3),
-)
-OVERRIDES = dict(
-    digits=dict(train=dict(length="40e")),
-    mnist=dict(train=dict(length="5e")),
-    cifar10=dict(train=dict(length="40e", batch_size=256, optimizer=_OPTIMIZER)),
-    cifar10_paper=dict(
-        train=dict(
-            length="300e",
-            batch_size=256,
-            optimizer=_OPTIMIZER,
-            validate_every="10e",
-            checkpoint_every="10e",
-        )
-    ),
-    debug=dict(defense=dict(head_epochs="1s")),
-)
+OVERRIDES = claf.rival("5e")
 
 
 def get_config(variant="digits"):

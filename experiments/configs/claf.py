@@ -52,16 +52,13 @@ _OPTIMIZER = dict(
     weight_decay=1e-4,
     schedule=dict(name="cosine", final=1e-3),
 )
+_FULL_TRAIN = dict(
+    batch_size=256, optimizer=_OPTIMIZER, validate_every="10e", checkpoint_every="10e"
+)
 _SHORT = dict(train=dict(length="58e", batch_size=256, optimizer=_OPTIMIZER, validate_every="2e"))
 _PAPER = dict(
     model=dict(mean=(0.4914, 0.4822, 0.4465), std=(0.2023, 0.1994, 0.2010)),
-    train=dict(
-        length="1000e",
-        batch_size=256,
-        optimizer=_OPTIMIZER,
-        validate_every="10e",
-        checkpoint_every="10e",
-    ),
+    train=dict(length="1000e", **_FULL_TRAIN),
 )
 OVERRIDES = dict(
     digits=dict(train=dict(length="40e")),
@@ -77,6 +74,17 @@ OVERRIDES = dict(
     ),
     debug=dict(defense=dict(cycles=1, refresh_epochs="1s", refresh_every="1s", final_epochs="1s")),
 )
+
+
+def rival(mnist, **paper):
+    """Overrides of a rival that has CLAF's optimiser: a contrast, then 10 or 100 epochs of head."""
+    return dict(
+        digits=dict(train=dict(length="40e")),
+        mnist=dict(train=dict(length=mnist)),
+        cifar10=dict(train=dict(length="40e", batch_size=256, optimizer=_OPTIMIZER)),
+        cifar10_paper=dict(paper, train=dict(length="300e", **_FULL_TRAIN)),
+        debug=dict(defense=dict(head_epochs="1s")),
+    )
 
 
 def get_config(variant="digits"):

@@ -8,7 +8,7 @@ schedule, 200 epochs of contrast and 100 of the head (which is INFERRED for this
 Expected: clean accuracy near that of standard training, and about 0 under PGD.
 """
 
-from configs import recipes
+from configs import claf, recipes
 
 _CIFAR10 = dict(name="supcon", dataset="cifar10", temperature=0.07)
 DEFENSE = dict(
@@ -17,28 +17,7 @@ DEFENSE = dict(
     cifar10=dict(_CIFAR10, head_epochs="10e"),
     cifar10_paper=dict(_CIFAR10, head_epochs="100e"),
 )
-_OPTIMIZER = dict(
-    name="sgd",
-    lr=0.05,
-    momentum=0.9,
-    weight_decay=1e-4,
-    schedule=dict(name="cosine", final=1e-3),
-)
-OVERRIDES = dict(
-    digits=dict(train=dict(length="40e")),
-    mnist=dict(train=dict(length="4e")),
-    cifar10=dict(train=dict(length="40e", batch_size=256, optimizer=_OPTIMIZER)),
-    cifar10_paper=dict(
-        train=dict(
-            length="300e",
-            batch_size=256,
-            optimizer=_OPTIMIZER,
-            validate_every="10e",
-            checkpoint_every="10e",
-        )
-    ),
-    debug=dict(defense=dict(head_epochs="1s")),
-)
+OVERRIDES = claf.rival("4e")
 
 
 def get_config(variant="digits"):

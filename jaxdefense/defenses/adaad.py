@@ -60,7 +60,7 @@ def make(
 
         return disagreement
 
-    climb = teachers.climb(
+    climb = base.climb_craft(
         objective, threat, steps=steps, step_size=step_size, noise=noise, ramp_epochs=ramp_epochs
     )
 

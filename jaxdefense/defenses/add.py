@@ -67,7 +67,7 @@ def make(
         predict = student.predict(params, carry)
         return lambda z: losses.distillation(batch["soft"], predict(z), temperature=temperature)
 
-    climb = teachers.climb(
+    climb = base.climb_craft(
         objective, threat, steps=steps, step_size=step_size, noise=noise, ramp_epochs=ramp_epochs
     )
 

@@ -21,7 +21,20 @@ import jax
 import jax.numpy as jnp
 
 from jaxdefense import attacks, losses
-from jaxdefense.types import Array, Images, Key, Labels, Logits, LossFn, Predict, PyTree, Threat
+from jaxdefense.attacks import checks
+from jaxdefense.types import (
+    Array,
+    Images,
+    Key,
+    Labels,
+    Logits,
+    LossFn,
+    Objective,
+    PerExample,
+    Predict,
+    PyTree,
+    Threat,
+)
 
 AXIS = "batch"
 
@@ -211,6 +224,63 @@ def pgd_craft(
         return {**batch, "adversarial": x_adv}
 
     return craft
+
+
+def climb_craft(
+    objective: Callable[[Params, Carry, Batch], Objective],
+    threat: Threat,
+    *,
+    steps: int,
+    step_size: float | None = None,
+    noise: float = 1e-3,
+    ramp_epochs: float = 0.0,
+    growth: Callable[[Carry, Batch], PerExample] | None = None,
+) -> Craft:
+    """The craft that adds batch["adversarial"]: an objective's maximum, from x + noise N(0, 1).
+
+    Args:
+      objective: (params, carry, batch) -> per-example objective of images; networks in eval mode.
+      threat: the set around batch["image"].
+      steps, step_size: of the ascent; step_size in image units, by default eps / 4.
+      noise: standard deviation of the start, image units; a KL's gradient vanishes at x itself.
+      ramp_epochs: eps and step size grow linearly from 0 over so many epochs of the run.
+      growth: (carry, batch) -> (B,), a further factor of eps and step size per example.
+
+    Raises:
+      ValueError: a number out of range.
+    """
+    checks.check_count("steps", steps)
+    for name, value in (("step_size", step_size), ("noise", noise), ("ramp_epochs", ramp_epochs)):
+        checks.check_step(name, value)
+    length = threat.eps / 4 if step_size is None else step_size
+
+    def craft(params: Params, carry: Carry, batch: Batch, key: Key) -> Batch:
+        x, factor = batch["image"], ramp(batch, ramp_epochs)
+        if growth is not None:
+            factor = factor * growth(carry, batch)
+        x_adv = attacks.maximize(
+            objective(params, carry, batch),
+            x,
+            threat.scaled(factor),
+            key,
+            steps=steps,
+            step_size=length * factor,
+            start=x + noise * jax.random.normal(key, x.shape, x.dtype),
+        )
+        return {**batch, "adversarial": x_adv}
+
+    return craft
+
+
+def away(net: Net) -> Callable[[Params, Carry, Batch], Objective]:
+    """The objective KL(f(x) || f(z)): how far an image z moves what the network says of x."""
+
+    def objective(params: Params, carry: Carry, batch: Batch) -> Objective:
+        predict = net.predict(params, carry)
+        clean = predict(batch["image"])
+        return lambda z: losses.kl(clean, predict(z))
+
+    return objective
 
 
 def targets(batch: Batch, logits: Logits, *, smoothing: float = 0.0) -> Array:

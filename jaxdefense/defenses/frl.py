@@ -6,7 +6,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from jaxdefense import attacks, losses
+from jaxdefense import losses
 from jaxdefense.defenses import base
 from jaxdefense.types import Array, Threat
 
@@ -77,7 +77,6 @@ def make(
         raise ValueError(f"largest_margin must be at least 1 and finite, got {largest_margin}")
     net = base.Net(model)
     classes = model.num_classes
-    step_size = threat.eps / 4 if step_size is None else step_size
     top = jnp.log(jnp.float32(largest_margin))
 
     def init(key: Any, images: Any) -> tuple[base.Params, base.Carry]:
@@ -89,21 +88,18 @@ def make(
         }
         return params, {**carry, "frl": state}
 
-    def craft(params: Any, carry: Any, batch: base.Batch, key: Any) -> base.Batch:
-        predict, x = net.predict(params, carry), batch["image"]
-        clean = predict(x)
-        growth = jnp.exp(carry["frl"]["multipliers"][2])[batch["label"]]
-        factor = base.ramp(batch, ramp_epochs) * growth
-        x_adv = attacks.maximize(
-            lambda z: losses.kl(clean, predict(z)),
-            x,
-            threat.scaled(factor),
-            key,
-            steps=steps,
-            step_size=step_size * factor,
-            start=x + noise * jax.random.normal(key, x.shape, x.dtype),
-        )
-        return {**batch, "adversarial": x_adv}
+    def growth(carry: Any, batch: base.Batch) -> Array:
+        return jnp.exp(carry["frl"]["multipliers"][2])[batch["label"]]
+
+    craft = base.climb_craft(
+        base.away(net),
+        threat,
+        steps=steps,
+        step_size=step_size,
+        noise=noise,
+        ramp_epochs=ramp_epochs,
+        growth=growth,
+    )
 
     def weights(multipliers: Array) -> Array:
         return 1 + classes * multipliers - jnp.sum(multipliers)

@@ -12,10 +12,9 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from jaxdefense import attacks, defenses, models
-from jaxdefense.attacks import checks
+from jaxdefense import defenses, models
 from jaxdefense.defenses import base
-from jaxdefense.types import Images, Key, Logits, Objective, PyTree, Threat
+from jaxdefense.types import Images, Key, Logits, PyTree, Threat
 
 ROLE = "teacher"
 
@@ -146,48 +145,6 @@ def _renamed(phase: base.Phase, length: float | str | None) -> base.Phase:
         optimizers=_outside(phase.optimizers),
         after=tuple(map(followed, phase.after)),
     )
-
-
-def climb(
-    objective: Callable[[base.Params, base.Carry, base.Batch], Objective],
-    threat: Threat,
-    *,
-    steps: int,
-    step_size: float | None,
-    noise: float,
-    ramp_epochs: float,
-) -> base.Craft:
-    """The craft that adds batch["adversarial"]: an objective's maximum, from x + noise N(0, 1).
-
-    Args:
-      objective: (params, carry, batch) -> per-example objective of images.
-      threat: the set around batch["image"].
-      steps, step_size: of the ascent; step_size in image units, by default eps / 4.
-      noise: standard deviation of the start, image units.
-      ramp_epochs: eps and step size grow linearly from 0 over so many epochs of the run.
-
-    Raises:
-      ValueError: a number out of range.
-    """
-    checks.check_count("steps", steps)
-    for name, value in (("step_size", step_size), ("noise", noise), ("ramp_epochs", ramp_epochs)):
-        checks.check_step(name, value)
-    step_size = threat.eps / 4 if step_size is None else step_size
-
-    def craft(params: Any, carry: Any, batch: base.Batch, key: Key) -> base.Batch:
-        x, factor = batch["image"], base.ramp(batch, ramp_epochs)
-        x_adv = attacks.maximize(
-            objective(params, carry, batch),
-            x,
-            threat.scaled(factor),
-            key,
-            steps=steps,
-            step_size=step_size * factor,
-            start=x + noise * jax.random.normal(key, x.shape, x.dtype),
-        )
-        return {**batch, "adversarial": x_adv}
-
-    return craft
 
 
 def metrics(batch: base.Batch, clean: Logits, moved: Logits) -> base.Metrics:

@@ -3,10 +3,9 @@
 from typing import Any
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 
-from jaxdefense import attacks, losses
+from jaxdefense import losses
 from jaxdefense.defenses import base
 from jaxdefense.types import Threat
 
@@ -41,22 +40,14 @@ def make(
       and clean and adversarial images pass BatchNorm as two batches, clean first.
     """
     net = base.Net(model)
-    step_size = threat.eps / 4 if step_size is None else step_size
-
-    def craft(params: Any, carry: Any, batch: base.Batch, key: Any) -> base.Batch:
-        predict, x = net.predict(params, carry), batch["image"]
-        clean = predict(x)
-        factor = base.ramp(batch, ramp_epochs)
-        x_adv = attacks.maximize(
-            lambda z: losses.kl(clean, predict(z)),
-            x,
-            threat.scaled(factor),
-            key,
-            steps=steps,
-            step_size=step_size * factor,
-            start=x + noise * jax.random.normal(key, x.shape, x.dtype),
-        )
-        return {**batch, "adversarial": x_adv}
+    craft = base.climb_craft(
+        base.away(net),
+        threat,
+        steps=steps,
+        step_size=step_size,
+        noise=noise,
+        ramp_epochs=ramp_epochs,
+    )
 
     def loss(params: Any, carry: Any, batch: base.Batch, key: Any) -> Any:
         clean, carry = net.train(params, carry, batch["image"])
