@@ -1,12 +1,20 @@
-"""Two CPU devices, so that what is mapped is tested as mapped; a cache of compiled programs."""
+"""Two CPU devices, so that what is mapped is tested as mapped; a cache of compiled programs.
+
+Compiling takes most of the tests' time, and LLVM's optimisations and XLA:CPU's newer fusion
+emitters three quarters of that: they are off unless XLA_FLAGS is given, which also shows what hangs
+on one compiler's rounding. `make test-slow` has them on.
+"""
 
 import importlib
+import importlib.metadata
 import os
 import pathlib
 
-os.environ["XLA_FLAGS"] = (
-    os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=2"
-)
+if not os.environ.get("XLA_FLAGS"):
+    os.environ["XLA_FLAGS"] = "--xla_backend_optimization_level=0"
+    if importlib.metadata.version("jax").startswith("0.10."):  # later ones know no such flag
+        os.environ["XLA_FLAGS"] += " --xla_cpu_use_fusion_emitters=false"
+os.environ["XLA_FLAGS"] += " --xla_force_host_platform_device_count=2"
 
 import jax
 import pytest

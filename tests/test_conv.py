@@ -73,6 +73,7 @@ def assert_agree(x, w, strides, pads, tolerance=1e-5):
     ("strides", "window", "channels", "pads"),
     [
         *itertools.product([(1, 1)], [(1, 1), (3, 3)], [3, 9], ["SAME"]),
+        *itertools.product([(1, 1)], [(5, 5), (4, 3)], [1, 4], ["VALID", ((2, 0), (1, 3))]),
         *itertools.product([(2, 2)], [(1, 1), (3, 3), (4, 4)], [3, 6, 9], [((1, 1), (1, 1))]),
         *itertools.product([(3, 3)], [(2, 2), (3, 3), (5, 4)], [3, 9], ["VALID"]),
         ((2, 2), (4, 4), 9, "SAME"),
@@ -104,7 +105,9 @@ def test_any_shape(size, window, strides, pads, channels):
     assert_agree(*operands((2, *size, channels), (*window, channels, 3)), strides, pads)
 
 
-@pytest.mark.parametrize(("strides", "channels"), [((1, 1), 9), ((2, 2), 9), ((2, 2), 2)])
+@pytest.mark.parametrize(
+    ("strides", "channels"), [((1, 1), 9), ((1, 1), 2), ((2, 2), 9), ((2, 2), 2)]
+)
 def test_gradient_of_gradient(strides, channels):
     """The gradient of an input-gradient penalty, against autodiff's."""
     x, w = operands((2, 6, 6, channels), (4, 4, channels, 3))

@@ -12,6 +12,7 @@ import pytest
 
 from jaxdefense import defenses, losses, models, threat
 from jaxdefense.defenses import base, combine, transforms
+from jaxdefense.models import layers
 from jaxdefense.train.step import State, make_step
 
 KEY = jax.random.key(0)
@@ -43,8 +44,8 @@ def cnn():
 
 
 @functools.cache
-def resnet():
-    return models.make("resnet", 4, width=4)
+def normed():
+    return models.make("mnist_net", 4, width=2, bn=True)
 
 
 def build(name, model=None, **options):
@@ -69,11 +70,24 @@ def on_axis(function, *args):
     return jax.tree.map(lambda leaf: leaf[0], mapped(jnp.zeros(1), args))
 
 
-def run_steps(defense, phase, n=2, view=lambda key, x: {"image": x}):
-    params, carry = defense.init(KEY, IMAGES[:1])
+@functools.cache
+def started(name):
+    """(defence, first parameters, first carry), of a network with BatchNorm."""
+    model = small(name)[0]
+    defense = build(name, model if layers.has_bn_sets(model) else normed())
+    return defense, *defense.init(KEY, IMAGES[:1])
+
+
+def unlike(a, b):
+    """Which leaves differ; on the host, where no shape needs a program of its own."""
+    return jax.tree.map(lambda a, b: bool(np.any(np.asarray(a) != np.asarray(b))), a, b)
+
+
+def run_steps(defense, phase, start=None, n=2, view=lambda key, x: {"image": x}):
+    params, carry = start or defense.init(KEY, IMAGES[:1])
     roles = {role for update in phase.updates for role in update.roles}
     txs = {role: optax.adam(0.01) for role in roles}  # moves by tiny gradients too
-    opt = {role: tx.init(params[role]) for role, tx in txs.items()}
+    opt = jax.jit(lambda params: {role: tx.init(params[role]) for role, tx in txs.items()})(params)
     step = make_step(phase, txs, phase.view or view, seed=0, per_epoch=4)
     state = State(jnp.int32(0), params, carry, opt)
     one = jax.jit(lambda s: on_axis(step, s, {k: batch()[k] for k in ("image", "label", "id")}))
@@ -91,32 +105,32 @@ def test_contract(name):
     A phase may leave some of a role's parameters alone (another BatchNorm set), but not all, and
     each moves in one phase at least.
     """
-    defense = build(name)
+    defense, *start = started(name)
     ever = {}
     for phase in dict.fromkeys(defense.phases):
-        before, state, metrics = run_steps(defense, phase)
+        before, state, metrics = run_steps(defense, phase, start)
         for metric, (total, count) in metrics.items():
             assert np.isfinite(total), metric
             assert count > 0, metric
         for update in phase.updates:
             for role in update.roles:
-                moved = jax.tree.map(
-                    lambda a, b: bool(jnp.any(a != b)), before[role], state.params[role]
-                )
+                moved = unlike(before[role], state.params[role])
                 assert any(jax.tree.leaves(moved)), (phase.name, role)
                 ever[role] = jax.tree.map(lambda a, b: a or b, moved, ever.get(role, moved))
     assert all(jax.tree.leaves(ever)), ever
     assert defense.primary in defense.predictors
-    for name, predictor in defense.predictors.items():
-        logits = predictor(state.params, state.carry)(IMAGES)
+
+    def predict(params, carry):
+        return {name: make(params, carry)(IMAGES) for name, make in defense.predictors.items()}
+
+    for name, logits in jax.jit(predict)(state.params, state.carry).items():
         assert logits.shape == (8, 4), name
         assert logits.dtype == jnp.float32
 
 
 @pytest.mark.parametrize("name", defenses.names())
 def test_crafting_leaves_statistics_alone_and_training_moves_them(name):
-    defense = build(name, resnet())
-    params, carry = defense.init(KEY, IMAGES[:1])
+    defense, params, carry = started(name)
     phase = defense.phases[0]
     update = phase.updates[0]
 
@@ -131,7 +145,7 @@ def test_crafting_leaves_statistics_alone_and_training_moves_them(name):
     if "adversarial" in crafted:
         moved = BALL.distance(crafted["adversarial"], crafted["image"])
         assert np.all(np.asarray(moved) <= 0.1 + 1e-6)
-    changed = jax.tree.map(lambda a, b: bool(jnp.any(a != b)), carry, after)
+    changed = unlike(carry, after)
     assert all(jax.tree.leaves([changed[role] for role in update.roles]))
 
 
@@ -221,7 +235,7 @@ def test_combine_refuses_what_does_not_match():
 
 
 def test_ema_averages_parameters_and_batch_statistics():
-    plain = build("standard", resnet())
+    plain = build("standard", normed())
     defense = transforms.with_ema(plain, decay=0.5)
     start, state, _ = run_steps(defense, defense.phases[0], n=1)
     # d = min(.5, 1 / 10) at the first batch

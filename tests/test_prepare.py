@@ -239,7 +239,8 @@ class TestCommand:
             f"mnist: {tmp_path / 'tfds' / 'mnist' / '3.0.1'}",
         ]
 
-    def test_reports_errors_in_one_line(self, tmp_path, capsys):
+    def test_reports_errors_in_one_line(self, tmp_path, capsys, monkeypatch):
+        monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path / "tfds"))
         assert prepare_data.main(["--from", str(tmp_path)]) == 1
         assert "holds none of cifar10" in capsys.readouterr().err
         assert prepare_data.main(["--from", str(tmp_path), "mnist"]) == 1

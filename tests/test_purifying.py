@@ -35,7 +35,7 @@ def cnn():
 
 @functools.cache
 def normed():
-    return models.make("resnet", 4, width=2)
+    return models.make("mnist_net", 4, width=2, bn=True)
 
 
 def ipg(model=None, **options):

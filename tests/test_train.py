@@ -216,8 +216,8 @@ class TestStep:
     images = jax.random.uniform(jax.random.key(0), (16, 8, 8, 1))
     labels = jnp.arange(16) % 4
 
-    def chunk(self, devices, loss_scale=1.0, model="cnn", width=0.25, traced=None):
-        net = models.make(model, 4, width=width)
+    def chunk(self, devices, loss_scale=1.0, traced=None, net=None):
+        net = net or models.make("cnn", 4, width=0.25)
         defense = defenses.make("standard", net, threat.Linf(0.1))
         one = defense.phases[0]
         if loss_scale != 1.0:
@@ -261,7 +261,7 @@ class TestStep:
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), *results)
 
     def test_devices_hold_equal_states(self):
-        chunk, state, resident = self.chunk(2, model="resnet", width=4)
+        chunk, state, resident = self.chunk(2, net=models.make("mnist_net", 4, width=2, bn=True))
         state, *_ = chunk(state, resident, self.items(2), jnp.int32(2))
         assert jax.tree.leaves(state.carry)
         jax.tree.map(

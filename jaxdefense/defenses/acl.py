@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jaxdefense import attacks, losses, registry
 from jaxdefense.attacks import checks
 from jaxdefense.defenses import base, contrastive
+from jaxdefense.models import layers
 from jaxdefense.types import Images, Key, PerExample, Threat
 
 BRANCHES = ("clean", "adversarial")
@@ -66,7 +67,7 @@ def make(
     if head not in ("clean", "adv"):
         registry.unknown("acl head", head, ("clean", "adv"))
     step_size = threat.eps / 4 if step_size is None else step_size
-    dual = hasattr(model, "bn_sets")
+    dual = layers.has_bn_sets(model)
     clean, adversarial = ({"bn_set": 0}, {"bn_set": 1}) if dual else ({}, {})
     deployed = clean if branch == "clean" else adversarial
     parts = contrastive.Parts(model.clone(bn_sets=2) if dual else model, projection=projection)

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 
 from jaxdefense import attacks, defenses, losses, models, registry
 from jaxdefense.defenses import base
+from jaxdefense.models import layers
 from jaxdefense.types import Images, Key, Predict, Threat
 
 GENERATORS = ("mae", "vae")
@@ -131,7 +132,7 @@ def make(
     lengths = _lengths(LENGTHS if stages is None else stages, screen)
 
     if bn == "dual":
-        if getattr(model, "bn_sets", None) is None or getattr(model, "bn", True) is False:
+        if not layers.has_bn_sets(model):
             raise ValueError(
                 f"bn='dual' needs a model with BatchNorm sets, got {type(model).__name__}; "
                 f"allowed for it: bn='shared'"
