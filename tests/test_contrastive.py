@@ -335,6 +335,11 @@ class TestRivals:
         assert same((params["encoder"], carry), (after["encoder"], carry_after))
         assert not same(params["head"], after["head"])
 
+    def test_acl_takes_a_network_whose_batch_norm_is_off(self):
+        defense = defenses.make("acl", models.make("mnist_net", 4, width=2), BALL, **SMALL)
+        params, carry = defense.init(KEY, IMAGES[:1])
+        assert defense.predictors["classifier"](params, carry)(IMAGES).shape == (len(IMAGES), 4)
+
     @pytest.mark.parametrize("branch", ["clean", "adversarial"])
     def test_acl_deploys_one_branch(self, branch):
         defense = defenses.make("acl", TINY, BALL, **SMALL, branch=branch)

@@ -342,6 +342,20 @@ def test_max_pool2(shape):
     np.testing.assert_allclose(ours[1], theirs[1], rtol=1e-6)
 
 
+def test_of_equal_pixels_the_first_gets_the_gradient_of_max_pool2():
+    gradient = jax.jit(jax.grad(lambda x: jnp.sum(layers.max_pool2(x))))(jnp.zeros((1, 4, 2, 2)))
+    expected = np.zeros((1, 4, 2, 2))
+    expected[:, ::2, 0] = 1
+    np.testing.assert_array_equal(gradient, expected)
+
+
+@pytest.mark.parametrize("options", [{}, {"bn": True}])
+def test_a_network_without_batch_norm_has_no_sets_of_it(options):
+    net = models.make("mnist_net", CLASSES, width=2, **options)
+    assert layers.has_bn_sets(net) == bool(options)
+    assert not layers.has_bn_sets(models.make("cnn", CLASSES))
+
+
 def test_initialisation_is_pytorchs():
     """Every weight and bias from U(-1/sqrt(fan_in), 1/sqrt(fan_in))."""
     params = lenet()[1]["params"]
