@@ -373,8 +373,24 @@ def _other(key: Key, number: int, x: Array) -> Key:
 
 
 _NORMS = {cls.norm: cls for cls in (Linf, L2, L1)}
+
+
+def _register(cls: type[Any]) -> None:
+    """eps is a leaf, bounds are static.
+
+    Not by `register_dataclass`: its trees compare equal whatever their class (jaxlib 0.10, 0.11),
+    and once in a hundred processes their hashes meet too: jit then runs L2's program for L1.
+    """
+    jax.tree_util.register_pytree_with_keys(
+        cls,
+        lambda ball: (((jax.tree_util.GetAttrKey("eps"), ball.eps),), ball.bounds),
+        lambda bounds, leaves: cls(*leaves, bounds),
+        lambda ball: ((ball.eps,), ball.bounds),
+    )
+
+
 for _cls in _NORMS.values():
-    jax.tree_util.register_dataclass(_cls, data_fields=["eps"], meta_fields=["bounds"])
+    _register(_cls)
 
 
 def names() -> list[str]:
