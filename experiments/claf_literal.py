@@ -119,7 +119,7 @@ def main(argv):
     arrays = run.arrays("test").take(slice(EXAMPLES.value))
     images, labels, ids = data.to_float(arrays.images), arrays.labels, arrays.ids
 
-    evaluator = robust.Evaluator(run.apply(run.defense.primary), BALL, batch_size=512)
+    evaluator = robust.Evaluator(run.apply(run.defense.primary), BALL)
     variables = evaluator.place(variables)
     clamped, numbers = geometry(images, mean, std)
     attacked = literal(evaluator, variables, images, labels, ids, mean, std)

@@ -83,7 +83,7 @@ class Audit:
         }
 
 
-def _evaluator(predict: Predict, threat: Threat, batch_size: int) -> Evaluator:
+def _evaluator(predict: Predict, threat: Threat, batch_size: int | None) -> Evaluator:
     return Evaluator(lambda _, x: predict(x), threat, batch_size=batch_size)
 
 
@@ -173,7 +173,7 @@ def audit(
     queries: int = 5000,
     samples: int = 20,
     seed: int = 0,
-    batch_size: int = 512,
+    batch_size: int | None = None,
     progress: bool = False,
 ) -> Audit:
     """The honesty report of a classifier, or of a purifier in front of one.
@@ -194,7 +194,7 @@ def audit(
       queries: of Square.
       samples: of EOT.
       seed: of all attacks.
-      batch_size: most examples per dispatch.
+      batch_size: most examples per dispatch; default as `Evaluator`'s.
       progress: show a bar of the attacks.
 
     Returns:

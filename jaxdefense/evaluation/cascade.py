@@ -103,7 +103,7 @@ def autoattack(
     *,
     version: str = "standard",
     seed: int = 0,
-    batch_size: int = 512,
+    batch_size: int | None = None,
     attacks: Sequence[str] | None = None,
     ids: np.ndarray | None = None,
     folder: str | os.PathLike | None = None,
@@ -118,7 +118,7 @@ def autoattack(
       threat: Linf, L2 or L1.
       version: 'standard', 'plus' or 'rand' (for a predict made by `attacks.eot`).
       seed: of all attacks.
-      batch_size: most examples per dispatch, over all devices.
+      batch_size: most examples per dispatch, over all devices; default as `Evaluator`'s.
       attacks: only these stages, e.g. ("apgd-ce", "apgd-t").
       ids: (N,) the examples' names in the random keys; default their positions.
       folder: keep finished dispatches there; the same call then goes on where it was killed.

@@ -31,7 +31,7 @@ def _record(run: Run, results: Any, seconds: float, **more: Any) -> records.Reco
 
 
 def _evaluator(run: Run, predictor: str) -> robust.Evaluator:
-    batch_size = run.config["evaluation"].get("batch_size", 512)
+    batch_size = run.config["evaluation"].get("batch_size")
     return robust.Evaluator(run.apply(predictor), run.threat, batch_size=batch_size)
 
 

@@ -87,7 +87,8 @@ class Evaluator:
         probabilities.
       threat: every attack's images are checked against it.
       batch_size: most examples per dispatch, over all devices; a device computes at least
-        `LEAST`, padded where there are fewer. None is dropped.
+        `LEAST`, padded where there are fewer; no example is dropped. Default 512, on the CPU
+        `LEAST` a device: more of them leave a core's cache (Square took 12 % longer with 256).
       devices: that share each batch; default all local ones.
 
     Raises:
@@ -99,12 +100,14 @@ class Evaluator:
         apply: Apply,
         threat: Threat,
         *,
-        batch_size: int = 512,
+        batch_size: int | None = None,
         devices: Sequence[jax.Device] | None = None,
     ):
+        devices = tuple(devices or jax.local_devices())
+        if batch_size is None:
+            batch_size = LEAST * len(devices) if devices[0].platform == "cpu" else 512
         checks.check_count("batch_size", batch_size)
         self.apply, self.threat = apply, threat
-        devices = tuple(devices or jax.local_devices())
         mesh = Mesh(np.asarray(devices), (_AXIS,))
         self._split = NamedSharding(mesh, PartitionSpec(_AXIS))
         self._whole = NamedSharding(mesh, PartitionSpec())
