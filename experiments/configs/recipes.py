@@ -15,7 +15,7 @@ from jaxdefense import registry
 def _attacks(step_size: float, *steps: int) -> dict[str, Any]:
     """FGSM and PGD of several lengths, as a config's evaluation names them."""
     pgd = {f"pgd{n}": dict(name="pgd", steps=n, step_size=step_size) for n in steps}
-    return dict(batch_size=1000, attacks=dict(fgsm=dict(name="fgsm"), **pgd))
+    return dict(attacks=dict(fgsm=dict(name="fgsm"), **pgd))
 
 
 def _digits() -> dict[str, Any]:

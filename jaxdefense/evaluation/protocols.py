@@ -178,7 +178,7 @@ def audit(
             labels,
             run.threat,
             seed=run.seed,
-            batch_size=run.config["evaluation"].get("batch_size", 512),
+            batch_size=run.config["evaluation"].get("batch_size"),
             progress=progress,
             **known,
             **options,
