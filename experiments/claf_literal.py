@@ -9,8 +9,8 @@ The released code perturbs images that are already normalised, by eps in units o
 them to [0, 1] there. So every value below the mean becomes the mean, every one above mean + std
 becomes that, and the rest moves by about 1.6/255. Any trained CIFAR-10 run is judged under that
 attack and under PGD with the same numbers in pixels; claf:cifar10_literal is the run to reproduce
-the README's number with. Writes FOLDER/claf_literal.json and .png. The literal accuracy counts, as
-the released code does, every image that is right after the attack.
+the README's number with. Writes FOLDER/NAME.json and .png, NAME being the run's. The literal
+accuracy counts, as the released code does, every image that is right after the attack.
 """
 
 import pathlib
@@ -138,7 +138,7 @@ def main(argv):
     }
 
     record = records.make(
-        f"claf_literal-{run.config['name']}",
+        f"{run.config['name']} (the literal attack)",
         run.config,
         {run.defense.primary: results},
         seed=run.seed,
@@ -150,7 +150,7 @@ def main(argv):
         normalisation={"mean": list(mean), "std": list(std)},
     )
     out = pathlib.Path(OUT.value)
-    records.save(record, out / "claf_literal.json")
+    records.save(record, out / f"{run.config['name']}.json")
     columns = {
         "original": images,
         "clamped": clamped,
@@ -164,7 +164,7 @@ def main(argv):
         "pgd10": "PGD-10,\n8/255",
     }
     accuracies = {title: results[name]["accuracy"] for name, title in titles.items()}
-    draw(columns, numbers, accuracies).savefig(out / "claf_literal.png", dpi=110)
+    draw(columns, numbers, accuracies).savefig(out / f"{run.config['name']}.png", dpi=110)
     for name, value in (*numbers.items(), *((n, r["accuracy"]) for n, r in results.items())):
         print(f"{name:42s} {value:8.2f}")
     print(f"record and figure: {out}")

@@ -4,7 +4,9 @@
     python experiments/evaluate.py --workdir=runs/claf-cifar10
     python experiments/claf_literal.py --workdir=runs/claf-cifar10_literal
 
-Variants: digits, mnist, cifar10, cifar10_paper, cifar10_literal, each also with _debug.
+Variants: digits, mnist, cifar10, cifar10_paper, cifar10_literal; cifar10_small and
+cifar10_small_literal (a small CNN, 20 passes, minutes on a CPU core: the README's comparison of the
+two modes); each also with _debug.
 `cifar10_paper` has the published schedule, 60 + 140 (1 + 5) + 100 = 1,000 passes over the data
 (INFERRED: momentum .9), `cifar10` has 58 with one per refresh; `cifar10_literal` trains with the
 released code's attack, which is no L_inf attack (`claf.literal_pgd`), and is judged by
@@ -18,6 +20,7 @@ else; under a true 8/255 no number of theirs is known.
 from configs import recipes
 
 _CIFAR10 = dict(name="claf", dataset="cifar10", temperature=0.07, steps=5, step_size=2 / 255)
+_SMALL = dict(_CIFAR10, cycles=6, refresh_epochs="0.5e", refresh_every="1e", final_epochs="3e")
 _FULL = dict(_CIFAR10, cycles=140, refresh_epochs="5e", refresh_every="1e", final_epochs="100e")
 DEFENSE = dict(
     digits=dict(
@@ -42,6 +45,8 @@ DEFENSE = dict(
         final_epochs="1e",
     ),
     cifar10=dict(_CIFAR10, cycles=14, refresh_epochs="1e", refresh_every="2e", final_epochs="10e"),
+    cifar10_small=dict(_SMALL, mode="pixel"),
+    cifar10_small_literal=dict(_SMALL, mode="literal"),
     cifar10_paper=dict(_FULL, mode="pixel"),
     cifar10_literal=dict(_FULL, mode="literal"),
 )
@@ -56,14 +61,18 @@ _FULL_TRAIN = dict(
     batch_size=256, optimizer=_OPTIMIZER, validate_every="10e", checkpoint_every="10e"
 )
 _SHORT = dict(train=dict(length="58e", batch_size=256, optimizer=_OPTIMIZER, validate_every="2e"))
-_PAPER = dict(
-    model=dict(mean=(0.4914, 0.4822, 0.4465), std=(0.2023, 0.1994, 0.2010)),
-    train=dict(length="1000e", **_FULL_TRAIN),
+_NORMALISED = dict(mean=(0.4914, 0.4822, 0.4465), std=(0.2023, 0.1994, 0.2010))
+_PAPER = dict(model=_NORMALISED, train=dict(length="1000e", **_FULL_TRAIN))
+_CNN = dict(
+    model=dict(_NORMALISED, name="cnn", width=1.0),
+    train=dict(length="20e", batch_size=128, optimizer=_OPTIMIZER, validate_every="1e"),
 )
 OVERRIDES = dict(
     digits=dict(train=dict(length="40e")),
     mnist=dict(train=dict(length="10e")),
     cifar10=_SHORT,
+    cifar10_small=_CNN,
+    cifar10_small_literal=_CNN,
     cifar10_paper=_PAPER,
     cifar10_literal=dict(
         _PAPER,
