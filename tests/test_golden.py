@@ -54,7 +54,7 @@ def cases():
         yield pytest.param(path, STAGES, id=path.stem, marks=[pytest.mark.slow] if long else [])
 
 
-@pytest.mark.parametrize(("path", "stages"), cases())
+@pytest.mark.parametrize(("path", "stages"), [*cases()])
 def test_the_verdicts_are_still_those(path, stages):
     golden = read(path)
     images = golden["images"].astype(np.float32) / 255
