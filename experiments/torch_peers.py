@@ -136,8 +136,8 @@ def read(problem):
     module = load(make[str(tree["name"])](tree.get("width", 64)), tree["variables"])
     device = "cuda" if torch.cuda.is_available() else "cpu"
     module = module.to(device, memory_format=torch.channels_last)
+    # Not channels_last: torchattacks' FAB cannot take such gradients.
     x = torch.from_numpy(tree["images"].transpose(0, 3, 1, 2).copy()).to(device)
-    x = x.contiguous(memory_format=torch.channels_last)
     y = torch.from_numpy(tree["labels"].astype(np.int64)).to(device)
     return arrays, module, x, y
 
