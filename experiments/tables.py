@@ -2,6 +2,7 @@
 
 python experiments/tables.py experiments/records/mnist
 python experiments/tables.py --per_class=pgd40 experiments/records/mnist
+python experiments/tables.py --protected experiments/records/cost_sensitive_fashion
 python experiments/tables.py --into=README.md      # renews the tables that README.md marks
 """
 
@@ -14,19 +15,22 @@ from absl import flags
 from jaxdefense.evaluation import records, tables
 
 PER_CLASS = flags.DEFINE_string("per_class", None, "Accuracy per class under this attack instead.")
+PROTECTED = flags.DEFINE_bool("protected", False, "Metric I, of the protected classes, instead.")
 INTO = flags.DEFINE_string("into", None, "A Markdown file whose marked tables are renewed.")
 
 ROOT = pathlib.Path(__file__).parents[1]
-_MARKED = re.compile(r"(<!-- (table|benchmark) (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
+_MARKED = re.compile(r"(<!-- (table|protected|benchmark) (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
-def render(paths, per_class=None):
-    """The accuracy table of records, or one per class, and where they come from."""
+def render(paths, per_class=None, protected=False):
+    """The accuracy table of records, one per class or metric I, and where they come from."""
     found = records.load_all(paths)
     if not found:
         raise ValueError(f"no records in {', '.join(map(str, paths))}")
     if per_class:
         table = tables.class_table(found, per_class)
+    elif protected:
+        table = tables.protected_table(found)
     else:
         table = tables.accuracy_table(found)
     return f"{table}\n\n{tables.provenance(found)}\n"
@@ -42,7 +46,7 @@ def renew(text):
             parts = [tables.benchmark_table(record), tables.verdict_table(record)]
             parts = [part for part in parts if part.count("\n") > 1]
             return begin + "\n\n".join([*parts, tables.provenance([record])]) + f"\n{end}"
-        return begin + render([ROOT / path]) + end
+        return begin + render([ROOT / path], protected=kind == "protected") + end
 
     return _MARKED.sub(block, text)
 
@@ -52,7 +56,8 @@ def main(argv):
         path = pathlib.Path(INTO.value)
         records.write_text(path, renew(path.read_text()))
     else:
-        print(render(argv[1:] or [ROOT / "experiments" / "records"], PER_CLASS.value), end="")
+        paths = argv[1:] or [ROOT / "experiments" / "records"]
+        print(render(paths, PER_CLASS.value, PROTECTED.value), end="")
 
 
 if __name__ == "__main__":

@@ -377,6 +377,8 @@ def test_metric_i_takes_each_class_from_its_protector():
     assert tables.protected(stack) == {"clean": 85.0}
     single = {"results": {"classifier": result(90.0, 10.0)}}
     assert tables.protected(single) == {"clean": 50.0}
+    table = tables.protected_table([{"name": "cse", **stack}, {"name": "cse", **single}])
+    assert table.splitlines()[2] == "| cse | 67.50 ± 24.75 (2) |"
 
 
 def test_a_stack_trains_validates_and_is_recorded(tmp_path, tfds_dir, monkeypatch):

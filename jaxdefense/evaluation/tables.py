@@ -119,6 +119,19 @@ def protected(record: Record, *, prefix: str = "protect") -> dict[str, float]:
     return means
 
 
+def protected_table(records: Sequence[Record]) -> str:
+    """A row per record name, a column per attack: metric I, percent, mean ± std (seeds)."""
+    rows: dict[str, list[dict[str, float]]] = {}
+    for record in records:
+        rows.setdefault(record["name"], []).append(protected(record))
+    names = list(dict.fromkeys(name for found in rows.values() for one in found for name in one))
+    cells = {
+        label: [number([one[name] for one in found if name in one]) for name in names]
+        for label, found in rows.items()
+    }
+    return markdown(["metric I, %", *names], [[label, *row] for label, row in cells.items()])
+
+
 def tier_table(record: Record, predictor: str) -> str:
     """A row per tier of an audit: accuracy, and the class that suffers most, percent."""
     rows = []
