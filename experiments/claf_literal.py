@@ -20,6 +20,7 @@ import cli
 import jax
 import numpy as np
 from absl import flags
+from configs import recipes
 from matplotlib.figure import Figure
 
 from jaxdefense import attacks, data, threat
@@ -36,7 +37,7 @@ EXAMPLES = flags.DEFINE_integer("examples", 512, "Only the first so many test ex
 
 # What most CIFAR-10 loaders subtract and divide by, for a model without its own. INFERRED for the
 # released code: its eps is about 1.6/255 in pixels, as with these.
-MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)
+NORMALISED = recipes.NORMALISED["cifar10"]
 BALL = threat.Linf(8 / 255)
 STEPS, STEP_SIZE = 10, 2 / 255
 SHOWN = 5
@@ -114,8 +115,8 @@ def main(argv):
     run, variables, meta = loop.restore(WORKDIR.value)
     if run.config["dataset"]["name"] != "cifar10":
         raise ValueError(f"{WORKDIR.value} is a run on {run.config['dataset']['name']}")
-    mean = getattr(run.module, "mean", None) or MEAN
-    std = getattr(run.module, "std", None) or STD
+    mean = getattr(run.module, "mean", None) or NORMALISED["mean"]
+    std = getattr(run.module, "std", None) or NORMALISED["std"]
     arrays = run.arrays("test").take(slice(EXAMPLES.value))
     images, labels, ids = data.to_float(arrays.images), arrays.labels, arrays.ids
 

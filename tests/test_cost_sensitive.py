@@ -377,7 +377,9 @@ def test_metric_i_takes_each_class_from_its_protector():
     assert tables.protected(stack) == {"clean": 85.0}
     single = {"results": {"classifier": result(90.0, 10.0)}}
     assert tables.protected(single) == {"clean": 50.0}
-    table = tables.protected_table([{"name": "cse", **stack}, {"name": "cse", **single}])
+    other = {"results": {"protect0": result(60.0, 0.0), "protect1": result(0.0, 40.0)}}
+    seeds = [dict(name="cse", seed=seed, **some) for seed, some in enumerate((stack, other))]
+    table = tables.protected_table(seeds)
     assert table.splitlines()[2] == "| cse | 67.50 ± 24.75 (2) |"
 
 

@@ -61,7 +61,7 @@ _FULL_TRAIN = dict(
     batch_size=256, optimizer=_OPTIMIZER, validate_every="10e", checkpoint_every="10e"
 )
 _SHORT = dict(train=dict(length="58e", batch_size=256, optimizer=_OPTIMIZER, validate_every="2e"))
-_NORMALISED = dict(mean=(0.4914, 0.4822, 0.4465), std=(0.2023, 0.1994, 0.2010))
+_NORMALISED = recipes.NORMALISED["cifar10"]
 _PAPER = dict(model=_NORMALISED, train=dict(length="1000e", **_FULL_TRAIN))
 _CNN = dict(
     model=dict(_NORMALISED, name="cnn", width=1.0),

@@ -16,11 +16,6 @@ from configs import recipes
 # No clipping of crafted images: the paper's code has none.
 UNCLIPPED = [-1.0, 2.0]
 
-_NORMALISED = dict(
-    mnist=dict(mean=[0.1307], std=[0.3081]),
-    fashion_mnist=dict(mean=[0.2862], std=[0.3204]),
-    cifar10=dict(mean=[0.4914, 0.4822, 0.4465], std=[0.2023, 0.1994, 0.2010]),
-)
 _ADAM = dict(name="adam", lr=1e-3, schedule=dict(name="exponential", factor=0.95, every="1e"))
 _SGD = dict(name="sgd", lr=0.01, momentum=0.5)
 
@@ -28,7 +23,7 @@ _SGD = dict(name="sgd", lr=0.01, momentum=0.5)
 def paper(row, length):
     """What the paper's recipe changes in a data set's: LeNet, Adam or (example) SGD, eps .3 std."""
     dataset, _, kind = row.rpartition("_")
-    model = dict(name="lenet", **_NORMALISED[dataset])
+    model = dict(name="lenet", **recipes.NORMALISED[dataset])
     eps = 0.3 * sum(model["std"]) / len(model["std"])
     long = "pgd20" if dataset == "cifar10" else "pgd40"
     steps = {name: dict(step_size=eps / 10) for name in ("pgd10", long)}

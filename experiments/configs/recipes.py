@@ -11,6 +11,13 @@ from ml_collections import ConfigDict
 
 from jaxdefense import registry
 
+# What the papers' models subtract from the pixels and divide by, where they do.
+NORMALISED = dict(
+    mnist=dict(mean=[0.1307], std=[0.3081]),
+    fashion_mnist=dict(mean=[0.2862], std=[0.3204]),
+    cifar10=dict(mean=[0.4914, 0.4822, 0.4465], std=[0.2023, 0.1994, 0.2010]),
+)
+
 
 def _attacks(step_size: float, *steps: int) -> dict[str, Any]:
     """FGSM and PGD of several lengths, as a config's evaluation names them."""

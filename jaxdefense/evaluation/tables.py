@@ -121,15 +121,16 @@ def protected(record: Record, *, prefix: str = "protect") -> dict[str, float]:
 
 def protected_table(records: Sequence[Record]) -> str:
     """A row per record name, a column per attack: metric I, percent, mean ± std (seeds)."""
-    rows: dict[str, list[dict[str, float]]] = {}
-    for record in records:
-        rows.setdefault(record["name"], []).append(protected(record))
-    names = list(dict.fromkeys(name for found in rows.values() for one in found for name in one))
-    cells = {
-        label: [number([one[name] for one in found if name in one]) for name in names]
-        for label, found in rows.items()
-    }
-    return markdown(["metric I, %", *names], [[label, *row] for label, row in cells.items()])
+    names = columns(records)
+    seeds: dict[str, list[dict[str, float]]] = {}
+    for (name, _), same in group(records).items():
+        if name not in seeds:  # a stack has one row per predictor there
+            seeds[name] = [protected(record) for record in same]
+    rows = [
+        [name, *(number([one[c] for one in means if c in one]) for c in names)]
+        for name, means in seeds.items()
+    ]
+    return markdown(["metric I, %", *names], rows)
 
 
 def tier_table(record: Record, predictor: str) -> str:
