@@ -328,18 +328,21 @@ def test_normalised_protocol_has_no_box_and_deepfool_no_budget():
         return x.reshape(x.shape[0], -1) @ w
 
     labels = predict(x).argmax(-1)
-    chosen = cost_sensitive.protocol(losses.cross_entropy, 0.3, (8, 8, 1), inside=False)
+    anywhere = threat.L2(1600.0, cost_sensitive.WIDE)
+    chosen = cost_sensitive.protocol(losses.cross_entropy, 0.3, anywhere, inside=False)
     assert list(chosen) == [
         "normalised fgsm",
         "normalised deepfool3",
         "normalised pgd40 (invalid)",
     ]
-    images = {
-        name: attack(predict, KEY, jnp.asarray(x), labels) for name, (attack, _) in chosen.items()
-    }
+    images = {name: attack(predict, KEY, jnp.asarray(x), labels) for name, attack in chosen.items()}
     np.testing.assert_allclose(np.abs(images["normalised fgsm"] - x), 0.3, rtol=1e-4)
     deepfool = images["normalised deepfool3"]
     assert not np.any(predict(deepfool).argmax(-1) == labels)  # linear: one step is enough
+    # It leaves the predicted class, whatever the label: a wrong image may become right.
+    again = chosen["normalised deepfool3"](predict, KEY, jnp.asarray(x), (labels + 1) % 4)
+    np.testing.assert_array_equal(again, deepfool)
+    assert np.any(predict(again).argmax(-1) == (labels + 1) % 4)
     # The nearest boundary of a linear network, with the overshoot.
     gaps, normals = predict(x)[0] - predict(x)[0][labels[0]], w - w[:, labels[0]][:, None]
     distances = np.abs(gaps) / np.maximum(np.linalg.norm(normals, axis=0), 1e-9)

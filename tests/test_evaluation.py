@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxdefense import attacks, threat
+from jaxdefense import attacks, losses, threat
 from jaxdefense.evaluation import Evaluator, plots, records, report, summary, tables
 
 RNG = np.random.default_rng(0)
@@ -38,6 +38,18 @@ def test_every_example_counts_once():
     np.testing.assert_array_equal(found["clean"], logits.argmax(-1) == LABELS)
     assert 0 < found["pgd"].sum() < found["clean"].sum()
     assert not np.any(found["pgd"] & ~found["clean"])
+
+
+def test_everywhere_counts_what_an_attack_mends():
+    def mend(predict, key, images, labels):
+        """Towards the label: FGSM on the cross-entropy, turned round."""
+        attack = attacks.fgsm(BALL, loss=lambda z, y: -losses.cross_entropy(z, y))
+        return attack(predict, key, images, labels)
+
+    alone, both = bits(named={"mend": mend}), bits(named={"mend": mend}, everywhere=True)
+    np.testing.assert_array_equal(both["mend"][both["clean"]], alone["mend"][alone["clean"]])
+    assert not np.any(alone["mend"] & ~alone["clean"])
+    assert np.any(both["mend"] & ~both["clean"])
 
 
 def test_bits_do_not_depend_on_batch_size_order_or_company():

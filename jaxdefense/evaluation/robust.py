@@ -220,11 +220,13 @@ class Evaluator:
         attacks: Mapping[str, Attack],
         *,
         seed: int = 0,
+        everywhere: bool = False,
         progress: bool = False,
     ) -> dict[str, np.ndarray]:
         """Whether each example is classified rightly: {"clean": (N,) bool, attack: (N,) bool}.
 
-        Each attack stands alone; an example that is wrong without one is wrong under all.
+        Each attack stands alone; an example that is wrong without one is wrong under all, unless
+        `everywhere`.
 
         Args:
           variables: `apply`'s first argument.
@@ -233,6 +235,8 @@ class Evaluator:
           ids: (N,) integers, the examples' names in the random keys.
           attacks: by name; the name is part of the key.
           seed: of the attacks.
+          everywhere: attack what is misclassified already, too, and count it as right where the
+            attack happens to mend it, as papers' scripts do.
           progress: show a bar.
 
         Raises:
@@ -242,14 +246,14 @@ class Evaluator:
         variables = self.place(variables)
         clean = self.check(variables, images, labels).argmax(-1) == labels
         result = {"clean": clean, **{name: clean.copy() for name in attacks}}
-        rows = np.flatnonzero(clean)
+        rows = np.arange(len(clean)) if everywhere else np.flatnonzero(clean)
         with tqdm(total=len(rows) * len(attacks), disable=not progress, unit="image") as bar:
             for name, attack in attacks.items():
                 bar.set_postfix_str(name)
                 for pack in self.packs(rows):
                     given = (images[pack], labels[pack], ids[pack])
                     _, wrong = self.attack(name, attack, variables, *given, seed=seed)
-                    result[name][pack[wrong]] = False
+                    result[name][pack] = ~wrong
                     bar.update(len(pack))
         return result
 
