@@ -353,7 +353,7 @@ def test_normalised_protocol_has_no_box_and_deepfool_no_budget():
     assert np.abs(far - x).max() > 0.5  # -2 is clipped to MNIST's black: no ball around x
     assert far.min() == np.float32(cost_sensitive.CLIPPED[0])
     bright = x > cost_sensitive.CLIPPED[0] + 0.3
-    assert np.abs(far - x)[bright].max() == pytest.approx(0.3, rel=1e-4)  # 40 steps of 2/255 reach
+    assert np.abs(far - x)[bright].max() == pytest.approx(0.3, rel=1e-4)
 
 
 def test_min_max_report():

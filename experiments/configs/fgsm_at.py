@@ -5,10 +5,11 @@
     python experiments/evaluate.py --workdir=runs/adv --checkpoint=last --protocol=honest
 
 Variants: digits, mnist, fashion_mnist, cifar10; mnist_paper, fashion_mnist_paper, cifar10_paper
-(LeNet, the paper's recipe, eps .3 in normalised space); mnist_example (the reference's printed
-example: SGD, from NORMAL, one FGSM step per batch); each also with _debug. Expected: near the clean
-accuracy under FGSM and far below it under PGD and AutoAttack. The authors' notebooks report 94.74
-under FGSM and 23.99 under DeepFool for the example (found), see experiments/cost_sensitive.py.
+(LeNet, the paper's recipe, eps .3 in normalised space, on CIFAR-10 .03); mnist_example (the
+reference's printed example: SGD, from NORMAL, one FGSM step per batch); each also with _debug.
+Expected: near the clean accuracy under FGSM and far below it under PGD and AutoAttack. The authors'
+notebooks report 94.74 under FGSM and 23.99 under DeepFool for the example (found), see
+experiments/cost_sensitive.py.
 """
 
 from configs import recipes
@@ -16,15 +17,18 @@ from configs import recipes
 # No clipping of crafted images: the paper's code has none.
 UNCLIPPED = [-1.0, 2.0]
 
+# In normalised space. The paper's ADV and CSA on CIFAR-10 exist at .3 and .03; metric I is of .03.
+EPS = dict(mnist=0.3, fashion_mnist=0.3, cifar10=0.03)
+
 _ADAM = dict(name="adam", lr=1e-3, schedule=dict(name="exponential", factor=0.95, every="1e"))
 _SGD = dict(name="sgd", lr=0.01, momentum=0.5)
 
 
 def paper(row, length):
-    """What the paper's recipe changes in a data set's: LeNet, Adam or (example) SGD, eps .3 std."""
+    """What the paper's recipe changes in a data set's: LeNet, Adam or (example) SGD, eps in std."""
     dataset, _, kind = row.rpartition("_")
     model = dict(name="lenet", **recipes.NORMALISED[dataset])
-    eps = 0.3 * sum(model["std"]) / len(model["std"])
+    eps = EPS[dataset] * sum(model["std"]) / len(model["std"])
     long = "pgd20" if dataset == "cifar10" else "pgd40"
     steps = {name: dict(step_size=eps / 10) for name in ("pgd10", long)}
     return dict(
