@@ -266,6 +266,26 @@ def test_a_stack_over_protected_classes_equals_its_members():
     assert float(jnp.abs(kernel[0] - kernel[3]).max()) > 1e-4
 
 
+@pytest.mark.parametrize("adversarial", [False, True])
+def test_a_warm_start_is_computed_once_for_all_members(adversarial):
+    options = dict(adversarial=adversarial, layers={"conv1": 0.05}, transforms={})
+    chosen = {"stacked": {"members": 4, "prefix": "protect", "same_keys": True}}
+    each = defenses.make("cse", Tiny(), BALL, protect="each", **{**options, "transforms": chosen})
+    assert [phase.common for phase in each.phases] == [True, False]
+    before, state, metrics = stepped(each, n=2, phase=0)
+    accuracy = "update0_accuracy" if adversarial else "accuracy"
+    assert float(metrics[accuracy][1]) == 8  # of one member
+    alone = defenses.make("cse", Tiny(), BALL, protect=3, **options)
+    first, last, _ = stepped(alone, n=2, phase=0)
+    for stack, member in ((before, first), (state.params, last.params)):
+        close(stack, jax.tree.map(lambda leaf: np.stack(4 * [leaf]), member))
+    np.testing.assert_array_equal(state.carry["member"], np.eye(4))
+    # Members that draw different keys are not equal, and each does its own.
+    differ = {"stacked": {"members": 4, "prefix": "protect"}}
+    own = defenses.make("cse", Tiny(), BALL, protect="each", **{**options, "transforms": differ})
+    assert float(stepped(own, phase=0)[2][accuracy][1]) == 32
+
+
 def test_a_stack_of_seeds_differs_and_errors_say_why():
     standard = defenses.make("standard", Linear(), BALL)
     params, _ = transforms.stacked(standard, members=3).init(KEY, IMAGES[:1])

@@ -78,6 +78,8 @@ class Phase:
       fresh_params: roles initialised anew (with their optimiser) when the phase begins.
       fresh_optimizers: roles whose optimiser begins anew.
       after: run after the updates of each batch (running averages of parameters).
+      common: what the updates do is the same for all variants of the defence, whatever the carry's
+        "member" says, so that a stack of variants with the same keys does it once for all.
     """
 
     name: str
@@ -88,6 +90,7 @@ class Phase:
     fresh_params: tuple[str, ...] = ()
     fresh_optimizers: tuple[str, ...] = ()
     after: tuple[After, ...] = ()
+    common: bool = False
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

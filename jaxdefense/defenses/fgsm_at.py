@@ -128,7 +128,7 @@ def warm_start(
     Args:
       net: whose optimiser begins anew.
       start: "normal" takes the first of the updates, "adv" both.
-      updates: clean and adversarial (see `updates`).
+      updates: clean and adversarial (see `updates`), the same for all variants.
       length: of the first phase (`train.optim.steps_of`); 0 for none.
       phase: what follows.
 
@@ -140,5 +140,5 @@ def warm_start(
         registry.unknown("start", start, counts)
     if length == 0:
         return (phase,)
-    first = base.Phase(start, updates[: counts[start]], length)
+    first = base.Phase(start, updates[: counts[start]], length, common=True)
     return first, dataclasses.replace(phase, fresh_optimizers=(net.role,))

@@ -158,7 +158,8 @@ def stacked(
         one, `<prefix>0_<name>`, ... Validation and selection look at the first alone; where that
         will not do, train for a fixed length and take the checkpoint `last`.
       same_keys: all members draw from the same keys: with a constant of their own each is then
-        what the unstacked defence would be with that constant and the same seed.
+        what the unstacked defence would be with that constant and the same seed. A phase that
+        does not ask for the constant (`Phase.common`: a warm start) is computed once for all.
 
     Raises:
       ValueError: no members; when parameters are first made, not as many as variants.
@@ -205,6 +206,24 @@ def stacked(
 
         return base.Update(loss, update.roles, craft if update.craft else None)
 
+    def once(update: base.Update) -> base.Update:
+        """The first member's update, for all: they are still equal."""
+
+        def first(tree: Any) -> Any:
+            return jax.tree.map(lambda leaf: leaf[0], tree)
+
+        def craft(params: Any, carry: Any, batch: base.Batch, key: Key) -> base.Batch:
+            return update.craft(first(params), first(carry), batch, key)
+
+        def loss(params: Any, carry: Any, batch: base.Batch, key: Key) -> Any:
+            value, (new, metrics) = update.loss(_equal(params), first(carry), batch, key)
+            new = jax.tree.map(lambda leaf, old: jnp.broadcast_to(leaf, old.shape), new, carry)
+            if "member" in carry:
+                new = {**new, "member": carry["member"]}
+            return value, (new, metrics)
+
+        return base.Update(loss, update.roles, craft if update.craft else None)
+
     def followed(after: base.After) -> base.After:
         def follow(params: base.Params, carry: base.Carry, batch: base.Batch) -> base.Carry:
             return each(lambda _, params, carry: after(params, carry, batch), params, carry)
@@ -212,7 +231,8 @@ def stacked(
         return follow
 
     def change(phase: base.Phase) -> base.Phase:
-        updates, after = tuple(map(wrapped, phase.updates)), tuple(map(followed, phase.after))
+        change_one = once if phase.common and same_keys else wrapped
+        updates, after = tuple(map(change_one, phase.updates)), tuple(map(followed, phase.after))
         return dataclasses.replace(phase, updates=updates, after=after)
 
     def of(i: int, function: Callable[[base.Params, base.Carry], Any]) -> Any:
@@ -233,6 +253,18 @@ def stacked(
     purifiers = {label(i, n): purifier(i, p) for i in every for n, p in defense.purifiers.items()}
     phases = _map_phases(defense, change)
     return base.Defense(init, phases, predictors, purifiers, defense.given)
+
+
+def _equal(stack: Any) -> Any:
+    """One of the equal members of a stack; what its gradient is, each of them gets."""
+
+    def one(leaf: Any) -> Any:
+        if not jnp.issubdtype(leaf.dtype, jnp.inexact):
+            return leaf[0]
+        held = jax.lax.stop_gradient(leaf)
+        return held[0] + jnp.sum(leaf - held, 0)
+
+    return jax.tree.map(one, stack)
 
 
 def with_soft_labels(
