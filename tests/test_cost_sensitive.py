@@ -12,9 +12,9 @@ import pytest
 import scipy.special
 from conftest import import_script
 
-from jaxdefense import defenses, losses, threat
+from jaxdefense import attacks, defenses, losses, threat
 from jaxdefense.defenses import base, transforms
-from jaxdefense.evaluation import min_max, protocols, tables
+from jaxdefense.evaluation import cascade, min_max, protocols, tables
 from jaxdefense.models import layers
 from jaxdefense.train import loop, plan
 from jaxdefense.train.step import State, make_step
@@ -423,6 +423,29 @@ def test_a_stack_trains_validates_and_is_recorded(tmp_path, tfds_dir, monkeypatc
     assert bits[0] != bits[1]
     weights = cost_sensitive.weights(run, variables["params"])
     assert list(min_max.report(weights)) == ["conv1", "conv2"]
+
+
+def test_autoattack_judges_each_member_on_its_own_class(tmp_path, tfds_dir, monkeypatch):
+    monkeypatch.setenv("TFDS_DATA_DIR", tfds_dir)
+    weak = cascade.Stage("apgd-ce", attacks.apgd(threat.Linf(0.05), steps=3), 4, 3)
+    monkeypatch.setattr(cascade, "stages", lambda *_: [weak])
+    config = configs.load("cse", "digits_debug").to_dict()
+    config["defense"] |= dict(
+        protect="each", transforms={"stacked": {"members": 10, "prefix": "protect"}}
+    )
+    loop.train(config, tmp_path, progress=False)
+    run, variables, meta = loop.restore(tmp_path, kind="last")
+    record = protocols.honest(run, variables, training=meta, folder=tmp_path / "honest")
+    labels, images = (getattr(run.arrays("test"), name) for name in ("labels", "images"))
+    for i, (name, result) in enumerate(record["results"].items()):
+        assert (name, result["clean"]["n"]) == (f"protect{i}", (labels == i).sum())
+        predict = run.defense.predictors[name](variables["params"], variables["carry"])
+        logits = predict(jnp.asarray(images[labels == i] / np.float32(255)))
+        assert result["clean"]["accuracy"] == pytest.approx(100 * np.mean(logits.argmax(-1) == i))
+        assert result["autoattack"]["accuracy"] <= result["clean"]["accuracy"]
+    assert [*record["results"], "flags"] == list(record["cascade"])
+    assert (tmp_path / "honest" / "protect9").exists()
+    assert set(tables.protected(record)) == {"clean", "aa-fast", "autoattack"}
 
 
 def test_each_member_is_judged_by_its_own_loss():

@@ -1,5 +1,6 @@
 """Protocols: a trained run judged on its whole test set, as a record."""
 
+import operator
 import pathlib
 import time
 from collections.abc import Callable
@@ -85,39 +86,61 @@ def honest(
 ) -> records.Record:
     """AutoAttack (standard) on the deployed predictor, AA-fast beside it.
 
+    Where each member of a stack protects a class (`cse` with `protect="each"`), each is judged on
+    its own class alone, which is what metric I asks (`tables.protected`).
+
     Args:
       run, variables, training, examples, progress: as in `paper`.
       folder: keeps finished dispatches, so that a killed evaluation goes on.
 
     Returns:
       A record whose results hold "clean", "aa-fast" (APGD-CE and APGD-T), "autoattack", and under
-      "cascade" the survivors after each attack, the passes spent and the flags.
+      "cascade" the flags and, for each predictor, the survivors after each attack and the passes.
 
     Raises:
       ValueError: see `cascade.run`.
     """
     arrays = run.arrays("test").take(slice(examples))
-    verdict = cascade.run(
-        _evaluator(run, run.defense.primary),
-        variables,
-        data.to_float(arrays.images),
-        arrays.labels,
-        cascade.stages(run.threat, arrays.num_classes),
-        ids=arrays.ids,
-        seed=run.seed,
-        folder=folder,
-        progress=progress,
-    )
-    bits = {"clean": verdict.clean, "aa-fast": verdict.fast, "autoattack": verdict.robust}
-    results = {run.defense.primary: robust.summary(bits, arrays.labels, arrays.num_classes)}
-    told = {
-        "survivors": {name: int(left.sum()) for name, left in verdict.by_attack.items()},
-        "passes": verdict.passes,
-        "flags": [*verdict.flags, *ensemble.notes(run.threat, "standard", arrays.num_classes)],
-    }
-    return _record(
-        run, results, verdict.seconds, protocol="honest", training=training, cascade=told
-    )
+    stages = cascade.stages(run.threat, arrays.num_classes)
+    evaluator = _evaluator(run, run.defense.primary)
+    judged = {run.defense.primary: (variables, arrays)}
+    if run.config["defense"].get("protect") == "each" and len(run.defense.predictors) > 1:
+        judged = _own_classes(run, variables, arrays)
+    results, told, flags, seconds = {}, {}, [], 0.0
+    for name, (weights, own) in judged.items():
+        verdict = cascade.run(
+            evaluator,
+            weights,
+            data.to_float(own.images),
+            own.labels,
+            stages,
+            ids=own.ids,
+            seed=run.seed,
+            folder=folder / name if folder and len(judged) > 1 else folder,
+            progress=progress,
+        )
+        bits = {"clean": verdict.clean, "aa-fast": verdict.fast, "autoattack": verdict.robust}
+        results[name] = robust.summary(bits, own.labels, arrays.num_classes)
+        survivors = {stage: int(left.sum()) for stage, left in verdict.by_attack.items()}
+        told[name] = {"survivors": survivors, "passes": verdict.passes}
+        flags += [f"{name}: {flag}" for flag in verdict.flags]
+        seconds += verdict.seconds
+    flags += ensemble.notes(run.threat, "standard", arrays.num_classes)
+    told["flags"] = flags
+    return _record(run, results, seconds, protocol="honest", training=training, cascade=told)
+
+
+def _own_classes(run: Run, variables: PyTree, arrays: data.Arrays) -> dict[str, Any]:
+    """{member: (variables with it in the first place, the examples of its class)}.
+
+    The first member's predictor serves all, so that each attack is compiled once.
+    """
+    judged = {}
+    for i, name in enumerate(run.defense.predictors):
+        own = arrays.take(arrays.labels == i)
+        if len(own):
+            judged[name] = (jax.tree.map(operator.itemgetter(slice(i, i + 1)), variables), own)
+    return judged
 
 
 # What a config's evaluation.audit may hold: `audit.audit`'s options.
