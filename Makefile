@@ -1,7 +1,7 @@
 # Each target makes .venv from nothing where it is not there; PYTHON chooses the interpreter.
 PYTHON ?= python3
 
-.PHONY: quickstart test test-slow
+.PHONY: quickstart test test-slow lint
 
 quickstart: .venv/installed
 	.venv/bin/python experiments/quickstart.py
@@ -11,6 +11,11 @@ test: .venv/installed
 
 test-slow: .venv/installed
 	XLA_FLAGS=--xla_backend_optimization_level=3 .venv/bin/python -m pytest -m slow
+
+lint: .venv/installed
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+	.venv/bin/mypy jaxdefense
 
 .venv/installed: requirements.txt setup.cfg
 	$(PYTHON) -m venv .venv

@@ -33,8 +33,9 @@ class Attack(Protocol):
 
 
 class Threat(Protocol):
-    """A norm ball around each image, cut by the box of valid images."""
+    """A norm ball around each image, cut by the box of valid images: a frozen dataclass."""
 
+    __dataclass_fields__: ClassVar[dict[str, Any]]
     norm: ClassVar[str]
 
     @property

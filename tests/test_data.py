@@ -110,6 +110,8 @@ class TestLoad:
             assert np.array_equal(on_disk.images[chosen], train.images[chosen])
         assert np.array_equal(on_disk.take(rows).images[:], train.take(rows).images)
         assert np.array_equal(on_disk.ids, train.ids)
+        floats = data.to_float(on_disk.take(slice(40)).images)
+        assert np.array_equal(floats, data.to_float(train.images[:40]))
 
     def test_loaded_arrays_cannot_be_changed(self, tfds_dir):
         test = data.load("digits", "test", data_dir=tfds_dir)

@@ -272,7 +272,10 @@ def _interpolation(start: Array, length: Array, size: int) -> Array:
 
 def _luma(planes: Planes) -> Array:
     """(B, H, W): luma of three channels, or the one channel itself."""
-    return sum(weight * plane for weight, plane in zip(_LUMA, planes)) if planes[1:] else planes[0]
+    if len(planes) == 1:
+        return planes[0]
+    red, green, blue = (weight * plane for weight, plane in zip(_LUMA, planes))
+    return red + green + blue
 
 
 def _turn_hue(planes: Planes, turns: Array) -> Planes:

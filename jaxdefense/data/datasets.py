@@ -52,9 +52,7 @@ class Encoded:
     dtype = np.dtype(np.uint8)
     ndim = 4
 
-    def __init__(
-        self, records: Sequence[dict[str, Any]], rows: np.ndarray, shape: tuple[int, int, int]
-    ) -> None:
+    def __init__(self, records: Any, rows: np.ndarray, shape: tuple[int, int, int]) -> None:
         self._records = records
         self._rows = rows
         self.shape = (len(rows), *shape)
@@ -112,8 +110,8 @@ class Arrays:
             found = f"{self.labels.min()}..{self.labels.max()}"
             raise ValueError(f"{self.name}: labels must be in [0, {self.num_classes}), got {found}")
         if len(self.label_names) != self.num_classes:
-            found = len(self.label_names)
-            raise ValueError(f"{self.name}: {found} label names for {self.num_classes} classes")
+            names = len(self.label_names)
+            raise ValueError(f"{self.name}: {names} label names for {self.num_classes} classes")
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -243,7 +241,7 @@ def _arrays(
     return Arrays(images, labels, ids, feature.num_classes, builder.name, label_names)
 
 
-def _read(records: Sequence[dict[str, Any]], rows: np.ndarray) -> Iterable[dict[str, Any]]:
+def _read(records: Any, rows: np.ndarray) -> Iterable[dict[str, Any]]:
     """The records of `rows`, in order, read some hundreds at a time."""
     for start in range(0, len(rows), 512):
         yield from records.__getitems__([int(row) for row in rows[start : start + 512]])
@@ -270,7 +268,7 @@ def _read_cache(path: pathlib.Path, fingerprint: np.ndarray) -> dict[str, np.nda
         return None
 
 
-def _write_cache(path: pathlib.Path, arrays: dict[str, np.ndarray]) -> None:
+def _write_cache(path: pathlib.Path, arrays: dict[str, Any]) -> None:
     """Writes a temporary file and renames it; where that fails, the next process decodes again."""
     temporary = path.with_name(f".{path.name}-{os.getpid()}")
     try:

@@ -14,7 +14,7 @@ batches are equal bit for bit:
 
 import functools
 from collections.abc import Iterator, Sequence
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, overload
 
 import grain
 import jax
@@ -23,7 +23,7 @@ import numpy as np
 
 from jaxdefense import registry
 from jaxdefense.data import order
-from jaxdefense.data.datasets import Arrays
+from jaxdefense.data.datasets import Arrays, Encoded
 from jaxdefense.types import Array, PyTree
 
 Batch = dict[str, Any]
@@ -53,17 +53,23 @@ class Batches(Protocol):
         ...
 
 
-def to_float(images: np.ndarray | Array) -> np.ndarray | Array:
+@overload
+def to_float(images: np.ndarray | Encoded) -> np.ndarray: ...
+@overload
+def to_float(images: Array) -> Array: ...
+def to_float(images: np.ndarray | Encoded | Array) -> np.ndarray | Array:
     """images / 255, correctly rounded to float32: equal in numpy and in jit on every backend.
 
     Args:
-      images: uint8, any shape.
+      images: uint8, any shape; images on disk are read.
 
     Raises:
       ValueError: another dtype.
     """
     if images.dtype != np.uint8:
         raise ValueError(f"need uint8 images, got {images.dtype}")
+    if isinstance(images, Encoded):
+        images = images[:]
     if isinstance(images, np.ndarray):
         return images / np.float32(255)
     # XLA turns a division by 255 into a product that is off by one bit for half the values. But
@@ -272,4 +278,4 @@ def _test_batch(arrays: Arrays, start: int, batch_size: int) -> Batch:
     }
 
 
-test_batches.__test__ = False  # a name that pytest would collect
+test_batches.__test__ = False  # type: ignore[attr-defined]  # a name that pytest would collect

@@ -192,10 +192,10 @@ def prepare(
     if name not in _FILES:
         registry.unknown("data set with original files", name, _FILES)
     folder = pathlib.Path(source) / _FOLDERS[name]
-    standard = tfds.builder_cls(name)
+    standard: Any = tfds.builder_cls(name)
 
     # The standard builder, but for where its examples come from: name, version and features stay.
-    class FromOriginals(standard, skip_registration=True):
+    class FromOriginals(standard, skip_registration=True):  # type: ignore[call-arg]
         __module__ = standard.__module__
         url_infos = None
 

@@ -66,9 +66,10 @@ def make(
         registry.unknown("acl branch", branch, BRANCHES)
     if head not in ("clean", "adv"):
         registry.unknown("acl head", head, ("clean", "adv"))
-    step_size = threat.eps / 4 if step_size is None else step_size
+    length = base.quarter(threat, step_size)
     dual = layers.has_bn_sets(model)
-    clean, adversarial = ({"bn_set": 0}, {"bn_set": 1}) if dual else ({}, {})
+    clean: dict[str, Any] = {"bn_set": 0} if dual else {}
+    adversarial: dict[str, Any] = {"bn_set": 1} if dual else {}
     deployed = clean if branch == "clean" else adversarial
     parts = contrastive.Parts(model.clone(bn_sets=2) if dual else model, projection=projection)
     view = contrastive.views(dataset)
@@ -82,7 +83,7 @@ def make(
             return jnp.tile(contrast(z), 2)  # one value per image: either moves the pair's loss
 
         both = jnp.concatenate([batch["view1"], batch["view2"]])
-        moved = attacks.maximize(objective, both, threat, key, steps=steps, step_size=step_size)
+        moved = attacks.maximize(objective, both, threat, key, steps=steps, step_size=length)
         return {**batch, "moved": moved}
 
     def loss(params: Any, carry: Any, batch: base.Batch, key: Key) -> Any:
@@ -106,7 +107,7 @@ def make(
         length=head_epochs,
         lr=head_lr,
         fresh=True,
-        attack=attacks.pgd(threat, steps=steps, step_size=step_size) if head == "adv" else None,
+        attack=attacks.pgd(threat, steps=steps, step_size=length) if head == "adv" else None,
         **deployed,
     )
     return base.Defense(parts.init, (contrast_phase, head_phase), {"classifier": predict})

@@ -13,6 +13,7 @@ Craft and loss run inside the mapped axis `AXIS`; the step averages over it.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -49,6 +50,11 @@ View = Callable[[Key, Images], dict[str, Images]]
 Predictor = Callable[[Params, Carry], Predict]
 
 
+def unchanged(params: Params, carry: Carry, batch: Batch, key: Key) -> Batch:
+    """The craft that adds nothing."""
+    return batch
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class Update:
     """One optimiser step.
@@ -61,7 +67,7 @@ class Update:
 
     loss: Loss
     roles: tuple[str, ...] = ("classifier",)
-    craft: Craft | None = None
+    craft: Craft = unchanged
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -175,7 +181,11 @@ class Net:
     def predict(self, params: Params, carry: Carry, **kwargs: Any) -> Predict:
         """The network in eval mode; keyword arguments (`features`, `bn_set`) are the module's."""
         variables = {"params": params[self.role], "batch_stats": carry[self.role]}
-        return lambda x: self.module.apply(variables, x, **kwargs)
+
+        def apply(x: Images) -> Any:
+            return self.module.apply(variables, x, **kwargs)
+
+        return apply
 
     def train(self, params: Params, carry: Carry, x: Images, **kwargs: Any) -> tuple[Any, Carry]:
         """(output, carry): BatchNorm on the batch's statistics, which the carry follows."""
@@ -184,7 +194,7 @@ class Net:
         return out, {**carry, self.role: new.get("batch_stats", {})}
 
 
-def single(net: Net, loss: Loss, *, craft: Craft | None = None, phase: str = "train") -> Defense:
+def single(net: Net, loss: Loss, *, craft: Craft = unchanged, phase: str = "train") -> Defense:
     """The defence of one network, one phase, one update per batch."""
     update = Update(loss, (net.role,), craft)
     return Defense(net.init, (Phase(phase, (update,)),), {net.role: net.predict})
@@ -216,13 +226,13 @@ def pgd_craft(
     """
     if not ramp_epochs >= 0:
         raise ValueError(f"ramp_epochs must not be negative, got {ramp_epochs!r}")
-    step_size = threat.eps / 4 if step_size is None else step_size
-    options = dict(steps=steps, loss=loss, random_start=random_start)
-    attacks.pgd(threat, step_size=step_size, **options)  # a wrong option fails here, not in a jit
+    length = quarter(threat, step_size)
+    pgd = functools.partial(attacks.pgd, steps=steps, loss=loss, random_start=random_start)
+    pgd(threat, step_size=length)  # a wrong option fails here, not in a jit
 
     def craft(params: Params, carry: Carry, batch: Batch, key: Key) -> Batch:
         factor = ramp(batch, ramp_epochs)
-        attack = attacks.pgd(threat.scaled(factor), step_size=step_size * factor, **options)
+        attack = pgd(threat.scaled(factor), step_size=length * factor)
         x_adv = attack(net.predict(params, carry), key, batch["image"], batch["label"])
         return {**batch, "adversarial": x_adv}
 
@@ -255,7 +265,7 @@ def climb_craft(
     checks.check_count("steps", steps)
     for name, value in (("step_size", step_size), ("noise", noise), ("ramp_epochs", ramp_epochs)):
         checks.check_step(name, value)
-    length = threat.eps / 4 if step_size is None else step_size
+    length = quarter(threat, step_size)
 
     def craft(params: Params, carry: Carry, batch: Batch, key: Key) -> Batch:
         x, factor = batch["image"], ramp(batch, ramp_epochs)
@@ -291,6 +301,11 @@ def targets(batch: Batch, logits: Logits, *, smoothing: float = 0.0) -> Array:
     if "target" in batch:
         return batch["target"]
     return losses.one_hot(batch["label"], logits.shape[-1], smoothing=smoothing)
+
+
+def quarter(threat: Threat, step_size: float | None) -> float | Array:
+    """A training attack's step size, by default a quarter of eps."""
+    return threat.eps / 4 if step_size is None else step_size
 
 
 def ramp(batch: Batch, epochs: float) -> Array | float:

@@ -9,7 +9,7 @@ from jaxdefense import attacks, losses, registry
 from jaxdefense.attacks import checks
 from jaxdefense.defenses import base, contrastive
 from jaxdefense.threat import Linf
-from jaxdefense.types import Attack, Images, Key, Labels, Predict, Threat
+from jaxdefense.types import Array, Attack, Images, Key, Labels, Predict, Threat
 
 
 def literal_pgd(
@@ -18,7 +18,7 @@ def literal_pgd(
     mean: tuple[float, ...],
     std: tuple[float, ...],
     steps: int,
-    step_size: float,
+    step_size: float | Array,
 ) -> Attack:
     """PGD as CLAF's released code runs it: in normalised space, clamped to [0, 1] *there*.
 
@@ -58,9 +58,9 @@ def literal_pgd(
 def _attack(
     mode: str, model: nn.Module, threat: Threat, *, steps: int, step_size: float | None
 ) -> Attack:
-    step_size = threat.eps / 4 if step_size is None else step_size
+    length = base.quarter(threat, step_size)
     if mode == "pixel":
-        return attacks.pgd(threat, steps=steps, step_size=step_size)
+        return attacks.pgd(threat, steps=steps, step_size=length)
     if mode != "literal":
         registry.unknown("claf mode", mode, ("pixel", "literal"))
     mean, std = getattr(model, "mean", None), getattr(model, "std", None)
@@ -69,7 +69,7 @@ def _attack(
             "mode='literal' needs an L_inf threat and a model with mean and std, got "
             f"{threat} and mean={mean}, std={std}"
         )
-    return literal_pgd(threat, mean=mean, std=std, steps=steps, step_size=step_size)
+    return literal_pgd(threat, mean=mean, std=std, steps=steps, step_size=length)
 
 
 def make(

@@ -97,11 +97,12 @@ def _update(j: int, update: base.Update, phases: Sequence[tuple[float, base.Phas
         crafted = []
         for i, (_, term) in enumerate(terms):
             k = jax.random.fold_in(key, i)
-            crafted.append(term.craft(params, carry, batch, k) if term.craft else batch)
+            crafted.append(term.craft(params, carry, batch, k))
         return {**batch, "parts": tuple(crafted)}
 
     def loss(params: Any, carry: Any, batch: base.Batch, key: Any) -> Any:
-        total, metrics = 0.0, {}
+        total: Any = 0.0
+        metrics: base.Metrics = {}
         for i, ((weight, term), part) in enumerate(zip(terms, batch["parts"], strict=True)):
             k = jax.random.fold_in(key, i)
             value, (carry, new) = term.loss(params, carry, part, k)

@@ -69,9 +69,12 @@ class Parts:
         """(z (V, B, D), logits (V, B, K), carry): one train-mode pass over all views at once."""
         x = jnp.concatenate(views)
         (logits, h), carry = self.train(params, carry, x, features=True, **kwargs)
-        z = self._projector.apply({"params": params["projector"]}, h)
+        z = self._project(params, h)
         shape = (len(views), len(views[0]), -1)
         return z.reshape(shape), logits.reshape(shape), carry
+
+    def _project(self, params: base.Params, h: Array) -> Any:
+        return self._projector.apply({"params": params["projector"]}, h)
 
     def embed_eval(
         self, params: base.Params, carry: base.Carry, *views: Images, **kwargs: Any
@@ -79,7 +82,7 @@ class Parts:
         """z (V, B, D) in eval mode, for attacks."""
         x = jnp.concatenate(views)
         _, h = self.predict(params, carry, features=True, **kwargs)(x)
-        z = self._projector.apply({"params": params["projector"]}, h)
+        z = self._project(params, h)
         return z.reshape(len(views), len(views[0]), -1)
 
 
@@ -168,10 +171,13 @@ def head_phase(
 
     def craft(params: Any, carry: Any, batch: base.Batch, key: Key) -> base.Batch:
         predict = parts.predict(params, carry, **kwargs)
-        return {**batch, "adversarial": attack(predict, key, batch["image"], batch["label"])}
+        found = batch["image"]
+        if attack is not None:
+            found = attack(predict, key, batch["image"], batch["label"])
+        return {**batch, "adversarial": found}
 
     def loss(params: Any, carry: Any, batch: base.Batch, key: Key) -> Any:
-        x = batch["adversarial"] if attack else batch["image"]
+        x = batch["adversarial"]
         if train_bn:
             logits, carry = parts.train(params, carry, x, **kwargs)
         else:
@@ -180,7 +186,7 @@ def head_phase(
         metric = "robust_accuracy" if attack else "accuracy"
         return value, (carry, {metric: base.accuracy(logits, batch["label"])})
 
-    update = base.Update(loss, ("head",), craft if attack else None)
+    update = base.Update(loss, ("head",), craft)
     return base.Phase(
         name,
         (update,),

@@ -1,5 +1,6 @@
 """CSE: cost-sensitive training with the Min-Max property; with FGSM images too, it is CSE+AT."""
 
+import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -67,8 +68,12 @@ def make(
     if not 0 <= cost_weight < float("inf"):
         raise ValueError(f"cost_weight must be finite and not negative, got {cost_weight}")
     each = protect == "each"
-    classes = range(model.num_classes) if each else [protect]
-    if isinstance(protect, str) and not each:
+    classes: Sequence[int | Sequence[int]]
+    if not isinstance(protect, str):
+        classes = [protect]
+    elif each:
+        classes = range(model.num_classes)
+    else:
         raise ValueError(f'protect must be a class, several, or "each", got {protect!r}')
     matrices = jnp.stack([losses.cost_matrix(model.num_classes, k, cost) for k in classes])
     layers, kurtosis = {"conv1": 1.0} if layers is None else layers, kurtosis or {}
@@ -88,12 +93,13 @@ def make(
             penalty(params[net.role])  # its layers exist
         return params, {**carry, "member": jnp.eye(len(matrices))[0]} if each else carry
 
-    options = dict(step_size=step_size, bounds=bounds, ramp_epochs=ramp_epochs)
-    steps = fgsm_at.updates(net, threat, sensitive, penalty=penalty, **options)
+    updates = functools.partial(
+        fgsm_at.updates, net, threat, step_size=step_size, bounds=bounds, ramp_epochs=ramp_epochs
+    )
+    steps = updates(sensitive, penalty=penalty)
     phase = base.Phase("cse", steps if adversarial else steps[:1])
     start = start or ("adv" if adversarial else "normal")
-    first = fgsm_at.updates(net, threat, natural, **options)
-    phases = fgsm_at.warm_start(net, start, first, pretrain, phase)
+    phases = fgsm_at.warm_start(net, start, updates(natural), pretrain, phase)
     return base.Defense(init, phases, {net.role: net.predict})
 
 

@@ -86,13 +86,13 @@ def updates(
         if len(bounds) != 2:
             raise ValueError(f"bounds must be (low, high), got {bounds!r}")
         threat = dataclasses.replace(threat, bounds=(float(bounds[0]), float(bounds[1])))
-    step_size = threat.eps if step_size is None else step_size
+    length = threat.eps if step_size is None else step_size
 
     def craft(params: Any, carry: Any, batch: base.Batch, key: Any) -> base.Batch:
         factor = base.ramp(batch, ramp_epochs)
         attack = attacks.fgsm(
             threat.scaled(factor),
-            step_size=step_size * factor,
+            step_size=length * factor,
             loss=lambda logits, labels: criterion(logits, batch, carry),
         )
         x_adv = attack(net.predict(params, carry), key, batch["image"], batch["label"])

@@ -110,9 +110,9 @@ def make(
         ("bn", bn, ("dual", "shared")),
         ("corruption", corruption, CORRUPTIONS),
     )
-    for option, value, known in choices:
-        if value not in known:
-            registry.unknown(f"{option} of gssl", value, known)
+    for option, chosen, known in choices:
+        if chosen not in known:
+            registry.unknown(f"{option} of gssl", chosen, known)
     weights = {
         "screened_weight": screened_weight,
         "kl_weight": kl_weight,
@@ -126,9 +126,9 @@ def make(
         raise ValueError(f"mask must be in [0, 1), got {mask!r}")
     if patch < 1:
         raise ValueError(f"patch must be at least 1, got {patch!r}")
-    eps = threat.eps if eps is None else eps
-    if not eps > 0:
-        raise ValueError(f"eps must be positive, got {eps!r}")
+    radius = threat.eps if eps is None else eps
+    if not radius > 0:
+        raise ValueError(f"eps must be positive, got {radius!r}")
     lengths = _lengths(LENGTHS if stages is None else stages, screen)
 
     if bn == "dual":
@@ -144,9 +144,9 @@ def make(
     models.generator(generator, 1, **options)  # a wrong option fails here, not in a jit
     robust, robust_weight = _robust(robust_loss, model, threat)
     pgd = attacks.pgd(
-        threat.scaled(eps / threat.eps),
+        threat.scaled(radius / threat.eps),
         steps=steps,
-        step_size=eps / 4 if step_size is None else step_size,
+        step_size=radius / 4 if step_size is None else step_size,
     )
 
     def maker(x: Images) -> base.Net:
@@ -180,7 +180,7 @@ def make(
         crafted["adversarial"] = pgd(predict, k_attack, batch["image"], batch["label"])
         if robust:
             update = robust.phases[0].updates[0]
-            own = update.craft(params, carry, batch, k_robust) if update.craft else batch
+            own = update.craft(params, carry, batch, k_robust)
             crafted["robust"] = own
         return crafted
 

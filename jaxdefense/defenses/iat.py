@@ -65,7 +65,7 @@ def make(
         return {**batch, "mixtures": mixtures}
 
     def loss(params: Any, carry: Any, batch: base.Batch, key: Any) -> Any:
-        total, metrics = 0.0, {}
+        total, metrics = jnp.zeros(()), {}
         for kind, metric in kinds.items():
             mixture = batch["mixtures"][kind]
             logits, carry = net.train(params, carry, mixture["image"])

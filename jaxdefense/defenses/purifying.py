@@ -215,10 +215,9 @@ def mixture(
     """
     if not kinds:
         raise ValueError(f"attacks must name at least one of {', '.join(ATTACKS)}")
-    step_size = threat.eps / 4 if step_size is None else step_size
     made: dict[str, Any] = {
         "fgsm": attacks.fgsm(threat),
-        "pgd": attacks.pgd(threat, steps=steps, step_size=step_size),
+        "pgd": attacks.pgd(threat, steps=steps, step_size=base.quarter(threat, step_size)),
         "clean": lambda predict, key, x, y: x,
     }
     for kind in kinds:

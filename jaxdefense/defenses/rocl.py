@@ -58,7 +58,7 @@ def make(
     checks.check_step("step_size", step_size)
     if head not in ("clean", "adv"):
         registry.unknown("rocl head", head, ("clean", "adv"))
-    step_size = threat.eps / 4 if step_size is None else step_size
+    length = base.quarter(threat, step_size)
     parts = contrastive.Parts(model, projection=projection)
     view = contrastive.views(dataset)
 
@@ -70,7 +70,7 @@ def make(
             return contrast(parts.embed_eval(params, carry, x, batch["view2"]))
 
         moved = attacks.maximize(
-            objective, batch["view1"], threat, key, steps=steps, step_size=step_size
+            objective, batch["view1"], threat, key, steps=steps, step_size=length
         )
         return {**batch, "moved": moved}
 

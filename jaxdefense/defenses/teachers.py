@@ -38,7 +38,7 @@ class Teacher:
     given: Mapping[str, base.Trained] = dataclasses.field(default_factory=dict)
 
     def defense(
-        self, student: base.Net, loss: base.Loss, *, craft: base.Craft | None = None
+        self, student: base.Net, loss: base.Loss, *, craft: base.Craft = base.unchanged
     ) -> base.Defense:
         """The defence whose last phase trains the student; predictors `classifier` and `teacher`.
 
@@ -94,8 +94,13 @@ def make_teacher(spec: Spec, model: nn.Module, threat: Threat) -> Teacher:
             f"{len(defense.phases)}: train it in a run of its own and give its workdir"
         )
     (phase,) = defense.phases
+
+    def init(key: Key, images: Images) -> tuple[base.Params, base.Carry]:
+        params, carry = defense.init(key, images)
+        return _outside(params), _outside(carry)
+
     return Teacher(
-        lambda key, images: tuple(map(_outside, defense.init(key, images))),
+        init,
         lambda params, carry: defense.predictors[defense.primary](_inside(params), _inside(carry)),
         (_renamed(phase, length),),
     )
@@ -129,7 +134,7 @@ def _renamed(phase: base.Phase, length: float | str | None) -> base.Phase:
             return value, ({**carry, **_outside(new)}, metrics)
 
         roles = tuple(map(_name, update.roles))
-        return base.Update(loss, roles, craft if update.craft else None)
+        return base.Update(loss, roles, craft)
 
     def followed(after: base.After) -> base.After:
         def follow(params: base.Params, carry: base.Carry, batch: base.Batch) -> base.Carry:

@@ -204,7 +204,7 @@ def stacked(
             metrics = {"loss": (values, jnp.ones(members)), **metrics}
             return jnp.sum(values), (carry, jax.tree.map(lambda v: jnp.sum(v, 0), metrics))
 
-        return base.Update(loss, update.roles, craft if update.craft else None)
+        return base.Update(loss, update.roles, craft)
 
     def once(update: base.Update) -> base.Update:
         """The first member's update, for all: they are still equal."""
@@ -222,7 +222,7 @@ def stacked(
                 new = {**new, "member": carry["member"]}
             return value, (new, metrics)
 
-        return base.Update(loss, update.roles, craft if update.craft else None)
+        return base.Update(loss, update.roles, craft)
 
     def followed(after: base.After) -> base.After:
         def follow(params: base.Params, carry: base.Carry, batch: base.Batch) -> base.Carry:
@@ -313,7 +313,7 @@ def with_soft_labels(
             hot = losses.one_hot(batch["label"], logits.shape[-1])
             soft = jax.nn.softmax(logits.astype(hot.dtype) / temperature)
             batch = {**batch, "target": weight * soft + (1 - weight) * hot}
-            return update.craft(params, carry, batch, key) if update.craft else batch
+            return update.craft(params, carry, batch, key)
 
         return dataclasses.replace(update, craft=craft)
 
@@ -328,7 +328,7 @@ def with_soft_labels(
     )
 
 
-_NAMED = {
+_NAMED: dict[str, Callable[..., base.Defense]] = {
     "ema": with_ema,
     "soft_labels": with_soft_labels,
     "stacked": stacked,

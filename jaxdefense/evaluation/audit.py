@@ -227,7 +227,7 @@ def audit(
         survey.craft(f"T1 {stage.name}", stage.attack)
     for name, attack in (extra or {}).items():
         survey.craft(f"T1 {name}", attack)
-    if purify is not None:
+    if purify is not None and base is not None:
         through = attacks.bpda(purify)
         survey.craft("T2 bpda pgd", attacks.pgd(threat, steps=steps), lambda x: base(through(x)))
     survey.craft("T3 square", attacks.square(threat, queries=queries))

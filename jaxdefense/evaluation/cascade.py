@@ -14,7 +14,7 @@ import os
 import pathlib
 import time
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
@@ -177,7 +177,7 @@ class _Journal:
         with np.load(self.folder / f"{name}.npz") as file:
             return dict(file)
 
-    def write(self, name: str, **arrays: np.ndarray) -> None:
+    def write(self, name: str, **arrays: Any) -> None:
         """Written whole, then renamed."""
         if self.folder is not None:
             temporary = self.folder / f".{name}.tmp.npz"

@@ -7,6 +7,7 @@ weights to zero and lets a few grow large.
 from collections.abc import Mapping
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 from matplotlib.figure import Figure
 
@@ -49,8 +50,8 @@ def report(params: PyTree) -> Report:
             "size": weights.size,
             "max": largest,
             "small": 100 * float(np.mean(np.abs(weights) < SMALL * largest)),
-            "kurtosis": float(losses.excess_kurtosis(weights)),
-            "min_max": float(losses.min_max(weights)),
+            "kurtosis": float(losses.excess_kurtosis(jnp.asarray(weights))),
+            "min_max": float(losses.min_max(jnp.asarray(weights))),
             "histogram": {"counts": counts.tolist(), "edges": edges.tolist()},
         }
     return told

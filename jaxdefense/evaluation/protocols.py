@@ -106,7 +106,10 @@ def honest(
     judged = {run.defense.primary: (variables, arrays)}
     if run.config["defense"].get("protect") == "each" and len(run.defense.predictors) > 1:
         judged = _own_classes(run, variables, arrays)
-    results, told, flags, seconds = {}, {}, [], 0.0
+    results: dict[str, Any] = {}
+    told: dict[str, Any] = {}
+    flags: list[str] = []
+    seconds = 0.0
     for name, (weights, own) in judged.items():
         verdict = cascade.run(
             evaluator,

@@ -32,7 +32,7 @@ Record = dict[str, Any]
 
 def pack(bits: np.ndarray) -> str:
     """Booleans (N,) as text."""
-    return base64.b64encode(np.packbits(bits)).decode()
+    return base64.b64encode(np.packbits(bits).tobytes()).decode()
 
 
 def unpack(text: str, n: int) -> np.ndarray:

@@ -247,7 +247,7 @@ def _patches(x: Array, window: Sequence[int], strides: Pair, pads: Pads) -> Arra
     return jnp.concatenate(_taps(x, window, strides, pads), axis=-1)
 
 
-def _space_to_depth(x: Array, w: Array, strides: Pair, pads: Pads) -> tuple[Array, Array]:
+def _space_to_depth(x: Array, w: Array, strides: Pair, pads: Sequence[Pair]) -> tuple[Array, Array]:
     """x and w with their s x s blocks as channels: the same convolution, at stride 1, unpadded."""
     (kh, kw, c, k), (sh, sw) = w.shape, strides
     edges = []
@@ -265,17 +265,17 @@ def _by_blocks(x: Array, w: Array, pads: Pads, precision: Any) -> Array:
     """The convolution at stride 1, 2x2 pixels at once: one of 2x2 blocks, with 4 K outputs."""
     (kh, kw, c, k), two = w.shape, (2, 2)
     seen = [(size + 2) // 2 * 2 for size in (kh, kw)]  # by a block: size + 1 pixels, made even
-    edges = [((i, seen[0] - kh - i), (j, seen[1] - kw - j)) for i in range(2) for j in range(2)]
-    wide = jnp.stack([jnp.pad(w, (*edge, (0, 0), (0, 0))) for edge in edges], 3)
-    size = [n + lo + hi - t + 1 for n, t, (lo, hi) in zip(x.shape[1:3], (kh, kw), pads)]
+    shifts = [((i, seen[0] - kh - i), (j, seen[1] - kw - j)) for i in range(2) for j in range(2)]
+    wide = jnp.stack([jnp.pad(w, (*shift, (0, 0), (0, 0))) for shift in shifts], 3)
+    height, width = (n + lo + hi - t + 1 for n, t, (lo, hi) in zip(x.shape[1:3], (kh, kw), pads))
     edges = [
         (lo, (m - 1) // 2 * 2 + t - n - lo)
-        for n, m, t, (lo, _) in zip(x.shape[1:3], size, seen, pads)
+        for n, m, t, (lo, _) in zip(x.shape[1:3], (height, width), seen, pads)
     ]
     x, edges = _cut(x, edges)
     x, wide = _space_to_depth(x, wide.reshape(*seen, c, 4 * k), two, edges)
     y = _lax_conv(x, wide, (1, 1), ((0, 0), (0, 0)), precision)
-    return _crop(depth_to_space(y, two), (0, 0), size)
+    return _crop(depth_to_space(y, two), (0, 0), (height, width))
 
 
 def depth_to_space(x: Array, block: Pair) -> Array:

@@ -36,7 +36,7 @@ from jaxdefense.train.step import (
     replicate,
     unreplicate,
 )
-from jaxdefense.types import Images, Key, PyTree
+from jaxdefense.types import Images, Key, Logits, PyTree
 
 __all__ = ["Diverged", "Interrupted", "Trainer", "restore", "train"]
 
@@ -218,11 +218,14 @@ class Trainer:
         """{role: where a given network comes from, and its accuracy on the validation split}."""
         found = {}
         for role, network in self.run.defense.given.items():
-            net, variables = base.Net(network.module, role), network.init(role)
-            evaluator = robust.Evaluator(
-                lambda v, x, net=net: net.predict(*v)(x), self.run.threat, batch_size=512
-            )
-            found[role] = {"source": network.source, **self.scores(evaluator, variables)}
+            net = base.Net(network.module, role)
+
+            def apply(variables: PyTree, x: Images, net: base.Net = net) -> Logits:
+                return net.predict(*variables)(x)
+
+            evaluator = robust.Evaluator(apply, self.run.threat, batch_size=512)
+            scores = self.scores(evaluator, network.init(role))
+            found[role] = {"source": network.source, **scores}
         return found
 
     def better(self, scores: Mapping[str, float], step: int) -> bool:

@@ -153,7 +153,7 @@ def _adamw(
     return optax.adamw(rate, b1, b2, eps, weight_decay=decoupled_decay)
 
 
-_OPTIMIZERS = {"adam": _adam, "adamw": _adamw, "sgd": _sgd}
+_OPTIMIZERS: dict[str, Callable] = {"adam": _adam, "adamw": _adamw, "sgd": _sgd}
 
 
 def make(spec: Mapping[str, Any], *, total: int, per_epoch: int) -> optax.GradientTransformation:

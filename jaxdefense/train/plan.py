@@ -80,7 +80,7 @@ def make(
     lengths = _lengths(phases, length, per_epoch)
     # A span is a stretch over which one role's optimiser lives: [spec, total, per_epoch].
     spans: dict[str, list[Any]] = {}
-    drafts = []
+    drafts: list[tuple[Phase, int, int, dict[str, list[Any]], tuple[str, ...]]] = []
     start = 0
     for phase, length in zip(phases, lengths, strict=True):
         used, fresh = {}, []
@@ -96,9 +96,9 @@ def make(
         drafts.append((phase, start, start + length, used, tuple(fresh)))
         start += length
     segments = []
-    for phase, begin, end, used, fresh in drafts:
-        texts = {role: json.dumps(span, sort_keys=True) for role, span in used.items()}
-        segments.append(Segment(phase, begin, end, texts, fresh))
+    for phase, begin, end, spanned, renewed in drafts:
+        texts = {role: json.dumps(span, sort_keys=True) for role, span in spanned.items()}
+        segments.append(Segment(phase, begin, end, texts, renewed))
     for segment in segments:
         segment.build()  # a wrong spec fails here, before anything is compiled
     return segments

@@ -33,7 +33,7 @@ import jax.numpy as jnp
 from jaxdefense import attacks, data, defenses, models, registry, threat
 from jaxdefense.defenses import base
 from jaxdefense.train import checkpoint
-from jaxdefense.types import Attack, Images, Logits, PyTree, Threat
+from jaxdefense.types import Attack, HostArray, Images, Logits, PyTree, Threat
 
 # What `train` may hold, and its value where a config leaves it out.
 TRAIN_DEFAULTS: dict[str, Any] = {
@@ -99,7 +99,7 @@ class Run:
 
         return apply
 
-    def init(self, images: Images) -> tuple[PyTree, PyTree]:
+    def init(self, images: HostArray) -> tuple[PyTree, PyTree]:
         """(params, carry) from the run's seed."""
         key = jax.random.fold_in(jax.random.key(self.seed), 0x1217)
         return self.defense.init(key, jnp.asarray(images[:1], jnp.float32))

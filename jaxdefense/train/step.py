@@ -42,7 +42,7 @@ def _average(old: PyTree, new: PyTree) -> PyTree:
     def one(was, now):
         return now if now is was or not jnp.issubdtype(now.dtype, jnp.inexact) else _pmean(now)
 
-    if jax.tree.structure(old) != jax.tree.structure(new):
+    if jax.tree.structure(old) != jax.tree.structure(new):  # type: ignore[operator]
         return _pmean(new)
     return jax.tree.map(one, old, new)
 
@@ -60,9 +60,7 @@ def _apply(
 ) -> tuple[State, Metrics]:
     """One optimiser step: craft, gradient, mean over devices, optax."""
     k_craft, k_loss = jax.random.split(key)
-    if update.craft is not None:
-        crafted = update.craft(state.params, state.carry, batch, k_craft)
-        batch = jax.lax.stop_gradient(crafted)
+    batch = jax.lax.stop_gradient(update.craft(state.params, state.carry, batch, k_craft))
 
     def objective(trained):
         return update.loss({**state.params, **trained}, state.carry, batch, k_loss)
