@@ -421,6 +421,12 @@ def test_a_stack_trains_validates_and_is_recorded(tmp_path, tfds_dir, monkeypatc
     assert "[protect1]" in tables.accuracy_table([record])
     bits = [record["results"][f"protect{i}"]["clean"]["bits"] for i in range(2)]
     assert bits[0] != bits[1]
+    weak = cascade.Stage("apgd-ce", attacks.apgd(threat.Linf(0.05), steps=3), 4, 3)
+    monkeypatch.setattr(cascade, "stages", lambda *_: [weak])
+    honest = protocols.honest(run, variables, training=meta, examples=64)
+    assert list(honest["results"]) == ["protect0"]  # seeds of one defence: the deployed one
+    assert honest["results"]["protect0"]["clean"]["bits"] == bits[0]
+    assert list(honest["cascade"]) == ["protect0", "flags"]
     weights = cost_sensitive.weights(run, variables["params"])
     assert list(min_max.report(weights)) == ["conv1", "conv2"]
 
