@@ -136,7 +136,7 @@ def test_crafting_leaves_statistics_alone_and_training_moves_them(name):
 
     def both(params, carry):
         given = batch(**(phase.view(KEY, IMAGES) if phase.view else {}))
-        crafted = update.craft(params, carry, given, KEY) if update.craft else given
+        crafted = update.craft(params, carry, given, KEY)
         _, (after, _) = update.loss(params, carry, crafted, KEY)
         return crafted, after
 
@@ -155,7 +155,7 @@ def losses_of(name, **options):
     update = defense.phases[0].updates[0]
 
     def both(params, carry):
-        crafted = update.craft(params, carry, batch(), KEY) if update.craft else batch()
+        crafted = update.craft(params, carry, batch(), KEY)
         value, (_, metrics) = update.loss(params, carry, crafted, KEY)
         predict = defense.predictors[defense.primary](params, carry)
         moved = predict(crafted["adversarial"]) if "adversarial" in crafted else None

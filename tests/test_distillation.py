@@ -165,7 +165,7 @@ class TestGradients:
         params, carry = defense.init(KEY, IMAGES[:1])
 
         def gradient(params, carry):
-            crafted = update.craft(params, carry, batch(), KEY) if update.craft else batch()
+            crafted = update.craft(params, carry, batch(), KEY)
             crafted = jax.lax.stop_gradient(crafted)
             return jax.grad(lambda p: update.loss(p, carry, crafted, KEY)[0])(params)
 

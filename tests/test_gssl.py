@@ -226,7 +226,7 @@ def test_ablations_trace(options, stages, roles):
         assert len(params) == roles
         for phase in defense.phases:
             (step,) = phase.updates
-            given = step.craft(params, carry, batch(), key) if step.craft else batch()
+            given = step.craft(params, carry, batch(), key)
             value, (after, metrics) = step.loss(params, carry, given, key)
             assert value.shape == ()
             assert jax.tree.structure(after) == jax.tree.structure(carry)
