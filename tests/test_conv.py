@@ -68,7 +68,7 @@ def assert_agree(x, w, strides, pads, tolerance=1e-5):
 
 
 # Kernels that the stride divides and does not, smaller and larger than it; channels on both sides
-# of the rules' bounds (4 for patches, 8 for the overlapping add).
+# of the rules' bounds (4 for patches, 16 for several at once, 64 values for the overlapping add).
 @pytest.mark.parametrize(
     ("strides", "window", "channels", "pads"),
     [
@@ -76,6 +76,7 @@ def assert_agree(x, w, strides, pads, tolerance=1e-5):
         *itertools.product([(1, 1)], [(5, 5), (4, 3)], [1, 4], ["VALID", ((2, 0), (1, 3))]),
         *itertools.product([(2, 2)], [(1, 1), (3, 3), (4, 4)], [3, 6, 9], [((1, 1), (1, 1))]),
         *itertools.product([(3, 3)], [(2, 2), (3, 3), (5, 4)], [3, 9], ["VALID"]),
+        ((1, 1), (3, 3), 17, "SAME"),
         ((2, 2), (4, 4), 9, "SAME"),
         ((2, 2), (5, 5), 9, "SAME"),
         ((2, 1), (4, 3), 9, ((1, 2), (0, 1))),

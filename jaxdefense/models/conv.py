@@ -4,33 +4,30 @@ XLA:CPU takes 3 to 190 times longer for the two gradients of a convolution insid
 `fori_loop`, `while_loop`) than outside, in the form that autodiff gives them: reversed windows,
 batch and feature axes exchanged. The gradients here are forward convolutions and matrix products,
 which XLA runs as fast inside a loop as outside. Five rules choose between the forms; the figures
-are ms inside a loop on two cores of about 170 GFLOP/s together, jax 0.10.2 and 0.11.2 agreeing
-within the noise (experiments/benchmark_conv.py compares with autodiff's at smaller batches).
+are ms on two cores of about 170 GFLOP/s together, or on one of 105 where that is said, jax 0.10.2
+and 0.11.2 agreeing within the noise (experiments/benchmark_conv.py compares with autodiff's).
 
-* Patches. Forward and weight gradient are one matrix product of the image's patches where those
-  are cheap to make: 1x1 kernels (32x32x64 -> 128, stride 2: forward 4.2 -> 1.6, weights
-  14 -> 2), or a stride and at most four channels (28x28x1 -> 16, 4x4, stride 2, 1,000 images:
-  forward 7.4 -> 3.1, weights 4.8 -> 3.4). Where the stride divides the kernel, the forward pass
-  is a convolution of the s x s blocks instead: as fast alone, and XLA does not compute what made
-  the image anew for each of the patches' taps (Square on 512 images: 12.1 -> 10.3 ms a query).
-  Otherwise the forward pass is XLA's, and the weight gradient a convolution of the images by the
-  cotangent, the batch being the contracted channel.
-* Blocks. With stride 1, at most four channels and at most 16 outputs, XLA's vectors are nearly
-  empty; there 2x2 outputs are made at once, by a convolution of 2x2 blocks whose kernel holds the
-  kernel four times, shifted (on one core, 512 images 28x28x1 -> 6, 5x5: forward 39.5 -> 6.6;
-  64 images 32x32x3 -> 6, 5x5: 5.1 -> 1.4).
+* One pixel. With a 1x1 kernel, forward pass and weight gradient are a matrix product of the pixels
+  (32x32x64 -> 128, stride 2: forward 4.2 -> 1.6, weights 14 -> 2). The weight gradient is one of
+  the image's patches as well with a stride and at most four channels (28x28x1 -> 16, 4x4,
+  stride 2, 1,000 images: 4.8 -> 3.4); else a convolution of the images by the cotangent, the batch
+  being the contracted channel.
+* Several at once. With 2 to 16 outputs, XLA's vectors are nearly empty; there, of at most 16
+  channels, up to 32 are made at once, of 2 to 16 neighbours in a row, by a kernel that holds the
+  kernel as often, shifted, and a stride as many times as long. The wider kernel's zeros cost less
+  than full vectors gain, and nothing is moved: result and images are only reshaped (64 images on
+  one core: 32x32x8 -> 8, 3x3 4.2 -> 1.7; 14x14x6 -> 16, 5x5 2.6 -> 0.8; 32x32x3 -> 8, 3x3
+  4.5 -> 0.7; 28x28x1 -> 16, 4x4, stride 2 0.9 -> 0.2).
 * Phases. The gradient with respect to the images of a convolution with stride s is s*s ordinary
   convolutions of the cotangent, one for each pixel of an s x s block; where s divides the kernel
   they have one shape, hence are one convolution, whose channels are then spread over the block
   (14x14x16 -> 32, 4x4, stride 2, 1,000 images: 53 by dilating the cotangent, 8 so). Stride 1 is
   the case of one phase: the kernel flipped, in and out exchanged.
 * Overlapping add. Where s does not divide the kernel, the phases waste work or fall apart, and
-  where the images have few channels, a convolution with so few outputs wastes the vector unit
-  (28x28x1 -> 16: 9 dilated, 6 by phases, 2 to 4 so; 32x32x3 -> 6, 5x5: 7.8 -> 1.6). There every
-  cotangent pixel is multiplied by the whole kernel, and the kernel-sized results are added up
-  where they overlap (64 images, 3x3, stride 2: 32x32x64 -> 128 40 -> 21, 8x8x256 -> 512 14 -> 11).
-  With stride 1, 2 to 8 channels and at most 16 outputs, rows of kw pixels are multiplied instead
-  and only the kh results are added up (512 images 14x14x6 -> 16, 5x5, on one core: 22 -> 11).
+  where an output pixel has at most 64 values to give back, a matrix product is cheaper than their
+  convolution (28x28x1 -> 16: 9 dilated, 6 by phases, 2 to 4 so). There every cotangent pixel is
+  multiplied by the whole kernel, and the kernel-sized results are added up where they overlap
+  (64 images, 3x3, stride 2: 32x32x64 -> 128 40 -> 21, 8x8x256 -> 512 14 -> 11).
 * Tap by tap. A depthwise convolution (one kernel per channel) has no matrix product in it: it and
   both gradients are sums of kh kw products of shifted arrays, which XLA fuses into one pass
   (64x32x32x96, 3x3: forward 189 -> 8 to 21, images 247 -> 50, weights 48,782 -> 40 to 75, the
@@ -55,6 +52,7 @@ Array = jax.Array
 Pair = tuple[int, int]
 Pads = tuple[Pair, Pair]
 
+_VECTOR = 32  # outputs of a convolution at which XLA:CPU's matrix product has full vectors
 _LAYOUT = ("NHWC", "HWIO", "NHWC")
 _forced: contextvars.ContextVar[bool | None] = contextvars.ContextVar("forced", default=None)
 
@@ -153,15 +151,11 @@ def conv(
 
 @partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
 def _conv(x: Array, w: Array, strides: Pair, pads: Pads, precision: Any) -> Array:
-    if _by_patches(w, strides):
-        if max(strides) > 1 and not (w.shape[0] % strides[0] or w.shape[1] % strides[1]):
-            x, w = _space_to_depth(x, w, strides, pads)
-            strides, pads = (1, 1), ((0, 0), (0, 0))
-        else:
-            patches = _patches(x, w.shape[:2], strides, pads)
-            return _dot(patches, w.reshape(-1, w.shape[-1]), (3, 0), precision)
-    elif max(strides) == 1 and w.shape[2] <= 4 and w.shape[3] <= 16:
-        return _by_blocks(x, w, pads, precision)
+    if w.shape[:2] == (1, 1):
+        patches = _patches(x, w.shape[:2], strides, pads)
+        return _dot(patches, w[0, 0], (3, 0), precision)
+    if w.shape[2] <= 16 and 2 <= w.shape[3] <= _VECTOR // 2:
+        return _several_at_once(x, w, strides, pads, precision)
     return _lax_conv(x, w, strides, pads, precision)
 
 
@@ -177,10 +171,8 @@ def _forward(x: Array, w: Array, strides: Pair, pads: Pads, precision: Any) -> t
 
 def _backward(strides: Pair, pads: Pads, precision: Any, saved: tuple, dy: Array) -> tuple:
     x, w = saved
-    (kh, kw, c, k), size = w.shape, x.shape[1:3]
-    if max(kh, kw) > 1 == max(strides) and 2 <= c <= 8 and k <= 16:
-        dx = _by_rows(dy, w, pads, size, precision)
-    elif c <= 8 or kh % strides[0] or kw % strides[1]:
+    (kh, kw, c, _), size = w.shape, x.shape[1:3]
+    if kh * kw * c <= 64 or kh % strides[0] or kw % strides[1]:
         wide = jnp.promote_types(dy.dtype, jnp.float32)
         z = jnp.tensordot(dy, w, (3, 3), precision=precision, preferred_element_type=wide)
         dx = _overlapping_add(lambda a, b: z[:, :, :, a, b], (kh, kw), strides, pads, size)
@@ -247,35 +239,24 @@ def _patches(x: Array, window: Sequence[int], strides: Pair, pads: Pads) -> Arra
     return jnp.concatenate(_taps(x, window, strides, pads), axis=-1)
 
 
-def _space_to_depth(x: Array, w: Array, strides: Pair, pads: Sequence[Pair]) -> tuple[Array, Array]:
-    """x and w with their s x s blocks as channels: the same convolution, at stride 1, unpadded."""
-    (kh, kw, c, k), (sh, sw) = w.shape, strides
-    edges = []
-    for size, window, s, (lo, hi) in zip(x.shape[1:3], (kh, kw), strides, pads):
-        seen = (size + lo + hi - window) // s * s + window
-        edges.append((lo, seen - size - lo, 0))
-    x = lax.pad(x, jnp.zeros((), x.dtype), ((0, 0, 0), *edges, (0, 0, 0)))
-    n, m = x.shape[1] // sh, x.shape[2] // sw
-    x = x.reshape(-1, n, sh, m, sw, c).transpose(0, 1, 3, 2, 4, 5).reshape(-1, n, m, sh * sw * c)
-    w = w.reshape(kh // sh, sh, kw // sw, sw, c, k).transpose(0, 2, 1, 3, 4, 5)
-    return x, w.reshape(kh // sh, kw // sw, sh * sw * c, k)
+def _several_at_once(x: Array, w: Array, strides: Pair, pads: Pads, precision: Any) -> Array:
+    """The convolution, n neighbours of a row at once: n K outputs of a kernel n - 1 strides wider.
 
-
-def _by_blocks(x: Array, w: Array, pads: Pads, precision: Any) -> Array:
-    """The convolution at stride 1, 2x2 pixels at once: one of 2x2 blocks, with 4 K outputs."""
-    (kh, kw, c, k), two = w.shape, (2, 2)
-    seen = [(size + 2) // 2 * 2 for size in (kh, kw)]  # by a block: size + 1 pixels, made even
-    shifts = [((i, seen[0] - kh - i), (j, seen[1] - kw - j)) for i in range(2) for j in range(2)]
-    wide = jnp.stack([jnp.pad(w, (*shift, (0, 0), (0, 0))) for shift in shifts], 3)
-    height, width = (n + lo + hi - t + 1 for n, t, (lo, hi) in zip(x.shape[1:3], (kh, kw), pads))
-    edges = [
-        (lo, (m - 1) // 2 * 2 + t - n - lo)
-        for n, m, t, (lo, _) in zip(x.shape[1:3], (height, width), seen, pads)
-    ]
-    x, edges = _cut(x, edges)
-    x, wide = _space_to_depth(x, wide.reshape(*seen, c, 4 * k), two, edges)
-    y = _lax_conv(x, wide, (1, 1), ((0, 0), (0, 0)), precision)
-    return _crop(depth_to_space(y, two), (0, 0), (height, width))
+    Its result is that of the convolution, reshaped, and so are its images, whose rows are taken as
+    W C pixels of one channel: nothing is moved.
+    """
+    (b, height, width, c), (kh, kw, _, k), (sh, sw) = x.shape, w.shape, strides
+    (_, (left, right)) = pads
+    seen = (width + left + right - kw) // sw + 1
+    n = 1 << (_VECTOR // k).bit_length() - 1
+    steps = -(-seen // n)
+    shifts = [((0, 0), (sw * i, sw * (n - 1 - i)), (0, 0), (0, 0)) for i in range(n)]
+    wide = jnp.stack([jnp.pad(w, shift) for shift in shifts], 3)
+    wide = wide.reshape(kh, -1, 1, n * k)
+    right = (steps * n - 1) * sw + kw - width - left
+    x, edges = _cut(x.reshape(b, height, width * c, 1), (pads[0], (left * c, right * c)))
+    y = _lax_conv(x, wide, (sh, n * sw * c), edges, precision)
+    return y.reshape(b, -1, steps * n, k)[:, :, :seen]
 
 
 def depth_to_space(x: Array, block: Pair) -> Array:
@@ -340,23 +321,6 @@ def _phases(dy: Array, w: Array, strides: Pair, pads: Pads, size: Pair, precisio
     dy, edges = _cut(dy, edges)
     z = conv(dy, kernel, (1, 1), edges, dimension_numbers=_LAYOUT, precision=precision)
     return _crop(depth_to_space(z, strides), cut, size)
-
-
-def _by_rows(dy: Array, w: Array, pads: Pads, size: Pair, precision: Any) -> Array:
-    """dx at stride 1: a matrix product of the cotangent's rows of kw pixels, added up by column."""
-    (kh, kw, c, k), ((top, _), (left, _)) = w.shape, pads
-    n, m = dy.shape[1:3]
-    seen, (_, edges) = _cut(dy, ((0, 0), (kw - 1 - left, size[1] - m + left)))
-    seen = jnp.pad(seen, ((0, 0), (0, 0), edges, (0, 0)))
-    rows = jnp.concatenate([seen[:, :, b : b + size[1]] for b in range(kw)], -1)
-    kernel = w[:, ::-1].transpose(1, 3, 0, 2).reshape(kw * k, kh * c)
-    z = _dot(rows.astype(jnp.promote_types(dy.dtype, jnp.float32)), kernel, (3, 0), precision)
-
-    def shifted(a: int) -> Array:
-        edges = ((0, 0, 0), (a - top, size[0] - n - a + top, 0), (0, 0, 0), (0, 0, 0))
-        return lax.pad(z[..., a * c : (a + 1) * c], jnp.zeros((), z.dtype), edges)
-
-    return sum((shifted(a) for a in range(1, kh)), start=shifted(0)).astype(dy.dtype)
 
 
 def _overlapping_add(
