@@ -71,9 +71,9 @@ def example_keys(key: Key, batch: int) -> Key:
 
 
 def fold_in(key: Key, data: int | Array) -> Key:
-    """`jax.random.fold_in` for one key or for one key per example."""
+    """`jax.random.fold_in` of one number, or of one per example, for a key or one per example."""
     if key.ndim:
-        return jax.vmap(jax.random.fold_in, (0, None))(key, data)
+        return jax.vmap(jax.random.fold_in, (0, 0 if jnp.ndim(data) else None))(key, data)
     return jax.random.fold_in(key, data)
 
 

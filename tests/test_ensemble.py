@@ -7,7 +7,7 @@ import pytest
 from closed_form import NORMS, attacked, distances, images, linear
 
 from jaxdefense import attacks, threat
-from jaxdefense.attacks import ensemble
+from jaxdefense.attacks import ensemble, outcome
 from jaxdefense.types import example_keys, per_example
 
 KEY = jax.random.key(0)
@@ -211,3 +211,45 @@ def test_autoattack_finds_the_exact_robust_accuracy(norm, classes):
     np.testing.assert_array_equal(attacks.fooled(predict(x_adv), labels), exact < eps)
     np.testing.assert_array_equal(x_adv[0], x[0])
     assert float(ball.distance(x_adv, x).max()) <= eps * (1 + 1e-5)
+
+
+def test_runs_at_once_are_the_runs_one_after_another():
+    """Of a table of scores: the first infinite one, else the largest, of equal ones the first."""
+    rng = np.random.default_rng(0)
+    odd = [-np.inf, np.nan, np.inf, 1.0, 1.0]
+    for batch, runs in ((1, 4), (5, 3), (8, 9), (8, 1)):
+        scores = rng.uniform(size=(runs, batch))
+        scores = np.where(
+            rng.uniform(size=scores.shape) < 0.3, rng.choice(odd, scores.shape), scores
+        )
+        done = rng.uniform(size=batch) < 0.3
+        want = np.full(batch, -1.0)
+        for row in np.flatnonzero(~done):
+            best = -np.inf
+            for number in range(runs):
+                if scores[number, row] > best:
+                    want[row], best = 100 * number + row, scores[number, row]
+                if best == np.inf:
+                    break
+
+        def run(numbers, rows, idle, scores=scores):
+            points = jnp.where(idle, np.nan, 100.0 * numbers + rows)
+            return points[:, None], jnp.where(idle, np.inf, jnp.asarray(scores)[numbers, rows])
+
+        kept = jax.jit(outcome.best_of_runs, static_argnums=(0, 3))(
+            run, -jnp.ones((batch, 1)), jnp.asarray(done), runs
+        )
+        np.testing.assert_array_equal(kept[:, 0], want)
+
+
+def test_places_of_finished_examples_take_the_next_runs():
+    """Two of eight examples with nine runs each fill three batches of eight, not nine."""
+    rounds = []
+
+    def run(numbers, rows, idle):
+        rounds.append(int(jnp.sum(~idle)))
+        return jnp.zeros((8, 1)), jnp.zeros(8)
+
+    with jax.disable_jit():
+        outcome.best_of_runs(run, jnp.zeros((8, 1)), jnp.arange(8) >= 2, 9)
+    assert rounds == [8, 8, 2]

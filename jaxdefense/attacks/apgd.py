@@ -9,7 +9,15 @@ import numpy as np
 
 from jaxdefense import losses, registry
 from jaxdefense.attacks import checks
-from jaxdefense.attacks.outcome import Passes, few_classes, fooled, pick, rivals
+from jaxdefense.attacks.outcome import (
+    Passes,
+    best_of_runs,
+    few_classes,
+    fooled,
+    of_rows,
+    pick,
+    rivals,
+)
 from jaxdefense.types import (
     Array,
     Attack,
@@ -284,7 +292,7 @@ def _climb(
 
 
 def _runs(
-    look: Callable[[Any], _Look],
+    look: Callable[[Array, Array], _Look],
     x: Images,
     keys: Key,
     threat: Threat,
@@ -295,22 +303,27 @@ def _runs(
     runs: int,
     early_stop: bool,
 ) -> Images:
-    """Independent runs; an example leaves at its first fooled point, else the largest value."""
-    dtype = jnp.promote_types(x.dtype, jnp.float32)
+    """Independent runs; an example leaves at its first fooled point, else the largest value.
 
-    def again(carry: Any) -> Any:
-        n, done, kept_x, kept = carry
+    Args:
+      look: (numbers (B,), rows (B,)) -> how run numbers[i] looks at example rows[i].
+    """
+
+    def run(numbers: Array, rows: Array, idle: Array) -> tuple[Images, PerExample]:
         best_x, best, won = _climb(
-            look(n), x, fold_in(keys, n), threat, rule, plan, done, early_stop
+            look(numbers, rows),
+            x[rows],
+            fold_in(keys[rows], numbers),
+            of_rows(threat, rows),
+            rule,
+            plan,
+            idle,
+            early_stop,
         )
-        better = ~done & (won | (best > kept))
-        return n + 1, won, pick(better, best_x, kept_x), jnp.where(better, best, kept)
+        # Only a fooled point is a reason to stop.
+        return best_x, jnp.where(won, jnp.inf, jnp.minimum(best, jnp.finfo(best.dtype).max))
 
-    def going(carry: Any) -> Array:
-        return (carry[0] < runs) & ~jnp.all(carry[1])
-
-    carry = (jnp.array(0), done, x, jnp.full(x.shape[0], -jnp.inf, dtype))
-    return jax.lax.stop_gradient(jax.lax.while_loop(going, again, carry)[2])
+    return jax.lax.stop_gradient(best_of_runs(run, x, done, runs))
 
 
 def _looking(predict: Predict, labels: Labels, loss: LossFn) -> _Look:
@@ -440,12 +453,13 @@ def apgd(
     def attack(predict: Predict, key: Key, images: Images, labels: Labels) -> Images:
         x = jax.lax.stop_gradient(images)
         chosen = _untargeted_loss(loss, checks.num_classes(predict, x))
-        look = _looking(predict, labels, chosen)
+
+        def look(numbers: Array, rows: Array) -> _Look:
+            return _looking(predict, labels[rows], chosen)
+
         done = fooled(predict(x), labels) if early_stop else jnp.zeros(labels.shape, bool)
         keys = example_keys(key, x.shape[0])
-        return _runs(
-            lambda n: look, x, keys, threat, rule, plan, done, runs=restarts, early_stop=early_stop
-        )
+        return _runs(look, x, keys, threat, rule, plan, done, runs=restarts, early_stop=early_stop)
 
     return checks.checked(attack, threat, "apgd")
 
@@ -504,9 +518,9 @@ def apgd_targeted(
         chosen = _targeted_loss(loss, num_classes)
         ranked = rivals(clean, labels, targets)
 
-        def look(n: Any) -> _Look:
-            aim = ranked[:, n // restarts]
-            return _looking(predict, labels, lambda z, y: chosen(z, y, aim))
+        def look(numbers: Array, rows: Array) -> _Look:
+            aim = ranked[rows, numbers // restarts]
+            return _looking(predict, labels[rows], lambda z, y: chosen(z, y, aim))
 
         return _runs(
             look,

@@ -12,7 +12,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxdefense.types import Attack, HostArray, Images, Key, Labels, Predict, Threat, example_keys
+from jaxdefense.types import (
+    Array,
+    Attack,
+    HostArray,
+    Images,
+    Key,
+    Labels,
+    Logits,
+    Predict,
+    Threat,
+    example_keys,
+)
 
 
 def _concrete(*arrays: Any) -> bool:
@@ -140,8 +151,16 @@ def num_classes(predict: Predict, images: HostArray) -> int:
     return shape.shape[1]
 
 
-def checked(attack: Attack, threat: Threat, name: str) -> Attack:
-    """`attack` behind the checks that its concrete inputs allow."""
+def checked(attack: Attack, threat: Threat, name: str, *, spatial: bool = False) -> Attack:
+    """`attack` behind the checks that its concrete inputs allow.
+
+    Args:
+      attack: gets and returns the images as rows (B, H W C), unless `spatial`: over the few
+        channels of pixels, XLA:CPU's norms take ten times as long.
+      threat: of the attack.
+      name: of the function returned.
+      spatial: the attack needs (B, H, W, C).
+    """
 
     @functools.wraps(attack)
     def call(predict: Predict, key: Key, images: Images, labels: Labels) -> Images:
@@ -150,7 +169,14 @@ def checked(attack: Attack, threat: Threat, name: str) -> Attack:
         check_eps(threat, images)
         example_keys(key, images.shape[0])
         check_labels(labels, images.shape[0], num_classes(predict, images))
-        return attack(predict, key, images, labels)
+        if spatial:
+            return attack(predict, key, images, labels)
+
+        def predict_rows(z: Array) -> Logits:
+            return predict(z.reshape(z.shape[0], *images.shape[1:]))
+
+        rows = images.reshape(images.shape[0], math.prod(images.shape[1:]))
+        return attack(predict_rows, key, rows, labels).reshape(images.shape)
 
     call.__name__ = call.__qualname__ = name
     return call

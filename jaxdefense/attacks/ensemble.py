@@ -206,4 +206,4 @@ def autoattack(threat: Threat, *, version: str = "standard") -> Attack:
         attacks = [one for _, one in stages(threat, version, classes)]
         return worst_case(*attacks)(predict, key, images, labels)
 
-    return checks.checked(attack, threat, "autoattack")
+    return checks.checked(attack, threat, "autoattack", spatial=True)

@@ -10,11 +10,13 @@ from jaxdefense import losses
 from jaxdefense.attacks import checks
 from jaxdefense.attacks.outcome import (
     Passes,
+    best_of_runs,
     between,
     few_classes,
     fooled,
     keep_inside,
     nearest,
+    of_rows,
     pick,
     radii,
     rivals,
@@ -226,7 +228,7 @@ def _check_options(
 
 
 def _runs(
-    linearise: Callable[[Any], Boundary],
+    linearise: Callable[[Array, Array], Boundary],
     predict: Predict,
     key: Key,
     x: Images,
@@ -240,34 +242,35 @@ def _runs(
     search: int,
     **options: Any,
 ) -> Images:
-    """Runs over targets and restarts, the nearest point of all, the final search, the ball."""
-    keys = example_keys(key, x.shape[0])
-    best, enough = radii(right, x, threat, minimal)
+    """Runs over targets and restarts, the nearest point of all, the final search, the ball.
 
-    def run(carry: Any) -> Any:
-        n, best_x, best = carry
-        start = x
+    Args:
+      linearise: (numbers (B,), rows (B,)) -> the boundary of run numbers[i] for example rows[i].
+    """
+    keys = example_keys(key, x.shape[0])
+
+    def run(numbers: Array, rows: Array, idle: Array) -> tuple[Images, PerExample]:
+        image, ball = x[rows], of_rows(threat, rows)
+        best, enough = radii(~idle, image, ball, minimal)
+        start = image
         if restarts > 1:
-            noisy = threat.scaled(0.5).sample(fold_in(keys, n), x)
-            start = jnp.where(n % restarts > 0, noisy, x)
+            noisy = ball.scaled(0.5).sample(fold_in(keys[rows], numbers), image)
+            start = pick(numbers % restarts > 0, noisy, image)
         best_x, best = _walk(
-            linearise(n),
+            linearise(numbers, rows),
             predict,
-            x,
-            labels,
-            threat,
+            image,
+            labels[rows],
+            ball,
             start,
-            best_x,
+            image,
             best,
             enough=enough,
             **options,
         )
-        return n + 1, best_x, best
+        return best_x, jnp.where(best <= enough, jnp.inf, -best)
 
-    def going(carry: Any) -> Array:
-        return (carry[0] < runs) & jnp.any(carry[2] > enough)
-
-    best_x = jax.lax.while_loop(going, run, (jnp.array(0), x, best))[1]
+    best_x = best_of_runs(run, x, ~right, runs)
     best_x = refine(predict, x, labels, best_x, steps=search)
     best_x = best_x if minimal else keep_inside(best_x, x, threat)
     return jax.lax.stop_gradient(best_x)
@@ -325,9 +328,8 @@ def fab(
 
     def attack(predict: Predict, key: Key, images: Images, labels: Labels) -> Images:
         x = jax.lax.stop_gradient(images)
-        linearise = nearest_boundary(predict, labels, threat)
         return _runs(
-            lambda n: linearise,
+            lambda numbers, rows: nearest_boundary(predict, labels[rows], of_rows(threat, rows)),
             predict,
             key,
             x,
@@ -395,7 +397,9 @@ def fab_targeted(
             few_classes(f"{targets} targets", clean.shape[-1], f"{tried} are tried")
         ranked = rivals(clean, labels, targets)
         return _runs(
-            lambda n: boundary(predict, labels, ranked[:, n // restarts]),
+            lambda numbers, rows: boundary(
+                predict, labels[rows], ranked[rows, numbers // restarts]
+            ),
             predict,
             key,
             x,

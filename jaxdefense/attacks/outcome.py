@@ -105,6 +105,60 @@ def nearest(
     return jax.lax.while_loop(going, step, (jnp.array(0), state, best_x, best))[1:]
 
 
+def of_rows(threat: Threat, rows: Array) -> Threat:
+    """The threat of those examples: its eps, where it has one for each."""
+    return threat.resized(jnp.asarray(threat.eps)[rows]) if jnp.ndim(threat.eps) else threat
+
+
+def best_of_runs(
+    run: Callable[[Array, Array, Array], tuple[Images, PerExample]],
+    x: Images,
+    done: Array,
+    runs: int,
+) -> Images:
+    """The best of several independent runs per example, as many at once as the batch has room for.
+
+    Runs are taken up in their order, each by all unfinished examples before the next. Where
+    examples are finished their places go to the runs that are next, so a batch of which few are
+    left (or one filled up with finished ones) is through in few rounds. What is returned is what
+    the runs one after another would give, each up to the first that finishes its example.
+
+    Args:
+      run: (numbers (B,), rows (B,), idle (B,) bool) -> (points (B, ...), scores (B,)): run
+        numbers[i] of example rows[i], or nothing where a place is idle. An infinite score finishes
+        an example; minus infinity or NaN is no result.
+      x: (B, ...) what is returned for an example without a result.
+      done: (B,) bool, examples that need no run.
+      runs: for each example.
+
+    Returns:
+      (B, ...) per example the point of the largest score, of equal ones the earlier run's.
+    """
+    batch = x.shape[0]
+    places = jnp.arange(batch)
+    if runs == 1:
+        points, scores = run(jnp.zeros_like(places), places, done)
+        return pick(~done & (scores > -jnp.inf), points, x)
+
+    def turn(carry: Any) -> Any:
+        waiting, kept, best = carry
+        chosen = jnp.flatnonzero(waiting, size=batch, fill_value=waiting.size)
+        idle = chosen == waiting.size
+        numbers, rows = jnp.divmod(jnp.where(idle, 0, chosen), batch)
+        points, scores = run(numbers, rows, idle)
+        scores = jnp.where(idle | jnp.isnan(scores), -jnp.inf, scores)
+        top = jax.ops.segment_max(scores, rows, batch)
+        first = jax.ops.segment_min(jnp.where(scores == top[rows], places, batch), rows, batch)
+        kept = pick(top > best, points[jnp.minimum(first, batch - 1)], kept)
+        best = jnp.maximum(best, top)
+        waiting = waiting.ravel().at[chosen].set(False, mode="drop").reshape(waiting.shape)
+        return waiting & (best < jnp.inf)[None], kept, best
+
+    waiting = jnp.broadcast_to(~done, (runs, batch))
+    start = (waiting, x, jnp.full(batch, -jnp.inf, jnp.promote_types(x.dtype, jnp.float32)))
+    return jax.lax.while_loop(lambda carry: jnp.any(carry[0]), turn, start)[1]
+
+
 def radii(right: Array, x: Images, threat: Threat, minimal: bool) -> tuple[PerExample, PerExample]:
     """Where a minimal-norm attack starts and ends: best distances so far, and what is enough.
 

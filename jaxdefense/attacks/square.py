@@ -294,4 +294,4 @@ def square(
         start = (jnp.array(0), x_best, best, proposed(0, x_best))
         return jax.lax.while_loop(going, query, start)[1]
 
-    return checks.checked(attack, threat, "square")
+    return checks.checked(attack, threat, "square", spatial=True)

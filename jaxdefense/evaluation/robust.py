@@ -129,6 +129,11 @@ class Evaluator:
             yield rows[start : start + size]
             start += size
 
+    def _rows(self, n: int) -> np.ndarray:
+        """The rows of a pack of n, the last one repeated up to a static shape."""
+        size = self.small if n <= self.small else self.large
+        return np.pad(np.arange(n), (0, size - n), "edge")
+
     def call(self, name: str, function: Callable, variables: PyTree, *arrays: np.ndarray) -> Any:
         """function(variables, *arrays), compiled under `name`; the arrays are padded."""
         if name not in self._compiled:
@@ -143,9 +148,7 @@ class Evaluator:
                 )
             )
         n = len(arrays[0])
-        rows = np.pad(
-            np.arange(n), (0, (self.small if n <= self.small else self.large) - n), "edge"
-        )
+        rows = self._rows(n)
         batched = [jax.device_put(array[rows], self._split) for array in arrays]
         result = self._compiled[name](variables, *batched)
         return jax.tree.map(lambda leaf: np.asarray(leaf)[:n], result)
@@ -201,8 +204,17 @@ class Evaluator:
             x_adv = attack(lambda z: self.apply(variables, z), keys, x, y)
             return x_adv, valid(self.threat, x_adv, x)
 
+        n, rows = len(ids), self._rows(len(ids))
         data = np.asarray(jax.random.key_data(attack_keys(seed, name, ids)))
-        x_adv, inside = self.call(f"attack {name}", run, variables, data, images, labels)
+        # What fills the batch up gets a wrong label: an attack that stops early spends nothing on
+        # it, and one of several runs takes up others' runs in its place.
+        given = np.where(np.arange(len(rows)) < n, labels[rows], labels[rows] == 0)
+        x_adv, inside = (
+            found[:n]
+            for found in self.call(
+                f"attack {name}", run, variables, data[rows], images[rows], given
+            )
+        )
         if not inside.all():
             raise ValueError(
                 f"attack {name} left the ball or the box of {self.threat}, or returned NaN, for "
