@@ -66,7 +66,7 @@ def _problem(name, batch):
 
 
 def _jax_attack(net, variables, attack, images, labels):
-    fast = attacks.jitted(attack, net.apply)
+    fast = attacks.jitted(attack, net.apply, devices=jax.local_devices())
     x, y, key = jnp.asarray(images), jnp.asarray(labels), jax.random.key(0)
     return lambda: jax.block_until_ready(fast(variables, key, x, y))
 

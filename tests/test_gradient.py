@@ -142,6 +142,18 @@ def _best_linear(norm, size, room):
     return np.sum(size * np.minimum(low * size, room))
 
 
+@pytest.mark.parametrize("batch", [4, 3])
+def test_devices_share_a_batch_that_they_divide(batch):
+    images, labels = IMAGES[:batch], LABELS[:batch]
+    attack = attacks.pgd(THREATS["linf"], steps=3)
+    x_adv = attacks.jitted(attack, apply, devices=jax.local_devices()[:2])(
+        WEIGHTS, KEY, images, labels
+    )
+    assert len(x_adv.sharding.device_set) == (2 if batch == 4 else 1)
+    want = attacks.jitted(attack, apply)(WEIGHTS, KEY, images, labels)
+    np.testing.assert_allclose(x_adv, want, atol=1e-6)
+
+
 @pytest.mark.parametrize("norm", sorted(THREATS))
 @pytest.mark.parametrize("name", attacks.names())
 def test_contract(name, norm):

@@ -8,11 +8,13 @@ x_adv = fast(variables, key, images, labels)             # compiled once for all
 """
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxdefense import registry
 from jaxdefense.attacks import checks
@@ -96,13 +98,18 @@ def make(name: str, threat: Threat, **options: Any) -> Attack:
 
 
 def jitted(
-    attack: Attack, apply: Callable[[PyTree, Images], Logits]
+    attack: Attack,
+    apply: Callable[[PyTree, Images], Logits],
+    *,
+    devices: Sequence[jax.Device] | None = None,
 ) -> Callable[[PyTree, Key, Images, Labels], Images]:
     """`attack` compiled once: weights are arguments, so new ones never recompile.
 
     Args:
       attack: any `Attack`.
       apply: (variables, images) -> logits, eval mode.
+      devices: that share each batch whose size they divide; default, and for another batch:
+        wherever the arrays are. On the CPU a core can be a device (`jax_num_cpu_devices`).
 
     Returns:
       (variables, key, images, labels) -> images; one compilation per shape of images. Bad
@@ -114,18 +121,26 @@ def jitted(
     def run(variables, key, images, labels):
         return attack(lambda x: apply(variables, x), key, images, labels)
 
+    if devices is not None:
+        mesh = Mesh(np.asarray(devices), ("examples",))
+        whole = NamedSharding(mesh, PartitionSpec())
+        split = NamedSharding(mesh, PartitionSpec("examples"))
+
     forward = jax.jit(apply)
-    seen = set()
+    classes: dict[tuple[int, ...], int] = {}  # by shape of images
 
     def call(variables: PyTree, key: Key, images: Images, labels: Labels) -> Images:
         images, labels = jnp.asarray(images), jnp.asarray(labels)
         if not isinstance(images, jax.core.Tracer):
             checks.check_images(images)
-            if images.shape not in seen:
-                checks.check_logits(forward(variables, images), images.shape[0])
-                seen.add(images.shape)
-            classes = checks.num_classes(lambda x: forward(variables, x), images)
-            checks.check_labels(labels, images.shape[0], classes)
+            if images.shape not in classes:
+                logits = forward(variables, images)
+                checks.check_logits(logits, images.shape[0])
+                classes[images.shape] = logits.shape[1]
+            checks.check_labels(labels, images.shape[0], classes[images.shape])
+            if devices is not None and images.shape[0] % len(devices) == 0:
+                images, labels = jax.device_put((images, labels), split)
+                variables, key = jax.device_put((variables, key), whole)
         return run(variables, key, images, labels)
 
     return call

@@ -30,6 +30,20 @@ def _concrete(*arrays: Any) -> bool:
     return not any(isinstance(a, jax.core.Tracer) for a in arrays)
 
 
+@jax.jit
+def _least_and_largest(array: Array) -> tuple[Array, Array]:
+    return array.min(), array.max()
+
+
+def _extent(array: HostArray) -> tuple[float, float]:
+    """The least and the largest value of concrete values, which may be met inside a jit."""
+    if isinstance(array, np.ndarray):
+        return array.min(), array.max()
+    with jax.ensure_compile_time_eval():
+        low, high = jax.device_get(_least_and_largest(array))
+    return low, high
+
+
 def check_images(images: HostArray, bounds: tuple[float, float] = (0.0, 1.0)) -> None:
     """Floating, finite, inside the bounds.
 
@@ -44,9 +58,8 @@ def check_images(images: HostArray, bounds: tuple[float, float] = (0.0, 1.0)) ->
         raise ValueError(f"images must be a batch (B, H, W, C), got shape {images.shape}")
     if images.size == 0 or not _concrete(images):
         return
-    with jax.ensure_compile_time_eval():  # concrete images may be met inside a jit
-        low, high = float(images.min()), float(images.max())
-    if not np.isfinite(low + high):
+    low, high = _extent(images)
+    if not np.isfinite(low) or not np.isfinite(high):
         raise ValueError("images contain NaN or infinite values")
     if low < bounds[0] or high > bounds[1]:
         raise ValueError(
@@ -67,8 +80,7 @@ def check_labels(labels: HostArray, batch: int, num_classes: int) -> None:
         )
     if batch == 0 or not _concrete(labels):
         return
-    with jax.ensure_compile_time_eval():
-        low, high = int(labels.min()), int(labels.max())
+    low, high = map(int, _extent(labels))
     if low < 0 or high >= num_classes:
         raise ValueError(f"labels must be in [0, {num_classes}), got values in [{low}, {high}]")
 
