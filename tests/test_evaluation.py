@@ -64,6 +64,20 @@ def test_bits_do_not_depend_on_batch_size_order_or_company():
         np.testing.assert_array_equal(value, expected[name][7:12])
 
 
+def test_what_fills_a_batch_up_is_finished_already():
+    right = np.flatnonzero(np.asarray(apply(WEIGHTS, IMAGES)).argmax(-1) == LABELS)[:7]
+    left = []
+
+    def count(predict, key, images, labels):
+        unfinished = jnp.sum(~attacks.fooled(predict(images), labels))
+        jax.debug.callback(lambda n: left.append(int(n)), unfinished)
+        return images
+
+    bits(right, named={"count": count})
+    jax.effects_barrier()
+    assert sum(left) == 7
+
+
 def sometimes(predict, key, images, labels):
     """FGSM for the examples whose key says so."""
     chosen = jax.vmap(jax.random.bernoulli)(key)
