@@ -126,9 +126,9 @@ def main(argv):
     attacked = literal(evaluator, variables, images, labels, ids, mean, std)
     pgd = attacks.pgd(BALL, steps=STEPS, step_size=STEP_SIZE)
     bits = evaluator.bits(variables, images, labels, ids, {"pgd10": pgd})
-    shown, _ = evaluator.attack(
+    shown = evaluator.attack(
         "pgd10", pgd, variables, images[:SHOWN], labels[:SHOWN], ids[:SHOWN]
-    )
+    ).x_adv
     for name, some in (("clamped", clamped), ("literal_pgd10", attacked)):
         bits[name] = evaluator.logits(variables, some).argmax(-1) == labels
     results = robust.summary(bits, labels, arrays.num_classes)
@@ -145,6 +145,7 @@ def main(argv):
         seed=run.seed,
         seconds=time.monotonic() - began,
         protocol="literal",
+        threat=dict(norm="linf", eps=BALL.eps, note="literal: of normalised images, clamped"),
         training={"checkpoint": "best", **meta},
         reported=run.config.get("reported", {}),
         geometry=numbers,

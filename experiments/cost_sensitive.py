@@ -80,6 +80,10 @@ def protocol(own_loss, eps, anywhere, inside):
       inside: whether the images lie in `CLIPPED`.
     """
     deepfool = attacks.deepfool(anywhere, steps=3, minimal=True)
+    fgsm = attacks.fgsm(threat.Linf(eps, WIDE), loss=own_loss)
+
+    def single(predict, key, images, labels):  # in its own ball, not the evaluator's
+        return fgsm(predict, key, images, labels)
 
     def leaving(predict, key, images, labels):
         return deepfool(predict, key, images, predict(images).argmax(-1))
@@ -94,7 +98,7 @@ def protocol(own_loss, eps, anywhere, inside):
         return jax.lax.fori_loop(0, 40, step, images)
 
     return {
-        "normalised fgsm": attacks.fgsm(threat.Linf(eps, WIDE), loss=own_loss),
+        "normalised fgsm": single,
         "normalised deepfool3": leaving,
         "normalised pgd40" if inside else "normalised pgd40 (invalid)": clipped,
     }
@@ -104,7 +108,9 @@ def own_losses(run):
     """{predictor: the loss it was trained on}, of logits and labels."""
     options = run.config["defense"]
     if options["name"] not in ("csa", "cse"):
-        return dict.fromkeys(run.defense.predictors, losses.cross_entropy)
+        # Not `losses.cross_entropy` itself, which attacks take in a form that does not saturate:
+        # the paper's code has the gradient of the plain one.
+        return dict.fromkeys(run.defense.predictors, lambda z, y: losses.cross_entropy(z, y))
     given = {k: options[k] for k in ("protect", "cost", "cost_weight") if k in options}
     each = given.get("protect") == "each"
     return {
@@ -185,6 +191,7 @@ def main(argv):
         reported=reported(REPORTED, name),
         protocol="paper: normalised space, no box, own loss",
         eps=EPS.value,
+        threat=dict(norm="linf", eps=EPS.value, note="normalised; DeepFool at any distance"),
         training={"checkpoint": KIND.value, **meta},
         min_max=reports,
     )

@@ -4,7 +4,8 @@
         experiments/records/gssl
 
 The rows are names of records, or NAME[PREDICTOR]; then come records, or folders searched for
-*.json. Only seeds that both rows have are compared. A small p says that the difference is not
+*.json. Only seeds that both rows have are compared, on the same number of images of one data set;
+the rows' threats stand below the table, and may differ. A small p says that the difference is not
 the seeds' doing, under a normal law of the differences; it says nothing of other settings, and
 choosing among many comparisons makes it too small.
 """
@@ -26,7 +27,7 @@ ROOT = pathlib.Path(__file__).parents[1]
 
 
 def _row(found, label):
-    """{seed: {column: accuracy}} of the row NAME or NAME[PREDICTOR]."""
+    """(predictor, {seed: record}) of the row NAME or NAME[PREDICTOR]."""
     name, predictor = re.fullmatch(r"([^\[\]]*)(?:\[(.*)\])?", label).groups()
     rows = {
         key: same
@@ -37,10 +38,17 @@ def _row(found, label):
         known = sorted({f"{name}[{predictor}]" for name, predictor in tables.group(found)})
         raise ValueError(f"no row {label!r}; known: {', '.join(known)}")
     ((key, same),) = rows.items()
-    return {
-        record["seed"]: {c: r["accuracy"] for c, r in record["results"][key[1]].items()}
-        for record in same
-    }
+    return key[1], {record["seed"]: record for record in same}
+
+
+def _check_images(first, second, records, n):
+    """Refuses rows of different images, whose seeds make no pairs."""
+    names = [record.get("config", {}).get("dataset", {}).get("name") for record in records]
+    for what, values in (("data set", names), ("number of images", n)):
+        if values[0] != values[1]:
+            raise ValueError(
+                f"{first} and {second} make no pairs: the {what} is {values[0]} and {values[1]}"
+            )
 
 
 def table(found, first, second, columns=None):
@@ -52,22 +60,27 @@ def table(found, first, second, columns=None):
       columns: attacks; None for all that every compared record has.
 
     Raises:
-      ValueError: an unknown row or column, or fewer than two seeds in common.
+      ValueError: an unknown row or column, fewer than two seeds in common, or rows that were
+        measured on different images.
     """
-    one, two = _row(found, first), _row(found, second)
-    seeds = sorted(set(one) & set(two))
+    rows = [_row(found, label) for label in (first, second)]
+    seeds = sorted(set(rows[0][1]) & set(rows[1][1]))
     if len(seeds) < 2:
         raise ValueError(
-            f"a paired comparison needs two seeds that both rows have, got {sorted(one)} and "
-            f"{sorted(two)}"
+            f"a paired comparison needs two seeds that both rows have, got {sorted(rows[0][1])} "
+            f"and {sorted(rows[1][1])}"
         )
+    examples = [same[seeds[0]] for _, same in rows]
+    one, two = ({s: same[s]["results"][predictor] for s in seeds} for predictor, same in rows)
     shared = [c for c in one[seeds[0]] if all(c in row[s] for row in (one, two) for s in seeds)]
     for column in columns or ():
         if column not in shared:
             raise ValueError(f"no column {column!r}; both have {', '.join(shared)}")
     lines = []
     for column in columns or shared:
-        a, b = ([row[s][column] for s in seeds] for row in (one, two))
+        a, b = ([row[s][column]["accuracy"] for s in seeds] for row in (one, two))
+        n = [tables.count_text(row[s][column] for s in seeds) for row in (one, two)]
+        _check_images(first, second, examples, n)
         differences = [x - y for x, y in zip(a, b, strict=True)]
         error = statistics.stdev(differences) / math.sqrt(len(seeds))
         if error > 0:
@@ -76,13 +89,14 @@ def table(found, first, second, columns=None):
         else:
             test = ["–", "–"]  # equal differences: the test is not defined
         mean = statistics.fmean(differences)
-        lines.append(
-            [column, tables.number(a), tables.number(b), f"{mean:+.3f}", f"{error:.3f}", *test]
-        )
-    header = ["accuracy, %", first, second, "difference", "standard error", "t", "p"]
+        cells = [tables.number(a), tables.number(b), f"{mean:+.3f}", f"{error:.3f}", *test]
+        lines.append([column, n[0], *cells])
+    header = ["accuracy, %", "n", first, second, "difference", "standard error", "t", "p"]
+    threats = [tables.threat_text(record) for record in examples]
     return (
         f"{tables.markdown(header, lines)}\n\n{len(seeds)} pairs, seeds "
-        f"{', '.join(map(str, seeds))}; two-sided paired t-test"
+        f"{', '.join(map(str, seeds))}; {first} under {threats[0]}, {second} under {threats[1]}; "
+        f"two-sided paired t-test"
     )
 
 

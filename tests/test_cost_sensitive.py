@@ -405,7 +405,7 @@ def test_metric_i_takes_each_class_from_its_protector():
     other = {"results": {"protect0": result(60.0, 0.0), "protect1": result(0.0, 40.0)}}
     seeds = [dict(name="cse", seed=seed, **some) for seed, some in enumerate((stack, other))]
     table = tables.protected_table(seeds)
-    assert table.splitlines()[2] == "| cse | 67.50 ± 24.75 (2) |"
+    assert table.splitlines()[2] == "| cse | – | – | 67.50 ± 24.75 (2) |"
 
 
 def test_a_stack_trains_validates_and_is_recorded(tmp_path, tfds_dir, monkeypatch):

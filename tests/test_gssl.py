@@ -367,7 +367,7 @@ class TestPaired:
     def test_table(self):
         table = paired.table(self.found, "a", "b")
         assert (
-            "| clean | 92.00 ± 1.00 (3) | 90.00 ± 0.00 (3) | +2.000 | 0.577 | 3.46 | 0.074 |"
+            "| clean | – | 92.00 ± 1.00 (3) | 90.00 ± 0.00 (3) | +2.000 | 0.577 | 3.46 | 0.074 |"
             in (table)
         )
         assert "3 pairs, seeds 1, 2, 3" in table

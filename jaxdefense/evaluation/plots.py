@@ -12,7 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from jaxdefense.evaluation.records import Record, unpack_images
-from jaxdefense.evaluation.tables import columns, group
+from jaxdefense.evaluation.tables import columns, conditions, group, threat
 
 
 def _axes(width: float, height: float, title: str) -> tuple[Figure, Axes]:
@@ -31,7 +31,8 @@ def accuracy_bars(records: Sequence[Record]) -> Figure:
     for (name, predictor), same in group(records).items():
         rows.setdefault(name, (predictor, same))
     names = columns(records)
-    figure, axes = _axes(1.5 + 1.1 * len(rows), 3.2, "accuracy, clean and under attack")
+    title = f"accuracy, clean and under attack\n{conditions(records)}"
+    figure, axes = _axes(1.5 + 1.1 * len(rows), 3.2, title)
     width = 0.8 / len(names)
     for i, column in enumerate(names):
         heights, errors = [], []
@@ -50,7 +51,8 @@ def accuracy_bars(records: Sequence[Record]) -> Figure:
 
 def class_bars(records: Sequence[Record], *names: str) -> Figure:
     """Accuracy per class, a line for each of the named attacks and row's deployed predictor."""
-    figure, axes = _axes(6.5, 3.2, f"accuracy per class, {', '.join(names)}")
+    title = f"accuracy per class, {', '.join(names)}\n{conditions(records)}"
+    figure, axes = _axes(6.5, 3.2, title)
     seen = set()
     for (name, predictor), same in group(records).items():
         if name in seen:
@@ -76,14 +78,15 @@ def class_bars(records: Sequence[Record], *names: str) -> Figure:
 
 def audit_curve(records: Sequence[Record]) -> Figure:
     """PGD's accuracy over eps of each audited predictor; dashed, the threat's own eps."""
-    figure, axes = _axes(6.5, 3.2, "accuracy over eps, PGD through the whole defence")
+    title = f"accuracy over eps, PGD through the whole defence\n{conditions(records)}"
+    figure, axes = _axes(6.5, 3.2, title)
     eps = set()
     for record in records:
         for predictor, found in record["audit"].items():
             if found["curve"]:
                 radii, values = zip(*found["curve"], strict=True)
                 axes.plot(radii, values, "o-", label=f"{record['name']}, {predictor}", markersize=4)
-                eps.add(record["config"]["threat"]["eps"])
+                eps.add(threat(record)["eps"])
     for radius in eps:
         axes.axvline(radius, color="0.5", linestyle="--", linewidth=1)
     axes.set_xlabel("eps")

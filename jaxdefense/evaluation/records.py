@@ -5,6 +5,8 @@
      "training": {...}, "reported": {...}, "versions": {...}, "device": {...},
      "git": "...", "date": "...", "seconds": ...}
 
+Two optional keys describe the measurement: "attacks": {attack: how it was built}, and "threat":
+{"norm", "eps", "note"} where the attacks were allowed something else than the config's threat.
 Bits are one per example in the order of the test set, base64 of NumPy's packbits.
 """
 

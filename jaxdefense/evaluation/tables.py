@@ -1,5 +1,11 @@
-"""Markdown tables from records: mean ± std (n) over seeds, reported beside measured."""
+"""Markdown tables from records: mean ± std (seeds), reported beside measured.
 
+Every accuracy stands beside its threat and its number of test images, and only records that
+differ in nothing but the seed are averaged (`group`).
+"""
+
+import math
+import re
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -7,6 +13,9 @@ from typing import Any
 from jaxdefense.evaluation.records import Record
 
 Cell = list[float]
+
+_NORMS = {"linf": "L∞", "l2": "L2", "l1": "L1"}
+_PLACE = "workdir"  # the config key that says where another run lies
 
 
 def markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
@@ -25,16 +34,151 @@ def number(values: Cell) -> str:
     return f"{mean:.2f} ± {statistics.stdev(values):.2f} ({len(values)})"
 
 
+def threat(record: Record) -> Mapping[str, Any]:
+    """What a record's attacks were allowed: its own "threat" if it has one, else its config's.
+
+    Returns:
+      {"norm", "eps"} and perhaps a "note" for the reader; {} for a record without a threat.
+    """
+    return record.get("threat") or record.get("config", {}).get("threat") or {}
+
+
+def _eps_text(eps: float) -> str:
+    """Three significant digits where they are exact, else k/255 where that is, else the digits."""
+    digits, steps = f"{eps:.3g}", 255 * eps
+    exact = math.isclose(float(digits), eps, rel_tol=1e-6)
+    if not exact and math.isclose(steps, round(steps), rel_tol=1e-6):
+        return f"{round(steps)}/255"
+    return digits
+
+
+def threat_text(record: Record) -> str:
+    """ "L∞ 8/255", with the threat's note in brackets; "–" for a record without a threat."""
+    found = threat(record)
+    if not found:
+        return "–"
+    text = f"{_NORMS.get(found['norm'], found['norm'])} {_eps_text(found['eps'])}"
+    return f"{text} ({found['note']})" if "note" in found else text
+
+
+def count_text(results: Iterable[Mapping[str, Any]]) -> str:
+    """The number of images of results per attack: "500", or "200 to 500"; "–" if none says so."""
+    counts = sorted({result["n"] for result in results if "n" in result})
+    return " to ".join(map(str, dict.fromkeys((counts[0], counts[-1])))) if counts else "–"
+
+
+def _conditions(same: Sequence[Record], predictor: str) -> list[str]:
+    """The cells "threat" and "n" of a row."""
+    results = (result for record in same for result in record["results"][predictor].values())
+    return [threat_text(same[0]), count_text(results)]
+
+
+def conditions(records: Sequence[Record]) -> str:
+    """The threats and numbers of images of all records, for a figure's title: "L∞ 0.15, n 500"."""
+    threats = ", ".join(dict.fromkeys(map(threat_text, records)))
+    attacked = (found for record in records for found in record["results"].values())
+    return f"{threats}, n {count_text(r for found in attacked for r in found.values())}"
+
+
+def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
+    """Nested plain values as {dotted key: value}, without the paths of other runs."""
+    if isinstance(value, list | tuple):
+        if not any(isinstance(inner, Mapping | list | tuple) for inner in value):
+            return {prefix: list(value)}
+        value = dict(enumerate(value))
+    if not isinstance(value, Mapping) or (prefix and not value):
+        return {prefix: value}
+    found: dict[str, Any] = {}
+    for key, inner in value.items():
+        if key != _PLACE:
+            found |= _flat(inner, f"{prefix}.{key}" if prefix else str(key))
+    return found
+
+
+def _settings(record: Record, own_threat: bool) -> dict[str, Any]:
+    """The config without its seed; on demand also the threat of the measurement."""
+    config = {key: value for key, value in record.get("config", {}).items() if key != "seed"}
+    return _flat(config) | (_flat(threat(record), "record.threat") if own_threat else {})
+
+
+def _measurement(record: Record, predictor: str) -> dict[str, Any]:
+    """How a predictor was measured, as far as the record says."""
+    known: dict[str, Any] = {k: record[k] for k in ("protocol", "dataset") if k in record}
+    if "checkpoint" in record.get("training", {}):
+        known["checkpoint"] = record["training"]["checkpoint"]
+    found = _flat(known, "record") if known else {}
+    for column, text in record.get("attacks", {}).items():
+        found[f"attack {column}"] = re.sub(r" at 0x[0-9a-f]+", "", text)
+    for column, result in record["results"][predictor].items():
+        if "n" in result:
+            found[f"n of {column}"] = result["n"]
+    return found
+
+
+def _differences(one: Record, other: Record, predictor: str) -> dict[str, tuple[str, str]]:
+    """{key: (its value in `one`, in `other`)} of what keeps two records out of one row."""
+    found = {}
+    own_threat = "threat" in one or "threat" in other
+    first, second = (_settings(record, own_threat) for record in (one, other))
+    for key in dict.fromkeys((*first, *second)):
+        if (key in first) != (key in second) or first.get(key) != second.get(key):
+            texts = [repr(had[key]) if key in had else "absent" for had in (first, second)]
+            found[key] = (texts[0], texts[1])
+    first, second = _measurement(one, predictor), _measurement(other, predictor)
+    for key in first:
+        if key in second and first[key] != second[key]:
+            found[key] = (repr(first[key]), repr(second[key]))
+    return found
+
+
+def _check_same_row(one: Record, other: Record, predictor: str) -> None:
+    """Refuses two records that may not be averaged; see `group`."""
+    keys: dict[tuple[str, str], list[str]] = {}
+    for key, values in _differences(one, other, predictor).items():
+        keys.setdefault(values, []).append(key)
+    if not keys:
+        return
+    seeds = [f" (seed {one['seed']})", f" (seed {other['seed']})"]
+    told = []
+    for (first, second), named in keys.items():
+        told.append(f"{', '.join(named)} is {first}{seeds[0]} and {second}{seeds[1]}")
+        seeds = ["", ""]  # said once
+    label = row_label(one, predictor)
+    raise ValueError(f"records of {label} do not belong together: {'; '.join(told)}")
+
+
+def row_label(record: Record, predictor: str) -> str:
+    """The record's name, with the predictor in brackets unless it is the first, deployed one."""
+    first = next(iter(record["results"]))
+    return record["name"] if predictor == first else f"{record['name']} [{predictor}]"
+
+
 def group(records: Iterable[Record]) -> dict[tuple[str, str], list[Record]]:
     """{(record name, predictor): records over seeds}, in order of appearance.
 
+    Records of one row differ in their seed and in what the seed decides. Compared are the config
+    (all but its seed), the record's own "threat", "protocol", "dataset" and checkpoint, each
+    attack's description in "attacks", and each attack's number of images. A config's key that one
+    record lacks is a difference; of the rest, which older records may lack, only what both say is
+    compared.
+
+    Not compared is the path of another run, `workdir`, such as the teacher's in a config: it is
+    where a thing lies, not what it is, and may hold the seed or the machine's folders. Two
+    different teachers are therefore told apart only by what else the config says of them.
+
+    Args:
+      records: of any names, seeds and order.
+
     Raises:
-      ValueError: two records of the same name, predictor and seed.
+      ValueError: two records of the same name that differ in more than their seed (the keys and
+        both values are named), or that have the same seed.
     """
     rows: dict[tuple[str, str], list[Record]] = {}
     for record in records:
         for predictor in record["results"]:
             same = rows.setdefault((record["name"], predictor), [])
+            for other in same:
+                _check_same_row(other, record, predictor)
             if record["seed"] in [other["seed"] for other in same]:
                 raise ValueError(f"two records of {record['name']} with seed {record['seed']}")
             same.append(record)
@@ -62,38 +206,40 @@ def _reported(record: Record, column: str) -> str:
 
 
 def accuracy_table(records: Sequence[Record]) -> str:
-    """A row per record name and predictor, a column per attack, percent.
+    """A row per record name and predictor: threat, images, then a column per attack, percent.
 
     A cell is the measured mean ± std (seeds), behind it the reported number where one is known.
     """
     names = columns(records)
     rows = []
-    for (name, predictor), same in group(records).items():
-        label = name if predictor == next(iter(same[0]["results"])) else f"{name} [{predictor}]"
-        cells = []
+    for (_, predictor), same in group(records).items():
+        cells = _conditions(same, predictor)
         for column in names:
             reported = _reported(same[0], column)
             cell = number(_measured(same, predictor, column))
             cells.append(f"{cell}; reported {reported}" if reported else cell)
-        rows.append([label, *cells])
-    return markdown(["accuracy, %", *names], rows)
+        rows.append([row_label(same[0], predictor), *cells])
+    return markdown(["accuracy, %", "threat", "n", *names], rows)
 
 
 def class_table(records: Sequence[Record], column: str) -> str:
-    """A row per record name and predictor, a column per class, percent under one attack."""
+    """A row per record name and predictor: threat, images of all classes, then a column per class.
+
+    Args:
+      records: see `group`.
+      column: the attack; the cells are accuracies in percent.
+    """
     rows, classes = [], 0
     for (name, predictor), same in group(records).items():
-        lists = [
-            r["results"][predictor][column]["per_class"]
-            for r in same
-            if column in r["results"][predictor]
-        ]
-        if not lists:
+        found = [r["results"][predictor][column] for r in same if column in r["results"][predictor]]
+        if not found:
             continue
+        lists = [result["per_class"] for result in found]
         classes = max(classes, len(lists[0]))
         cells = [[v for v in values if v is not None] for values in zip(*lists, strict=True)]
-        rows.append([f"{name} [{predictor}]", *map(number, cells)])
-    return markdown([f"{column}, %", *map(str, range(classes))], rows)
+        told = [threat_text(same[0]), count_text(found)]
+        rows.append([f"{name} [{predictor}]", *told, *map(number, cells)])
+    return markdown([f"{column}, %", "threat", "n", *map(str, range(classes))], rows)
 
 
 def protected(record: Record, *, prefix: str = "protect") -> dict[str, float]:
@@ -119,29 +265,46 @@ def protected(record: Record, *, prefix: str = "protect") -> dict[str, float]:
     return means
 
 
+def _protected_count(record: Record, prefix: str = "protect") -> str:
+    """The number of images behind metric I: all classes' together."""
+    results = record["results"]
+    members = [found for name, found in results.items() if re.fullmatch(rf"{prefix}\d+", name)]
+    firsts = [next(iter(found.values())) for found in members]
+    counted = all("n" in result for result in firsts)
+    classes = [sum(v is not None for v in result["per_class"]) for result in firsts]
+    if firsts and counted and max(classes) == 1:  # each member was judged on its own class alone
+        return str(sum(result["n"] for result in firsts))
+    return count_text(next(iter(results.values())).values())
+
+
 def protected_table(records: Sequence[Record]) -> str:
-    """A row per record name, a column per attack: metric I, percent, mean ± std (seeds)."""
+    """A row per record name: threat, images, then metric I per attack, percent, mean ± std (seeds).
+
+    Args:
+      records: see `group`.
+    """
     names = columns(records)
-    seeds: dict[str, list[dict[str, float]]] = {}
+    rows: dict[str, list[str]] = {}
     for (name, _), same in group(records).items():
-        if name not in seeds:  # a stack has one row per predictor there
-            seeds[name] = [protected(record) for record in same]
-    rows = [
-        [name, *(number([one[c] for one in means if c in one]) for c in names)]
-        for name, means in seeds.items()
-    ]
-    return markdown(["metric I, %", *names], rows)
+        if name in rows:  # a stack has one row per predictor there
+            continue
+        means = [protected(record) for record in same]
+        told = [threat_text(same[0]), _protected_count(same[0])]
+        rows[name] = [name, *told, *(number([one[c] for one in means if c in one]) for c in names)]
+    return markdown(["metric I, %", "threat", "n", *names], rows.values())
 
 
 def tier_table(record: Record, predictor: str) -> str:
-    """A row per tier of an audit: accuracy, and the class that suffers most, percent."""
+    """A row per tier of an audit: threat, images, accuracy, and the class that suffers most."""
     rows = []
     for name, found in record["results"][predictor].items():
         classes = {k: v for k, v in enumerate(found["per_class"]) if v is not None}
         worst = min(classes, key=classes.__getitem__)
         label = "worst case per example, T0 left out" if name == "worst" else name
-        rows.append([label, f"{found['accuracy']:.2f}", f"{classes[worst]:.2f} (class {worst})"])
-    return markdown([f"{predictor}, accuracy, %", "all", "worst class"], rows)
+        told = [threat_text(record), count_text([found])]
+        cells = [f"{found['accuracy']:.2f}", f"{classes[worst]:.2f} (class {worst})"]
+        rows.append([label, *told, *cells])
+    return markdown([f"{predictor}, accuracy, %", "threat", "n", "all", "worst class"], rows)
 
 
 def check_table(record: Record, predictor: str) -> str:
