@@ -56,6 +56,42 @@ def cross_entropy(logits: Logits, targets: Array) -> PerExample:
     return optax.softmax_cross_entropy(logits, targets)
 
 
+def log_odds(logits: Logits, labels: Labels) -> PerExample:
+    """log((1 - p_y) / p_y) = log sum_{k != y} exp z_k - z_y: the cross-entropy for attacks.
+
+    The cross-entropy is log(1 + exp(log_odds)): the two rise together and their gradients are
+    parallel, but the cross-entropy's vanishes in float32 where the model is sure, as p_y - 1 rounds
+    to 0, and this one's does not, however large the logits are.
+
+    Args:
+      logits: (B, K), K >= 2.
+      labels: (B,) integers.
+
+    Returns:
+      (B,).
+    """
+    logits = _float32(logits)
+    own = jax.nn.one_hot(labels, logits.shape[-1], dtype=bool)
+    others = jax.nn.logsumexp(jnp.where(own, -jnp.inf, logits), -1)
+    return others - _pick(logits, labels)
+
+
+def probability_margin(logits: Logits, labels: Labels) -> PerExample:
+    """max_{k != y} p_k - p_y with p = softmax(logits), PMA's loss.
+
+    Args:
+      logits: (B, K).
+      labels: (B,) integers.
+
+    Returns:
+      (B,), in [-1, 1].
+
+    Reference: Xie et al., Towards million-scale adversarial robustness evaluation with stronger
+      individual attacks, arXiv 2411.15210.
+    """
+    return margin(jax.nn.softmax(_float32(logits)), labels)
+
+
 def kl(p_logits: Logits, q_logits: Logits) -> PerExample:
     """KL(softmax(p) || softmax(q)) summed over the classes, (B,).
 
@@ -376,11 +412,21 @@ def binary_cross_entropy(logits: Array, targets: Array | float) -> PerExample:
     return optax.sigmoid_binary_cross_entropy(logits.astype(jnp.float32), jnp.asarray(targets))
 
 
-_NAMED: dict[str, LossFn] = {"cross_entropy": cross_entropy, "margin": margin, "dlr": dlr}
+_NAMED: dict[str, LossFn] = {
+    "cross_entropy": cross_entropy,
+    "dlr": dlr,
+    "log_odds": log_odds,
+    "margin": margin,
+    "probability_margin": probability_margin,
+}
 
 
 def make(name: str) -> LossFn:
-    """The attack loss of a config by its name."""
+    """The attack loss of a config by its name.
+
+    Raises:
+      ValueError: unknown name.
+    """
     if name not in _NAMED:
         registry.unknown("loss", name, _NAMED)
     return _NAMED[name]

@@ -57,6 +57,8 @@ class _Ball(abc.ABC):
     _exponent: ClassVar[float]  # the norm of n ones is n to this power
 
     def __post_init__(self) -> None:
+        if isinstance(self.eps, list | tuple):
+            object.__setattr__(self, "eps", np.asarray(self.eps, np.float32))
         low, high = self.bounds
         if not low < high:
             raise ValueError(f"bounds must be (low, high) with low < high, got {self.bounds}")
@@ -116,6 +118,37 @@ class _Ball(abc.ABC):
         most = jnp.sum(size * room, -1, keepdims=True)
         goal = jnp.minimum(jnp.abs(gap)[:, None] / jnp.where(scale > 0, scale, 1), most)
         return _like(self._spend(size, room, goal), x) * jnp.sign(normal)
+
+    def rounded(self, x_adv: Images, x: Images, levels: int) -> Images:
+        """x_adv on the grid low + k / levels of the box's width, still in the ball.
+
+        To the nearest points of the grid; where those lie outside, each coordinate towards x.
+
+        Args:
+          x_adv: (B, ...) images of the set.
+          x: (B, ...) the centres, on the grid.
+          levels: steps over the box, 255 for images of 8 bits.
+
+        Returns:
+          (B, ...) images.
+        """
+        low, high = self.bounds
+        step = (high - low) / levels
+        centre = jnp.rint((x - low) / step)
+        moved = (x_adv - x) / step
+
+        def image(steps: Array) -> Images:
+            return self._clip(low + (centre + steps) / levels * (high - low)).astype(x.dtype)
+
+        near = image(jnp.rint(moved))
+        # A move of k steps comes with a rounding of its own: 2.9999998 are 3.
+        inner = image(jnp.sign(moved) * jnp.floor(jnp.abs(moved) + 1e-3))
+        inside = self.distance(near, x) <= self.eps + 1e-4 * step
+        return jnp.where(per_example(inside, x) > 0, near, inner)
+
+    @abc.abstractmethod
+    def distance(self, x_adv: Images, x: Images) -> PerExample:
+        """The norm of x' - x per example, (B,)."""
 
     @abc.abstractmethod
     def _spend(self, size: Array, room: Array, goal: Array) -> Array:

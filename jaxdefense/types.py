@@ -5,7 +5,7 @@ logits (B, K) floats. A `Key` is one typed PRNG key, or one key per example, sha
 an attack draws for an example does not depend on the batch it sits in.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, Protocol
 
 import jax
@@ -22,6 +22,7 @@ PyTree = Any
 HostArray = np.ndarray | jax.Array  # what only checks and evaluation read
 
 Predict = Callable[[Images], Logits]  # parameters already inside, eval mode
+PredictWithKey = Callable[[Key, Images], Logits]  # a randomised model
 LossFn = Callable[[Logits, Labels], PerExample]
 Objective = Callable[[Images], PerExample]
 
@@ -51,6 +52,48 @@ class Threat(Protocol):
     def reach(self, x: Images, normal: Images, gap: PerExample) -> Images: ...
     def scaled(self, factor: float | PerExample) -> "Threat": ...
     def resized(self, eps: float | PerExample) -> "Threat": ...
+    def rounded(self, x_adv: Images, x: Images, levels: int) -> Images: ...
+
+
+class Static:
+    """What of a pytree is no array: compared by equality, hashable, an argument of the program.
+
+    Args:
+      tree: the pytree's structure.
+      leaves: its leaves, None in the places of arrays.
+    """
+
+    def __init__(self, tree: Any, leaves: Sequence[Any]):
+        self.tree, self.leaves = tree, tuple(leaves)
+
+    def join(self, arrays: Sequence[Array]) -> PyTree:
+        """The pytree with these arrays in their places."""
+        waiting = iter(arrays)
+        leaves = [next(waiting) if leaf is None else leaf for leaf in self.leaves]
+        return jax.tree.unflatten(self.tree, leaves)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Static) and (self.tree, self.leaves) == (other.tree, other.leaves)
+
+    def __hash__(self) -> int:
+        return hash(self.tree)
+
+
+def partition(variables: PyTree) -> tuple[list[Any], Static]:
+    """A pytree's arrays and the rest: an Equinox module holds functions beside its weights.
+
+    Args:
+      variables: any pytree.
+
+    Returns:
+      (arrays, rest) with `rest.join(arrays)` the pytree.
+    """
+    leaves, tree = jax.tree.flatten(variables)
+    kinds = (bool, int, float, complex, np.generic, np.ndarray, jax.Array)
+    is_array = [isinstance(leaf, kinds) for leaf in leaves]
+    arrays = [leaf for leaf, yes in zip(leaves, is_array, strict=True) if yes]
+    rest = [None if yes else leaf for leaf, yes in zip(leaves, is_array, strict=True)]
+    return arrays, Static(tree, rest)
 
 
 def example_keys(key: Key, batch: int) -> Key:

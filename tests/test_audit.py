@@ -7,7 +7,7 @@ import pytest
 
 from jaxdefense import attacks, threat
 from jaxdefense.evaluation import Evaluator, audit, curves
-from jaxdefense.evaluation.audit import has_loop
+from jaxdefense.evaluation.flags import has_loop
 
 RNG = np.random.default_rng(0)
 IMAGES = RNG.uniform(0.2, 0.8, size=(48, 6, 6, 1)).astype(np.float32)

@@ -18,7 +18,7 @@ VARIABLES = jax.tree.map(lambda w: 3 * w, VARIABLES)  # logits with some spread
 LABELS = np.array(jnp.argmax(NET.apply(VARIABLES, jnp.asarray(IMAGES)), -1))
 LABELS[::10] = (LABELS[::10] + 1) % 4
 STAGES = [
-    Stage("apgd-weak", attacks.apgd(threat.Linf(0.01), steps=5), 6, 5),
+    Stage("apgd-weak", attacks.pgd(BALL, steps=2, step_size=0.005, random_start=False), 6, 5),
     Stage("square", attacks.square(BALL, queries=60), 61, 0),
 ]
 
@@ -83,11 +83,14 @@ def test_compiles_once_per_attack_and_shape():
     evaluator = Evaluator(counted, BALL, batch_size=128, devices=jax.local_devices()[:1])
     for rows in (300, 250, 129, 64, 3):
         cascade.run(evaluator, VARIABLES, IMAGES[:rows], LABELS[:rows], STAGES[:1])
-    assert set(shapes) == {evaluator.small, evaluator.large}
-    before = len(shapes)
+    compiled = [
+        n for n in shapes if n >= evaluator.small
+    ]  # smaller ones are traced for their shapes
+    assert set(compiled) == {evaluator.small, evaluator.large}
+    before = len(compiled)
     scaled = jax.tree.map(lambda w: 1.1 * w, VARIABLES)
     cascade.run(evaluator, scaled, IMAGES[:200], LABELS[:200], STAGES[:1])
-    assert len(shapes) == before
+    assert len([n for n in shapes if n >= evaluator.small]) == before
 
 
 def test_a_killed_evaluation_goes_on_without_losing_or_repeating(verdict, tmp_path, monkeypatch):
@@ -108,12 +111,12 @@ def test_a_killed_evaluation_goes_on_without_losing_or_repeating(verdict, tmp_pa
     same(verdict, resumed)
     total = len(calls) - 1  # the interrupted one ran twice
     monkeypatch.setattr(Evaluator, "attack", real)
-    assert len(list(tmp_path.glob("*.npz"))) == total
+    assert len(list(tmp_path.glob("*-*.npz"))) == total
     assert total > finished
     again = run(folder=tmp_path)
     same(verdict, again)
     assert again.seconds == resumed.seconds
-    with pytest.raises(ValueError, match="another model, data, threat or seed"):
+    with pytest.raises(ValueError, match=r"another evaluation \(seed was 0, is 1\)"):
         run(folder=tmp_path, seed=1)
 
 
@@ -125,7 +128,9 @@ def test_flags_name_what_gradients_left():
             return images
 
     found = run(stages=[Stage("apgd-ce", Blind(), 1, 1), STAGES[1]])
-    assert any("square" in flag and "masked" in flag for flag in found.flags)
+    (flag,) = [flag for flag in found.flags if flag.name == "masked gradients"]
+    assert flag.severity in ("warning", "error")
+    assert flag.evidence.startswith("square fooled")
     assert run(stages=STAGES[:1]).flags == ()
 
 
@@ -135,11 +140,11 @@ class TestAutoattack:
 
     def test_on_a_bare_function(self):
         found = evaluation.autoattack(
-            self.predict, IMAGES[:20], LABELS[:20], threat.Linf(0.01), attacks=("apgd-ce",)
+            self.predict, IMAGES[:20], LABELS[:20], threat.Linf(0.01), attacks=("apgd-ce", "apgd-t")
         )
-        assert list(found.by_attack) == ["apgd-ce"]
+        assert list(found.by_attack) == ["apgd-ce", "apgd-t"]
         assert found.clean.sum() == (LABELS[:20] == self.predict(IMAGES[:20]).argmax(-1)).sum()
-        assert any("targets" in flag for flag in found.flags)  # four classes have three targets
+        assert "few classes" in [flag.name for flag in found.flags]  # four have three targets
 
     def test_errors(self):
         with pytest.raises(ValueError, match="nearest: standard"):

@@ -197,9 +197,9 @@ class TestTables:
         table = tables.accuracy_table([record(seed=0), record(seed=1, shift=2.0), record("b")])
         clean = 100 * bits()["clean"].mean()
         header, _, first, second = table.splitlines()
-        assert header == "| accuracy, % | clean | pgd | fgsm |"
-        assert first.startswith(f"| a | {clean + 1:.2f} ± {2**0.5:.2f} (2) |")
-        assert second.startswith(f"| b | {clean:.2f} |")
+        assert header == "| accuracy, % | threat | n | clean | pgd | fgsm |"
+        assert first.startswith(f"| a | – | 23 | {clean + 1:.2f} ± {2**0.5:.2f} (2) |")
+        assert second.startswith(f"| b | – | 23 | {clean:.2f} |")
 
     def test_reported_numbers_carry_their_status(self):
         reported = {"pgd": {"value": 12.5, "status": "FOUND"}}
@@ -212,8 +212,9 @@ class TestTables:
     def test_per_class(self):
         lines = tables.class_table([record()], "pgd").splitlines()
         expected = summary(bits(), LABELS, 4)["pgd"]["per_class"]
-        assert lines[0] == "| pgd, % | 0 | 1 | 2 | 3 |"
-        assert lines[2] == "| a [main] | " + " | ".join(f"{v:.2f}" for v in expected) + " |"
+        assert lines[0] == "| pgd, % | threat | n | 0 | 1 | 2 | 3 |"
+        cells = " | ".join(f"{v:.2f}" for v in expected)
+        assert lines[2] == f"| a [main] | – | 23 | {cells} |"
 
     def test_provenance(self):
         text = tables.provenance([record(), record(seed=3)])

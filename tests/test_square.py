@@ -109,5 +109,5 @@ def test_bad_options_and_images():
         attacks.square(threat.Linf(0.1), p_init=1.5)
     with pytest.raises(ValueError, match=r"\(B, H, W, C\)"):
         attacks.square(threat.Linf(0.1))(
-            lambda x: x[:, :2], KEY, jnp.zeros((2, 5)), jnp.zeros(2, int)
+            lambda x: x[:, 0, 0, 0, :2], KEY, jnp.zeros((2, 1, 1, 1, 5)), jnp.zeros(2, int)
         )

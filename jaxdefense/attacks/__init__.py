@@ -5,8 +5,11 @@ x_adv = attack(predict, key, images, labels)            # inside your own jit, o
 
 fast = attacks.jitted(attack, apply)                     # apply(variables, images) -> logits
 x_adv = fast(variables, key, images, labels)             # compiled once for all weights
+
+What a factory returns is a `Method`: callable, frozen, and it knows its name, threat and options.
 """
 
+import functools
 import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -18,17 +21,18 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxdefense import registry
 from jaxdefense.attacks import checks
-from jaxdefense.attacks.adaptive import bpda, eot, transfer
+from jaxdefense.attacks.adaptive import binary, bpda, eot, normalised, transfer
 from jaxdefense.attacks.apgd import apgd, apgd_targeted
 from jaxdefense.attacks.ensemble import autoattack, worst_case
 from jaxdefense.attacks.fab import fab, fab_targeted
 from jaxdefense.attacks.gradient import bim, fgsm, maximize, mi_fgsm, pgd
+from jaxdefense.attacks.method import Method
 from jaxdefense.attacks.minimal import cw, ddn, deepfool, fmn
 from jaxdefense.attacks.outcome import FewClassesWarning, fooled
 from jaxdefense.attacks.square import square
-from jaxdefense.types import Attack, Images, Key, Labels, Logits, PyTree, Threat
+from jaxdefense.types import Attack, Images, Key, Labels, Logits, PyTree, Threat, partition
 
-_FACTORIES: dict[str, Callable[..., Attack]] = {
+_FACTORIES: dict[str, Callable[..., Method]] = {
     factory.__name__: factory
     for factory in (
         apgd,
@@ -50,10 +54,12 @@ _FACTORIES: dict[str, Callable[..., Attack]] = {
 
 __all__ = [
     "FewClassesWarning",
+    "Method",
     "apgd",
     "apgd_targeted",
     "autoattack",
     "bim",
+    "binary",
     "bpda",
     "cw",
     "ddn",
@@ -69,6 +75,7 @@ __all__ = [
     "maximize",
     "mi_fgsm",
     "names",
+    "normalised",
     "pgd",
     "square",
     "transfer",
@@ -81,7 +88,7 @@ def names() -> list[str]:
     return sorted(_FACTORIES)
 
 
-def make(name: str, threat: Threat, **options: Any) -> Attack:
+def make(name: str, threat: Threat, **options: Any) -> Method:
     """The attack of a config: `make('pgd', threat, steps=10)`.
 
     Raises:
@@ -112,35 +119,43 @@ def jitted(
         wherever the arrays are. On the CPU a core can be a device (`jax_num_cpu_devices`).
 
     Returns:
-      (variables, key, images, labels) -> images; one compilation per shape of images. Bad
-      images, labels and keys raise a ValueError at each call before compilation; that `apply`
+      (variables, key, images, labels) -> images; one compilation per shape of images. `variables`
+      is any pytree; what in it is no array (an Equinox module's functions) is part of the program.
+      Bad images, labels and keys raise a ValueError at each call before compilation; that `apply`
       returns probabilities or NaN is found at the first call.
     """
+    threat = getattr(attack, "threat", None)
+    bounds = None if threat is None else threat.bounds
 
-    @jax.jit
-    def run(variables, key, images, labels):
-        return attack(lambda x: apply(variables, x), key, images, labels)
+    @functools.partial(jax.jit, static_argnums=0)
+    def run(rest, variables, key, images, labels):
+        return attack(lambda x: apply(rest.join(variables), x), key, images, labels)
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def forward(rest, variables, images):
+        return apply(rest.join(variables), images)
 
     if devices is not None:
         mesh = Mesh(np.asarray(devices), ("examples",))
         whole = NamedSharding(mesh, PartitionSpec())
         split = NamedSharding(mesh, PartitionSpec("examples"))
 
-    forward = jax.jit(apply)
     classes: dict[tuple[int, ...], int] = {}  # by shape of images
 
     def call(variables: PyTree, key: Key, images: Images, labels: Labels) -> Images:
         images, labels = jnp.asarray(images), jnp.asarray(labels)
+        arrays, rest = partition(variables)
         if not isinstance(images, jax.core.Tracer):
-            checks.check_images(images)
+            images = checks.check_images(images, bounds)
             if images.shape not in classes:
-                logits = forward(variables, images)
+                checks.num_classes(lambda x: apply(variables, x), images)
+                logits = forward(rest, arrays, images)
                 checks.check_logits(logits, images.shape[0])
                 classes[images.shape] = logits.shape[1]
             checks.check_labels(labels, images.shape[0], classes[images.shape])
             if devices is not None and images.shape[0] % len(devices) == 0:
                 images, labels = jax.device_put((images, labels), split)
-                variables, key = jax.device_put((variables, key), whole)
-        return run(variables, key, images, labels)
+                arrays, key = jax.device_put((arrays, key), whole)
+        return run(rest, arrays, key, images, labels)
 
     return call

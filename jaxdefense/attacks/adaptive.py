@@ -6,9 +6,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxdefense import losses
 from jaxdefense.attacks import checks
-from jaxdefense.attacks.outcome import pick
+from jaxdefense.attacks.method import method
+from jaxdefense.attacks.outcome import lead, pick
 from jaxdefense.types import (
     Array,
     Attack,
@@ -17,15 +17,72 @@ from jaxdefense.types import (
     Labels,
     Logits,
     Predict,
+    PredictWithKey,
     example_keys,
     fold_in,
 )
 
-PredictWithKey = Callable[[Key, Images], Logits]
-
 
 def _identity(x: Array) -> Array:
     return x
+
+
+def normalised(
+    predict: Predict, mean: float | Sequence[float], std: float | Sequence[float]
+) -> Predict:
+    """predict((x - mean) / std): a model of normalised images as one of images in [0, 1].
+
+    Attacks and their eps belong to the pixels, so normalisation belongs inside the model.
+
+    Args:
+      predict: normalised images (B, H, W, C) -> logits.
+      mean: of the pixels, one number or one a channel.
+      std: of the pixels, likewise, positive.
+
+    Returns:
+      A `Predict` of images in [0, 1].
+
+    Raises:
+      ValueError: a std that is not positive, or numbers beyond [0, 1], as for pixels in 0 to 255.
+
+    >>> import jax.numpy as jnp
+    >>> predict = normalised(lambda x: x.reshape(len(x), -1), 0.5, 0.25)
+    >>> predict(jnp.ones((1, 1, 2, 1)))
+    Array([[2., 2.]], dtype=float32)
+    """
+    middle, width = np.asarray(mean, np.float32), np.asarray(std, np.float32)
+    if np.any(width <= 0) or np.any(width > 1) or np.any(middle < 0) or np.any(middle > 1):
+        raise ValueError(
+            f"mean and std are of pixels in [0, 1], got mean={mean!r}, std={std!r}; divide those "
+            f"of pixels in 0 to 255 by 255"
+        )
+    return lambda x: predict((x - _last_axis(middle, x)) / _last_axis(width, x))
+
+
+def _last_axis(numbers: np.ndarray, x: Array) -> Array:
+    """The numbers, () or (C,), as an array that broadcasts over x's last axis."""
+    return jnp.asarray(numbers, x.dtype).reshape((1,) * (x.ndim - 1) + (-1,))
+
+
+def binary(predict: Callable[[Images], Array]) -> Predict:
+    """A model of one logit as one of two classes: label 1 where the logit is positive.
+
+    Args:
+      predict: images (B, ...) -> one logit each, (B,) or (B, 1), of class 1.
+
+    Returns:
+      A `Predict` with logits (B, 2), (0, z): their softmax is the logit's sigmoid.
+
+    >>> import jax.numpy as jnp
+    >>> binary(lambda x: x.sum(-1))(jnp.ones((1, 3)))
+    Array([[0., 3.]], dtype=float32)
+    """
+
+    def two(x: Images) -> Logits:
+        logit = predict(x).reshape(x.shape[0])
+        return jnp.stack([jnp.zeros_like(logit), logit], -1)
+
+    return two
 
 
 def bpda(
@@ -115,6 +172,7 @@ def eot(predict: PredictWithKey, key: Key, *, samples: int = 20) -> Predict:
     return jax.vmap(one)
 
 
+@method(spatial=True)
 def transfer(attack: Attack, sources: Sequence[Predict]) -> Attack:
     """Black box by transfer: `attack` against other models, the worst of them for the target.
 
@@ -125,7 +183,8 @@ def transfer(attack: Attack, sources: Sequence[Predict]) -> Attack:
 
     Returns:
       An `Attack`: per example the image with the target's largest margin
-      max_{k != y} z_k - z_y; the target's gradients are never asked for.
+      max_{k != y} z_k - z_y; the target's gradients are never asked for. It takes targets where
+      `attack` does.
 
     Raises:
       ValueError: no sources.
@@ -140,7 +199,7 @@ def transfer(attack: Attack, sources: Sequence[Predict]) -> Attack:
         best_x, best = images, jnp.full(images.shape[0], -jnp.inf)
         for n, source in enumerate(sources):
             x_adv = attack(source, fold_in(keys, n), images, labels)
-            value = losses.margin(predict(x_adv), labels)
+            value = lead(predict(x_adv), labels, getattr(attack, "targeted", False))
             better = value > best
             best_x, best = pick(better, x_adv, best_x), jnp.where(better, value, best)
         return best_x

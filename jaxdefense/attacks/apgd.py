@@ -9,11 +9,17 @@ import numpy as np
 
 from jaxdefense import losses, registry
 from jaxdefense.attacks import checks
+from jaxdefense.attacks.fab import boundary_distances
+from jaxdefense.attacks.method import method
 from jaxdefense.attacks.outcome import (
+    DRAWS,
     Passes,
+    attack_loss,
     best_of_runs,
     few_classes,
+    finite,
     fooled,
+    mean_over_draws,
     of_rows,
     pick,
     rivals,
@@ -28,6 +34,7 @@ from jaxdefense.types import (
     LossFn,
     PerExample,
     Predict,
+    PredictWithKey,
     PyTree,
     Threat,
     example_keys,
@@ -36,10 +43,15 @@ from jaxdefense.types import (
 )
 
 TargetedLoss = Callable[[Logits, Labels, Labels], PerExample]
-_Look = Callable[[Images], tuple[PerExample, Array, Images]]  # value, fooled, gradient
+# (iterate, its number) -> value, fooled, gradient
+_Look = Callable[[Images, Array], tuple[PerExample, Array, Images]]
 
 # The multi-eps schedule of L1-APGD: (times eps, share of the steps), ending in the ball itself.
 _WARM = ((3.0, 0.3), (2.0, 0.3), (1.0, 0.4))
+
+
+# The most likely wrong classes among which rank="distance" looks for the nearest.
+RANKED = 100
 
 
 class _Climb(NamedTuple):
@@ -259,7 +271,7 @@ def _climb(
 
     def evaluate(carry: Any) -> Any:
         n, won, c = carry
-        value, wrong, grad = look(c.x)
+        value, wrong, grad = look(c.x, n)
         value, grad = value.astype(dtype), grad.astype(x.dtype)
         hit = wrong & counts[n] & ~won if early_stop else jnp.zeros_like(won)
         c = observe(c, value, hit, grad, won)
@@ -326,17 +338,36 @@ def _runs(
     return jax.lax.stop_gradient(best_of_runs(run, x, done, runs))
 
 
-def _looking(predict: Predict, labels: Labels, loss: LossFn) -> _Look:
+def _looking(predict: Predict, labels: Labels, loss: LossFn, targeted: bool = False) -> _Look:
     """One forward and backward pass gives the value, the verdict and the gradient."""
 
-    def look(x_adv):
+    def look(x_adv: Images, n: Array) -> tuple[PerExample, Array, Images]:
         def total(z):
             logits = predict(z)
-            values = loss(logits, labels)
-            return jnp.sum(values), (values, fooled(logits, labels))
+            values = -loss(logits, labels) if targeted else loss(logits, labels)
+            return jnp.sum(values), (values, fooled(logits, labels, targeted))
 
         grad, (values, wrong) = jax.grad(total, has_aux=True)(x_adv)
-        return values, wrong, grad
+        return values, wrong, finite(grad)
+
+    return look
+
+
+def _looking_at_draws(
+    predict: PredictWithKey,
+    keys: Key,
+    samples: int,
+    looking: Callable[[Predict], _Look],
+) -> _Look:
+    """The mean loss over fresh draws of a randomised model, and the mean of its gradients."""
+
+    def look(x_adv: Images, n: Array) -> tuple[PerExample, Array, Images]:
+        def values(fixed: Predict) -> tuple[PerExample, Images]:
+            value, _, grad = looking(fixed)(x_adv, n)
+            return value, grad
+
+        value, grad = mean_over_draws(predict, fold_in(keys, n), samples, values)
+        return value, jnp.zeros(value.shape, bool), grad
 
     return look
 
@@ -355,7 +386,7 @@ _TARGETED: dict[str, TargetedLoss] = {
 
 def _untargeted_loss(loss: LossFn | str, num_classes: int) -> LossFn:
     """The loss, or the margin where the DLR ratio has too few logits."""
-    loss = losses.make(loss) if isinstance(loss, str) else loss
+    loss = attack_loss(loss)
     if loss is losses.dlr and num_classes < 3:
         few_classes("the DLR loss", num_classes, "the margin is maximised")
         return losses.margin
@@ -372,14 +403,26 @@ def _targeted_loss(loss: TargetedLoss | str, num_classes: int) -> TargetedLoss:
 
 
 def passes(
-    *, steps: int = 100, restarts: int = 1, targets: int = 1, warm_eps: bool = False
+    *,
+    steps: int = 100,
+    restarts: int = 1,
+    targets: int = 1,
+    warm_eps: bool = False,
+    samples: int | None = None,
+    ranked: int = 0,
 ) -> Passes:
     """One forward pass on the image, then steps + 1 of both kinds a run; 1 more per warm ball.
 
-    `apgd_targeted` makes `restarts` runs for each of its `targets`.
+    Args:
+      steps: of a run.
+      restarts: runs, for each of `targets`.
+      targets: of `apgd_targeted`.
+      warm_eps: see `apgd`.
+      samples: draws of a randomised model for each pass.
+      ranked: classes whose gradients `apgd_targeted` ranks, with rank="distance".
     """
-    both = restarts * targets * (steps + (len(_WARM) if warm_eps else 1))
-    return Passes(1 + both, both)
+    both = restarts * targets * (steps + (len(_WARM) if warm_eps else 1)) * (samples or 1)
+    return Passes(1 + both + (ranked > 0), both + ranked)
 
 
 def _check_options(steps: int, restarts: int, rho: float, momentum: float, warm_eps: bool) -> None:
@@ -391,6 +434,7 @@ def _check_options(steps: int, restarts: int, rho: float, momentum: float, warm_
     _balls(steps, warm_eps)
 
 
+@method()
 def apgd(
     threat: Threat,
     *,
@@ -401,6 +445,8 @@ def apgd(
     momentum: float = 0.75,
     warm_eps: bool = False,
     early_stop: bool = True,
+    targeted: bool = False,
+    samples: int | None = None,
 ) -> Attack:
     """Auto-PGD: the step size adapts to the loss's progress, nothing else needs tuning.
 
@@ -418,7 +464,8 @@ def apgd(
     Args:
       threat: norm, eps, bounds.
       steps: gradient steps of a run; a run takes one gradient more than it has steps.
-      loss: 'cross_entropy', 'dlr', 'margin' or any (logits, labels) -> (B,), maximised.
+      loss: any (logits, labels) -> (B,), or the name of one of `losses`, maximised; the
+        cross-entropy in the form that does not saturate, `losses.log_odds`.
       restarts: runs from other random points.
       rho: share of improving steps below which the step is halved (L_inf, L2).
       momentum: weight of the gradient's step against the last move (L_inf, L2).
@@ -427,6 +474,9 @@ def apgd(
       early_stop: an example is finished at its first misclassified point, which is returned (the
         image itself where it is misclassified). False: the point of the largest loss of all runs,
         as for training or for measuring a loss.
+      targeted: labels are targets to be reached, and the loss is lowered.
+      samples: for a randomised model; the attack then takes predict(key, images), each step has so
+        many fresh draws, whose losses and gradients are averaged, and nothing stops early.
 
     Returns:
       An `Attack`: the fooling point, or where there is none the point of the largest loss.
@@ -445,25 +495,38 @@ def apgd(
     the paper) against the start's loss; it returns the last fooled iterate, here the first.
     """
     _check_options(steps, restarts, rho, momentum, warm_eps)
-    if isinstance(loss, str):
-        losses.make(loss)
+    attack_loss(loss)
+    if samples is not None:
+        checks.check_count("samples", samples)
     rule = _rule(threat, rho, momentum)
     plan = _Plan.make(rule, steps, warm_eps)
+    stops = early_stop and samples is None
 
-    def attack(predict: Predict, key: Key, images: Images, labels: Labels) -> Images:
+    def attack(predict: Any, key: Key, images: Images, labels: Labels) -> Images:
         x = jax.lax.stop_gradient(images)
-        chosen = _untargeted_loss(loss, checks.num_classes(predict, x))
+        classes = checks.num_classes(predict, x, keyed=samples is not None)
+        chosen = _untargeted_loss(loss, classes)
+        keys = example_keys(key, x.shape[0])
 
         def look(numbers: Array, rows: Array) -> _Look:
-            return _looking(predict, labels[rows], chosen)
+            def looking(fixed: Predict) -> _Look:
+                return _looking(fixed, labels[rows], chosen, targeted)
 
-        done = fooled(predict(x), labels) if early_stop else jnp.zeros(labels.shape, bool)
-        keys = example_keys(key, x.shape[0])
-        return _runs(look, x, keys, threat, rule, plan, done, runs=restarts, early_stop=early_stop)
+            if samples is None:
+                return looking(predict)
+            draws = fold_in(fold_in(keys[rows], numbers), DRAWS)
+            return _looking_at_draws(predict, draws, samples, looking)
 
-    return checks.checked(attack, threat, "apgd")
+        if stops:
+            done = fooled(predict(x), labels, targeted)
+        else:
+            done = jnp.zeros(labels.shape, bool)
+        return _runs(look, x, keys, threat, rule, plan, done, runs=restarts, early_stop=stops)
+
+    return attack
 
 
+@method()
 def apgd_targeted(
     threat: Threat,
     *,
@@ -474,11 +537,12 @@ def apgd_targeted(
     rho: float = 0.75,
     momentum: float = 0.75,
     warm_eps: bool = False,
+    rank: str = "logit",
 ) -> Attack:
     """APGD-T: one Auto-PGD run towards each of the most likely wrong classes.
 
-    The classes are ranked by the clean logits; an example leaves at its first misclassified point,
-    whatever the class.
+    The classes are ranked at the clean image, by their logits or by the distances to the linearised
+    boundaries with them; an example leaves at its first misclassified point, whatever the class.
 
     Args:
       threat: norm, eps, bounds.
@@ -489,23 +553,28 @@ def apgd_targeted(
       rho: see `apgd`.
       momentum: see `apgd`.
       warm_eps: see `apgd`.
+      rank: 'logit', the largest first, or 'distance', (z_y - z_k) / ||grad (z_y - z_k)||_dual, the
+        least first, among the 100 likeliest wrong classes: a gradient for each of those.
 
     Returns:
       An `Attack`: the fooling point, or where there is none the point of the largest loss.
 
     Raises:
-      ValueError: counts or shares out of range, an unknown loss; at the call, bad images, labels
-        or keys.
+      ValueError: counts or shares out of range, an unknown loss or rank; at the call, bad images,
+        labels or keys.
 
     With fewer than 4 classes the difference of the two logits replaces the targeted DLR loss, and
     with K <= targets there are K - 1 targets (a FewClassesWarning says so).
 
-    Reference: Croce, Hein, arXiv 2003.01690, section 4.
+    Reference: Croce, Hein, arXiv 2003.01690, section 4; rank='distance': Melamed et al., MALT
+      powers up adversarial attacks, arXiv 2407.02240.
     """
     _check_options(steps, restarts, rho, momentum, warm_eps)
     checks.check_count("targets", targets)
     if isinstance(loss, str) and loss not in _TARGETED:
         registry.unknown("targeted loss", loss, _TARGETED)
+    if rank not in ("logit", "distance"):
+        registry.unknown("rank", rank, ("logit", "distance"))
     rule = _rule(threat, rho, momentum)
     plan = _Plan.make(rule, steps, warm_eps)
 
@@ -516,7 +585,13 @@ def apgd_targeted(
         if num_classes <= targets:
             few_classes(f"{targets} targets", num_classes, f"{num_classes - 1} are tried")
         chosen = _targeted_loss(loss, num_classes)
-        ranked = rivals(clean, labels, targets)
+        if rank == "distance":
+            likely = rivals(clean, labels, max(targets, RANKED))
+            far = boundary_distances(predict, x, labels, likely, threat)
+            order = jnp.argsort(far, -1)[:, :targets]
+            ranked = jnp.take_along_axis(likely, order, -1)
+        else:
+            ranked = rivals(clean, labels, targets)
 
         def look(numbers: Array, rows: Array) -> _Look:
             aim = ranked[rows, numbers // restarts]
@@ -534,4 +609,4 @@ def apgd_targeted(
             early_stop=True,
         )
 
-    return checks.checked(attack, threat, "apgd_targeted")
+    return attack

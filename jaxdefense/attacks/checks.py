@@ -4,7 +4,6 @@ The checks look at values, so they run on concrete arrays only: inside a caller'
 are tracers and the caller's own code is trusted.
 """
 
-import functools
 import math
 from typing import Any
 
@@ -14,13 +13,7 @@ import numpy as np
 
 from jaxdefense.types import (
     Array,
-    Attack,
     HostArray,
-    Images,
-    Key,
-    Labels,
-    Logits,
-    Predict,
     Threat,
     example_keys,
 )
@@ -40,16 +33,55 @@ def _extent(array: HostArray) -> tuple[float, float]:
     if isinstance(array, np.ndarray):
         return array.min(), array.max()
     with jax.ensure_compile_time_eval():
-        low, high = jax.device_get(_least_and_largest(array))
-    return low, high
+        return jax.device_get(_least_and_largest(array))
 
 
-def check_images(images: HostArray, bounds: tuple[float, float] = (0.0, 1.0)) -> None:
-    """Floating, finite, inside the bounds.
+def check_threat(attack: str, threat: Any) -> None:
+    """A norm with eps and bounds, as in `jaxdefense.threat`.
+
+    Args:
+      attack: name of the function that needs it.
+      threat: what it was given.
+
+    Raises:
+      ValueError: something else, a bare eps for example.
+    """
+    if not hasattr(threat, "eps") or not hasattr(threat, "project"):
+        raise ValueError(
+            f"{attack} needs a threat first, e.g. {attack}(threat.Linf(8 / 255)), got {threat!r}"
+        )
+
+
+def check_keys(key: Any, batch: int) -> None:
+    """One typed key or one per example.
+
+    Raises:
+      ValueError: something else.
+    """
+    if not isinstance(key, jax.Array):
+        raise ValueError(f"need a typed key, e.g. jax.random.key(0), got {key!r}")
+    example_keys(key, batch)
+
+
+# Rounding at the box's edge, of the box's width: a normalisation undone leaves as much.
+_EDGE = 1e-5
+
+
+def check_images(images: HostArray, bounds: tuple[float, float] | None = (0.0, 1.0)) -> Any:
+    """Floating, finite, inside the bounds; returns them with rounding at the edge clipped.
+
+    Args:
+      images: (B, ...).
+      bounds: (low, high), or None where they are not known.
+
+    Returns:
+      The images, clipped where a value lies outside by at most 1e-5 of the box's width.
 
     Raises:
       ValueError: integer images, no batch axis, NaN, or values outside.
     """
+    if not hasattr(images, "dtype"):
+        raise ValueError(f"images must be an array (B, H, W, C), got {type(images).__name__}")
     if not jnp.issubdtype(images.dtype, jnp.floating):
         raise ValueError(
             f"images must be floating in {bounds}, got {images.dtype}; divide uint8 by 255"
@@ -57,15 +89,19 @@ def check_images(images: HostArray, bounds: tuple[float, float] = (0.0, 1.0)) ->
     if images.ndim < 2:
         raise ValueError(f"images must be a batch (B, H, W, C), got shape {images.shape}")
     if images.size == 0 or not _concrete(images):
-        return
-    low, high = _extent(images)
+        return images
+    low, high = map(float, _extent(images))
     if not np.isfinite(low) or not np.isfinite(high):
         raise ValueError("images contain NaN or infinite values")
-    if low < bounds[0] or high > bounds[1]:
+    if bounds is None or (low >= bounds[0] and high <= bounds[1]):
+        return images
+    slack = _EDGE * (bounds[1] - bounds[0])
+    if low < bounds[0] - slack or high > bounds[1] + slack:
         raise ValueError(
             f"images must lie in {bounds}, got [{low:g}, {high:g}]; normalise inside the model, "
             f"or give the threat the bounds of your images"
         )
+    return images.clip(*bounds)
 
 
 def check_labels(labels: HostArray, batch: int, num_classes: int) -> None:
@@ -85,14 +121,36 @@ def check_labels(labels: HostArray, batch: int, num_classes: int) -> None:
         raise ValueError(f"labels must be in [0, {num_classes}), got values in [{low}, {high}]")
 
 
+def check_outputs(logits: Any, batch: int) -> None:
+    """What predict returned is an array (B, K) with K >= 2, by its shape alone.
+
+    Args:
+      logits: an array, or its shape and dtype.
+      batch: B.
+
+    Raises:
+      ValueError: a tuple, a dict, one logit, or another shape; the way out is said.
+    """
+    if not hasattr(logits, "shape"):
+        kind = type(logits).__name__
+        way = 'lambda x: predict(x)["logits"]' if isinstance(logits, dict) else "predict(x)[0]"
+        raise ValueError(f"predict must return logits (B, K), got a {kind}: give e.g. {way}")
+    if logits.shape in ((batch,), (batch, 1)):
+        raise ValueError(
+            f"predict must return logits (B, K >= 2), got one an image, {logits.shape}: give "
+            f"attacks.binary(predict), whose two classes are the logit's two signs"
+        )
+    if len(logits.shape) != 2 or logits.shape[0] != batch:
+        raise ValueError(f"predict must return logits ({batch}, K >= 2), got {logits.shape}")
+
+
 def check_logits(logits: HostArray, batch: int) -> None:
     """(B, K) finite logits that are not probabilities.
 
     Raises:
       ValueError: another shape, NaN, or rows that are probabilities (in [0, 1] with sum 1).
     """
-    if logits.ndim != 2 or logits.shape[0] != batch or logits.shape[1] < 2:
-        raise ValueError(f"predict must return logits ({batch}, K >= 2), got {logits.shape}")
+    check_outputs(logits, batch)
     if batch == 0 or not _concrete(logits):
         return
     values = np.asarray(logits, np.float32)
@@ -148,47 +206,27 @@ def check_count(name: str, value: Any, least: int = 1) -> None:
         raise ValueError(f"{name} must be an integer >= {least}, got {value!r}")
 
 
-def num_classes(predict: Predict, images: HostArray) -> int:
+def num_classes(predict: Any, images: HostArray, *, keyed: bool = False) -> int:
     """K, from the shape of predict's output; nothing is computed.
 
-    Raises:
-      ValueError: predict does not return (B, K).
-    """
-    shape = jax.eval_shape(predict, jax.ShapeDtypeStruct(images.shape, images.dtype))
-    if not hasattr(shape, "shape") or len(shape.shape) != 2 or shape.shape[0] != images.shape[0]:
-        raise ValueError(
-            f"predict must map images {images.shape} to logits ({images.shape[0]}, K), "
-            f"got {jax.tree.map(lambda s: s.shape, shape)}"
-        )
-    return shape.shape[1]
-
-
-def checked(attack: Attack, threat: Threat, name: str, *, spatial: bool = False) -> Attack:
-    """`attack` behind the checks that its concrete inputs allow.
-
     Args:
-      attack: gets and returns the images as rows (B, H W C), unless `spatial`: over the few
-        channels of pixels, XLA:CPU's norms take ten times as long.
-      threat: of the attack.
-      name: of the function returned.
-      spatial: the attack needs (B, H, W, C).
+      predict: images -> logits, or (key, images) -> logits where `keyed`.
+      images: (B, ...).
+      keyed: whether predict takes a key first.
+
+    Raises:
+      ValueError: predict does not return (B, K), or changes its own state while it is traced.
     """
-
-    @functools.wraps(attack)
-    def call(predict: Predict, key: Key, images: Images, labels: Labels) -> Images:
-        images, labels = jnp.asarray(images), jnp.asarray(labels)
-        check_images(images, threat.bounds)
-        check_eps(threat, images)
-        example_keys(key, images.shape[0])
-        check_labels(labels, images.shape[0], num_classes(predict, images))
-        if spatial:
-            return attack(predict, key, images, labels)
-
-        def predict_rows(z: Array) -> Logits:
-            return predict(z.reshape(z.shape[0], *images.shape[1:]))
-
-        rows = images.reshape(images.shape[0], math.prod(images.shape[1:]))
-        return attack(predict_rows, key, rows, labels).reshape(images.shape)
-
-    call.__name__ = call.__qualname__ = name
-    return call
+    image = jax.ShapeDtypeStruct(images.shape, images.dtype)
+    first = (jax.eval_shape(lambda: jax.random.key(0)),) if keyed else ()
+    try:
+        logits = jax.eval_shape(lambda *arguments: predict(*arguments), *first, image)
+    except Exception as error:
+        if type(error).__name__ != "TraceContextError":
+            raise
+        raise ValueError(
+            "predict changes its own state while it is traced, as an NNX module in train mode "
+            "does: call model.eval() first"
+        ) from error
+    check_outputs(logits, images.shape[0])
+    return logits.shape[1]

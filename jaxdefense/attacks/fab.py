@@ -6,20 +6,24 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxdefense import losses
 from jaxdefense.attacks import checks
+from jaxdefense.attacks.method import method
 from jaxdefense.attacks.outcome import (
     Passes,
     best_of_runs,
     between,
     few_classes,
+    finite,
     fooled,
     keep_inside,
+    lead,
     nearest,
     of_rows,
     pick,
     radii,
     rivals,
+    rounding,
+    runner_up,
 )
 from jaxdefense.types import (
     Array,
@@ -46,6 +50,40 @@ def boundary(predict: Predict, labels: Labels, targets: Labels) -> Boundary:
         return _face(logits, pull, labels, targets)
 
     return linearise
+
+
+def target_boundary(predict: Predict, targets: Labels) -> Boundary:
+    """Where the target's logit meets the largest other one, linearised at x."""
+
+    def linearise(x):
+        logits, pull = jax.vjp(predict, x)
+        return _face(logits, pull, runner_up(logits, targets), targets)
+
+    return linearise
+
+
+def boundary_distances(
+    predict: Predict, x: Images, labels: Labels, candidates: Array, threat: Threat
+) -> Array:
+    """(B, n) distances from x to the linearised boundaries with the candidates, in the norm alone.
+
+    |z_y - z_k| / ||grad (z_k - z_y)||_dual, infinite without a gradient; one backward pass each.
+
+    Args:
+      predict: the model.
+      x: (B, ...) images.
+      labels: (B,).
+      candidates: (B, n) other classes.
+      threat: its norm measures.
+    """
+    logits, pull = jax.vjp(predict, x)
+
+    def one(others: Labels) -> PerExample:
+        gap, normal = _face(logits, pull, labels, others)
+        dual = threat.dual(normal)
+        return jnp.where(dual > 0, jnp.abs(gap) / jnp.where(dual > 0, dual, 1), jnp.inf)
+
+    return jax.lax.map(one, candidates.T).T
 
 
 def nearest_boundary(
@@ -92,12 +130,12 @@ def _face(
     classes = logits.shape[-1]
     cotangent = jax.nn.one_hot(targets, classes, dtype=logits.dtype)
     cotangent -= jax.nn.one_hot(labels, classes, dtype=logits.dtype)
-    (normal,) = pull(cotangent)
+    normal = finite(pull(cotangent)[0])
     wide = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
-    # One rounding of the logits beyond the boundary: an iterate on it, where half-precision logits
-    # tie, would have no way to go.
-    rounding = jnp.finfo(logits.dtype).eps * jnp.max(jnp.abs(wide), -1)
-    gap = rounding - jnp.sum(cotangent.astype(wide.dtype) * wide, -1)
+    # One rounding of the logits beyond the boundary, an iterate on which would have no way to go;
+    # in half precision one more, since a win has to exceed one.
+    beyond = jnp.finfo(logits.dtype).eps * jnp.max(jnp.abs(wide), -1) + rounding(logits)
+    gap = beyond - jnp.sum(cotangent.astype(wide.dtype) * wide, -1)
     return gap.astype(normal.dtype), normal
 
 
@@ -125,10 +163,10 @@ def _walk(
     labels: Labels,
     threat: Threat,
     start: Images,
-    best_x: Images,
     best: PerExample,
     *,
     steps: int,
+    targeted: bool,
     alpha_max: float,
     eta: float,
     beta: float,
@@ -145,10 +183,10 @@ def _walk(
         alpha = per_example(jnp.minimum(near / (near + far), alpha_max), x)
         z = (1 - alpha) * (z + eta * from_z) + alpha * (x + eta * from_x)
         z = jnp.clip(z, *threat.bounds).astype(x.dtype)
-        hit = fooled(predict(z), labels)
+        hit = fooled(predict(z), labels, targeted)
         return z, hit, pick(hit, x + beta * (z - x), z)
 
-    return nearest(advance, start, x, best_x, best, threat, steps=steps, enough=enough)[1:]
+    return nearest(advance, start, x, x, best, threat, steps=steps, enough=enough)[1:]
 
 
 def refine(
@@ -158,6 +196,7 @@ def refine(
     x_adv: Images,
     *,
     steps: int,
+    targeted: bool = False,
 ) -> Images:
     """The final search: fooling points ever closer to x on the segment from x to x_adv.
 
@@ -167,7 +206,7 @@ def refine(
     """
 
     def margin(z: Images) -> PerExample:
-        return losses.margin(predict(z), labels).astype(x.dtype)
+        return lead(predict(z), labels, targeted).astype(x.dtype)
 
     def step(_: Any, carry: Any) -> Any:
         low, low_margin, high, high_margin = carry
@@ -240,6 +279,7 @@ def _runs(
     restarts: int,
     minimal: bool,
     search: int,
+    targeted: bool = False,
     **options: Any,
 ) -> Images:
     """Runs over targets and restarts, the nearest point of all, the final search, the ball.
@@ -263,19 +303,20 @@ def _runs(
             labels[rows],
             ball,
             start,
-            image,
             best,
             enough=enough,
+            targeted=targeted,
             **options,
         )
         return best_x, jnp.where(best <= enough, jnp.inf, -best)
 
     best_x = best_of_runs(run, x, ~right, runs)
-    best_x = refine(predict, x, labels, best_x, steps=search)
+    best_x = refine(predict, x, labels, best_x, steps=search, targeted=targeted)
     best_x = best_x if minimal else keep_inside(best_x, x, threat)
     return jax.lax.stop_gradient(best_x)
 
 
+@method()
 def fab(
     threat: Threat,
     *,
@@ -286,6 +327,7 @@ def fab(
     beta: float = 0.9,
     search: int = 3,
     minimal: bool = False,
+    targeted: bool = False,
 ) -> Attack:
     """FAB: the nearest misclassified point, whatever eps, by projections onto the boundary.
 
@@ -309,6 +351,8 @@ def fab(
       minimal: return the nearest misclassified point however far it is, and use all steps to
         bring it nearer. False: an example is finished inside the ball, and keeps its image where
         nothing inside was found.
+      targeted: labels are targets: the nearest point that is classified so, by projections onto
+        the boundary between the target and the class that leads; one gradient a step.
 
     Returns:
       An `Attack`; with `minimal`, `threat.distance(x_adv, images)` is the distance found, and the
@@ -328,27 +372,35 @@ def fab(
 
     def attack(predict: Predict, key: Key, images: Images, labels: Labels) -> Images:
         x = jax.lax.stop_gradient(images)
+
+        def linearise(numbers: Array, rows: Array) -> Boundary:
+            if targeted:
+                return target_boundary(predict, labels[rows])
+            return nearest_boundary(predict, labels[rows], of_rows(threat, rows))
+
         return _runs(
-            lambda numbers, rows: nearest_boundary(predict, labels[rows], of_rows(threat, rows)),
+            linearise,
             predict,
             key,
             x,
             labels,
             threat,
-            ~fooled(predict(x), labels),
+            ~fooled(predict(x), labels, targeted),
             runs=restarts,
             restarts=restarts,
             minimal=minimal,
             search=search,
+            targeted=targeted,
             steps=steps,
             alpha_max=alpha_max,
             eta=eta,
             beta=beta,
         )
 
-    return checks.checked(attack, threat, "fab")
+    return attack
 
 
+@method()
 def fab_targeted(
     threat: Threat,
     *,
@@ -416,4 +468,4 @@ def fab_targeted(
             beta=beta,
         )
 
-    return checks.checked(attack, threat, "fab_targeted")
+    return attack

@@ -1,4 +1,4 @@
-"""Attacks that follow the gradient: one loop, `maximize`, and the sentences written with it."""
+"""Attacks that follow the gradient: one loop, `maximize`, and the attacks built on it."""
 
 from typing import Any
 
@@ -7,6 +7,8 @@ import jax.numpy as jnp
 
 from jaxdefense import losses, registry
 from jaxdefense.attacks import checks
+from jaxdefense.attacks.method import method
+from jaxdefense.attacks.outcome import attack_loss, finite
 from jaxdefense.types import (
     Attack,
     Images,
@@ -22,14 +24,17 @@ from jaxdefense.types import (
 
 
 def value_and_grad(objective: Objective, x: Images) -> tuple[PerExample, Images]:
-    """Each example's objective and its gradient; examples do not mix, so one sum serves all."""
+    """Each example's objective and its gradient, 0 where an entry is not finite.
+
+    Examples do not mix, so one sum serves all.
+    """
 
     def total(z):
         values = objective(z)
         return jnp.sum(values), values
 
     grad, values = jax.grad(total, has_aux=True)(x)
-    return values, grad
+    return values, finite(grad)
 
 
 def _better(value: PerExample, than: PerExample, x: Images, y: Images) -> tuple[PerExample, Images]:
@@ -130,7 +135,6 @@ def maximize(
 
 
 def _ascent_attack(
-    name: str,
     threat: Threat,
     *,
     steps: int,
@@ -147,7 +151,7 @@ def _ascent_attack(
     checks.check_step("step_size", step_size)
     if step_size is None:
         step_size = length * threat.eps / steps
-    loss = losses.make(loss) if isinstance(loss, str) else loss
+    loss = attack_loss(loss)
     sign = -1.0 if targeted else 1.0
 
     def attack(predict, key, images, labels):
@@ -165,9 +169,10 @@ def _ascent_attack(
             **options,
         )
 
-    return checks.checked(attack, threat, name)
+    return attack
 
 
+@method()
 def pgd(
     threat: Threat,
     *,
@@ -185,7 +190,8 @@ def pgd(
       threat: norm, eps, bounds.
       steps: gradient steps.
       step_size: image units; default 2.5 eps / steps (Madry et al.'s rule).
-      loss: any (logits, labels) -> (B,), or the name of one of `losses`.
+      loss: any (logits, labels) -> (B,), or the name of one of `losses`; the cross-entropy in the
+        form that does not saturate, `losses.log_odds`.
       random_start: start at a uniform point of the ball.
       restarts: the run with the largest final loss is kept, per example.
       best: keep the iterate of the largest loss instead of the last.
@@ -201,7 +207,6 @@ def pgd(
       arXiv 1706.06083.
     """
     return _ascent_attack(
-        "pgd",
         threat,
         steps=steps,
         step_size=step_size,
@@ -214,6 +219,7 @@ def pgd(
     )
 
 
+@method()
 def bim(
     threat: Threat,
     *,
@@ -227,7 +233,6 @@ def bim(
     Reference: Kurakin et al., Adversarial examples in the physical world, arXiv 1607.02533.
     """
     return _ascent_attack(
-        "bim",
         threat,
         steps=steps,
         step_size=step_size,
@@ -238,6 +243,7 @@ def bim(
     )
 
 
+@method()
 def fgsm(
     threat: Threat,
     *,
@@ -254,7 +260,6 @@ def fgsm(
     Reference: Goodfellow et al., Explaining and harnessing adversarial examples, arXiv 1412.6572.
     """
     return _ascent_attack(
-        "fgsm",
         threat,
         steps=1,
         step_size=step_size,
@@ -265,6 +270,7 @@ def fgsm(
     )
 
 
+@method()
 def mi_fgsm(
     threat: Threat,
     *,
@@ -289,7 +295,6 @@ def mi_fgsm(
         registry.unknown("accumulate", accumulate, ("gradient", "direction"))
     checks.check_step("decay", decay)
     return _ascent_attack(
-        "mi_fgsm",
         threat,
         steps=steps,
         step_size=step_size,

@@ -4,6 +4,8 @@ All of them, and FAB, have one form: an `Attack` that keeps an image's nearest f
 lies inside the threat's ball, and stops there. With `minimal=True` the point is returned however
 far it is, and all steps bring it nearer: then `threat.distance(x_adv, images)` is the distance
 found, and an unchanged image says that nothing was found or that it is misclassified as it is.
+
+Lengths that an attack starts from are in image units and scale with the threat's bounds.
 """
 
 from typing import Any
@@ -15,7 +17,16 @@ import optax
 from jaxdefense import losses
 from jaxdefense.attacks import checks
 from jaxdefense.attacks.fab import nearest_boundary
-from jaxdefense.attacks.outcome import fooled, keep_inside, nearest, radii, rivals
+from jaxdefense.attacks.method import method
+from jaxdefense.attacks.outcome import (
+    finite,
+    fooled,
+    keep_inside,
+    lead,
+    nearest,
+    radii,
+    rivals,
+)
 from jaxdefense.types import (
     Array,
     Attack,
@@ -41,17 +52,22 @@ def _cosine(first: float, last: float, n: Any, steps: int) -> Array:
 
 
 def _value_hit_grad(
-    predict: Predict, labels: Labels, loss: LossFn, z: Images
+    predict: Predict, labels: Labels, loss: LossFn, z: Images, targeted: bool
 ) -> tuple[PerExample, Array, Images]:
-    """The loss, who is fooled and the loss's gradient, from one pass."""
+    """The loss (lowered for a target), who is fooled and the loss's gradient, from one pass."""
 
     def total(z):
         logits = predict(z)
-        values = loss(logits, labels)
-        return jnp.sum(values), (values, fooled(logits, labels))
+        values = -loss(logits, labels) if targeted else loss(logits, labels)
+        return jnp.sum(values), (values, fooled(logits, labels, targeted))
 
     grad, (values, hit) = jax.grad(total, has_aux=True)(z)
-    return values.astype(z.dtype), hit, grad.astype(z.dtype)
+    return values.astype(z.dtype), hit, finite(grad).astype(z.dtype)
+
+
+def _width(threat: Threat) -> float:
+    """The box's, which lengths of images in [0, 1] are multiplied with."""
+    return threat.bounds[1] - threat.bounds[0]
 
 
 def _length2(x: Images) -> PerExample:
@@ -71,6 +87,7 @@ def _finish(best_x: Images, x: Images, threat: Threat, minimal: bool) -> Images:
     return jax.lax.stop_gradient(best_x if minimal else keep_inside(best_x, x, threat))
 
 
+@method()
 def deepfool(
     threat: Threat,
     *,
@@ -123,21 +140,24 @@ def deepfool(
         best_x = nearest(advance, x, x, x, best, threat, steps=steps, enough=anywhere)[1]
         return _finish(best_x, x, threat, minimal)
 
-    return checks.checked(attack, threat, "deepfool")
+    return attack
 
 
+@method()
 def ddn(
     threat: Threat,
     *,
     steps: int = 100,
     gamma: float = 0.05,
-    init_norm: float = 1.0,
-    step_size: float = 1.0,
+    init_norm: float | None = None,
+    step_size: float | None = None,
     minimal: bool = False,
+    targeted: bool = False,
 ) -> Attack:
     """DDN: the gradient gives the direction, a radius that shrinks and grows gives the norm (L2).
 
-    delta <- delta + alpha g / ||g||_2 with g the cross-entropy's gradient; the radius is multiplied
+    delta <- delta + alpha g / ||g||_2 with g the gradient of the cross-entropy (in the form that
+    does not saturate, `losses.log_odds`); the radius is multiplied
     by 1 - gamma where the iterate is misclassified and by 1 + gamma where it is not; delta is
     scaled to it and clipped to the box. alpha falls along a cosine to a hundredth.
 
@@ -145,9 +165,10 @@ def ddn(
       threat: an L2 threat: bounds, eps for what is returned.
       steps: gradients.
       gamma: the radius's relative change.
-      init_norm: first radius, image units.
-      step_size: first alpha, image units.
+      init_norm: first radius, image units; default the box's width.
+      step_size: first alpha, image units; default the box's width.
       minimal: return the nearest point found however far it is.
+      targeted: labels are targets to be reached.
 
     Returns:
       An `Attack`; see the module.
@@ -162,34 +183,38 @@ def ddn(
     checks.check_count("steps", steps)
     for name, value in (("gamma", gamma), ("init_norm", init_norm), ("step_size", step_size)):
         checks.check_step(name, value)
+    radius_0 = _width(threat) if init_norm is None else init_norm
+    alpha_0 = _width(threat) if step_size is None else step_size
 
     def attack(predict: Predict, key: Key, images: Images, labels: Labels) -> Images:
         x = jax.lax.stop_gradient(images)
 
         def advance(n: Any, state: Any, best: PerExample) -> tuple[Images, Array, Any]:
             z, radius = state
-            _, hit, grad = _value_hit_grad(predict, labels, losses.cross_entropy, z)
-            alpha = _cosine(step_size, step_size / 100, n, steps).astype(x.dtype)
+            _, hit, grad = _value_hit_grad(predict, labels, losses.log_odds, z, targeted)
+            alpha = _cosine(alpha_0, alpha_0 / 100, n, steps).astype(x.dtype)
             delta = z - x + alpha * _unit(grad)
             radius = radius * jnp.where(hit, 1 - gamma, 1 + gamma).astype(x.dtype)
             moved = x + delta * per_example(radius / _length2(delta), x)
             return z, hit, (jnp.clip(moved, *threat.bounds), radius)
 
-        best, enough = radii(~fooled(predict(x), labels), x, threat, minimal)
-        start = (x, jnp.full_like(best, init_norm))
+        best, enough = radii(~fooled(predict(x), labels, targeted), x, threat, minimal)
+        start = (x, jnp.full_like(best, radius_0))
         best_x = nearest(advance, start, x, x, best, threat, steps=steps, enough=enough)[1]
         return _finish(best_x, x, threat, minimal)
 
-    return checks.checked(attack, threat, "ddn")
+    return attack
 
 
+@method()
 def fmn(
     threat: Threat,
     *,
     steps: int = 100,
     gamma: float = 0.05,
-    step_size: float = 1.0,
+    step_size: float | None = None,
     minimal: bool = False,
+    targeted: bool = False,
 ) -> Attack:
     """FMN: steepest ascent on the margin inside a ball whose radius follows the boundary.
 
@@ -202,8 +227,9 @@ def fmn(
       threat: norm (any), bounds, eps for what is returned.
       steps: gradients.
       gamma: the radius's first relative change.
-      step_size: first alpha, an L2 length in image units.
+      step_size: first alpha, an L2 length in image units; default the box's width.
       minimal: return the nearest point found however far it is.
+      targeted: labels are targets to be reached.
 
     Returns:
       An `Attack`; see the module.
@@ -220,13 +246,14 @@ def fmn(
     checks.check_count("steps", steps)
     for name, value in (("gamma", gamma), ("step_size", step_size)):
         checks.check_step(name, value)
+    alpha_0 = _width(threat) if step_size is None else step_size
 
     def attack(predict: Predict, key: Key, images: Images, labels: Labels) -> Images:
         x = jax.lax.stop_gradient(images)
 
         def advance(n: Any, state: Any, best: PerExample) -> tuple[Images, Array, Any]:
             z, radius, found = state
-            value, hit, grad = _value_hit_grad(predict, labels, losses.margin, z)
+            value, hit, grad = _value_hit_grad(predict, labels, losses.margin, z, targeted)
             distance = threat.distance(z, x)
             found = found | hit
             share = _cosine(gamma, gamma / 1000, n, steps).astype(x.dtype)
@@ -235,19 +262,20 @@ def fmn(
             outside = jnp.where(found, radius * (1 + share), guess)
             inside = jnp.minimum(radius * (1 - share), jnp.minimum(best, distance))
             radius = jnp.where(hit, inside, outside)
-            alpha = _cosine(step_size, step_size / 100, n, steps).astype(x.dtype)
+            alpha = _cosine(alpha_0, alpha_0 / 100, n, steps).astype(x.dtype)
             moved = threat.resized(radius).project(z + alpha * _unit(grad), x)
             return z, hit, (moved, radius, found)
 
-        right = ~fooled(predict(x), labels)
+        right = ~fooled(predict(x), labels, targeted)
         best, enough = radii(right, x, threat, minimal)
         start = (x, jnp.full_like(best, jnp.inf), ~right)
         best_x = nearest(advance, start, x, x, best, threat, steps=steps, enough=enough)[1]
         return _finish(best_x, x, threat, minimal)
 
-    return checks.checked(attack, threat, "fmn")
+    return attack
 
 
+@method()
 def cw(
     threat: Threat,
     *,
@@ -257,11 +285,13 @@ def cw(
     initial_const: float = 1e-3,
     confidence: float = 0.0,
     minimal: bool = False,
+    targeted: bool = False,
 ) -> Attack:
     """Carlini and Wagner's L2 attack: Adam on distance plus margin, the box by tanh.
 
     min_w ||x(w) - x||_2^2 + c max(confidence - margin(x(w)), 0), x(w) = (tanh(w) + 1) / 2 scaled to
-    the bounds, where margin = max_{k != y} z_k - z_y. c starts small, grows tenfold until a fooling
+    the bounds, where margin = max_{k != y} z_k - z_y (of a target, the other way round) and the
+    distance is in units of the box's width. c starts small, grows tenfold until a fooling
     point is found, and is then searched by halving, per example.
 
     Args:
@@ -272,6 +302,7 @@ def cw(
       initial_const: first c.
       confidence: margin aimed at, in logits.
       minimal: return the nearest point found however far it is.
+      targeted: labels are targets to be reached.
 
     Returns:
       An `Attack`; see the module.
@@ -309,13 +340,13 @@ def cw(
 
             def total(w):
                 z = to_box(w)
-                margin = losses.margin(predict(z), labels)
-                far = jnp.sum(jnp.square(z - x), range(1, x.ndim))
+                margin = lead(predict(z), labels, targeted)
+                far = jnp.sum(jnp.square((z - x) / (high - low)), range(1, x.ndim))
                 cost = far + const * jnp.maximum(confidence - margin, 0).astype(x.dtype)
                 return jnp.sum(cost), (z, margin > confidence)
 
             grad, (z, hit) = jax.grad(total, has_aux=True)(w)
-            moves, memory = adam.update(grad, memory)
+            moves, memory = adam.update(finite(grad), memory)
             return z, hit, (optax.apply_updates(w, moves), memory, const, ever | hit)
 
         def search(_: Any, carry: Any) -> Any:
@@ -330,10 +361,10 @@ def cw(
             const = jnp.where(jnp.isinf(most), 10 * const, (least + most) / 2)
             return const, least, most, best_x, best
 
-        best, enough = radii(~fooled(predict(x), labels), x, threat, minimal)
+        best, enough = radii(~fooled(predict(x), labels, targeted), x, threat, minimal)
         zeros = jnp.zeros_like(best)
         start = (zeros + initial_const, zeros, zeros + jnp.inf, x, best)
         best_x = jax.lax.fori_loop(0, searches, search, start)[3]
         return _finish(best_x, x, threat, minimal)
 
-    return checks.checked(attack, threat, "cw")
+    return attack

@@ -8,7 +8,24 @@ import jax
 import jax.numpy as jnp
 
 from jaxdefense import losses
-from jaxdefense.types import Array, Images, Labels, Logits, PerExample, Threat, per_example
+from jaxdefense.types import (
+    Array,
+    Images,
+    Key,
+    Labels,
+    Logits,
+    LossFn,
+    PerExample,
+    Predict,
+    PredictWithKey,
+    PyTree,
+    Threat,
+    fold_in,
+    per_example,
+)
+
+# What the keys of a randomised model's draws are folded with; starts and proposals use them plain.
+DRAWS = 0xD1CE
 
 
 class Passes(NamedTuple):
@@ -31,13 +48,99 @@ def few_classes(attack: str, num_classes: int, instead: str) -> None:
     )
 
 
-def fooled(logits: Logits, labels: Labels) -> Array:
+def attack_loss(loss: LossFn | str) -> LossFn:
+    """The loss that an attack maximises: the cross-entropy in the form that does not saturate.
+
+    Args:
+      loss: (logits, labels) -> (B,), or the name of one of `losses`.
+
+    Raises:
+      ValueError: unknown name.
+    """
+    loss = losses.make(loss) if isinstance(loss, str) else loss
+    return losses.log_odds if loss is losses.cross_entropy else loss
+
+
+def finite(grad: Array) -> Array:
+    """`grad` with 0 for every entry that is NaN or infinite.
+
+    One such entry would spoil its image's step for good: sign(NaN) is NaN, and momentum keeps it.
+    """
+    return jnp.where(jnp.isfinite(grad), grad, 0)
+
+
+def rounding(logits: Logits) -> PerExample | float:
+    """What a win in half precision has to exceed: one rounding of the largest logit; else 0.
+
+    A compiled attack computes with more precision than it stores, and a plain pass may break the
+    tie that it left either way.
+
+    Args:
+      logits: (B, K).
+
+    Returns:
+      (B,) or 0.
+    """
+    if jnp.finfo(logits.dtype).bits >= 32:
+        return 0.0
+    size = jnp.max(jnp.abs(logits.astype(jnp.float32)), -1)
+    return jax.lax.stop_gradient(float(jnp.finfo(logits.dtype).eps) * size)
+
+
+def lead(logits: Logits, labels: Labels, targeted: bool = False) -> PerExample:
+    """How far an attack has come in logits, positive exactly where it has succeeded.
+
+    Args:
+      logits: (B, K).
+      labels: (B,) labels to be left, or targets to be reached.
+      targeted: which of the two.
+
+    Returns:
+      (B,): the largest other logit minus the label's; of a target, the other way round; less the
+      rounding of half precision.
+    """
+    margin = losses.margin(logits, labels)
+    return (-margin if targeted else margin) - rounding(logits)
+
+
+def fooled(logits: Logits, labels: Labels, targeted: bool = False) -> Array:
     """(B,) bool: another class is strictly larger; ties and NaN count for the defender.
 
-    Half-precision logits tie often, and a tie may be broken either way when an evaluation
-    repeats the forward pass in float32.
+    In half precision it has to be larger by a rounding, see `rounding`.
+
+    Args:
+      logits: (B, K).
+      labels: (B,) labels, or targets.
+      targeted: whether they are targets; then the target is strictly larger than all others.
     """
-    return losses.margin(logits, labels) > 0
+    return lead(logits, labels, targeted) > 0
+
+
+def mean_over_draws(
+    predict: PredictWithKey, keys: Key, samples: int, values: Callable[[Predict], PyTree]
+) -> PyTree:
+    """The mean of `values` over draws of a randomised model, one draw after another.
+
+    Args:
+      predict: (key, images (1, ...)) -> logits (1, K).
+      keys: (B,) one per example; each example and draw has a key of its own.
+      samples: draws.
+      values: of a model without randomness -> arrays, e.g. a loss and its gradient.
+    """
+
+    def draw(i: Any) -> PyTree:
+        own = fold_in(keys, i)
+
+        def fixed(x: Images) -> Logits:
+            return jax.vmap(lambda k, z: predict(k, z[None])[0])(own, x)
+
+        return values(fixed)
+
+    def add(i: Any, total: PyTree) -> PyTree:
+        return jax.tree.map(jnp.add, total, draw(i))
+
+    total = jax.lax.fori_loop(1, samples, add, draw(0))
+    return jax.tree.map(lambda value: value / samples, total)
 
 
 def pick(mask: Array, x: Array, y: Array) -> Array:
@@ -53,6 +156,11 @@ def rivals(logits: Logits, labels: Labels, count: int) -> Array:
     own = jax.nn.one_hot(labels, logits.shape[-1], dtype=bool)
     others = jnp.where(own, -jnp.inf, logits.astype(jnp.float32))
     return jax.lax.top_k(others, min(count, logits.shape[-1] - 1))[1]
+
+
+def runner_up(logits: Logits, labels: Labels) -> Labels:
+    """(B,) the class other than the label with the largest logit."""
+    return rivals(logits, labels, 1)[:, 0]
 
 
 def keep_inside(x_adv: Images, x: Images, threat: Threat) -> Images:

@@ -1,14 +1,16 @@
 """Square attack: random search over square windows, with the model's outputs only."""
 
+import math
 from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxdefense import losses
+from jaxdefense import registry
 from jaxdefense.attacks import checks
-from jaxdefense.attacks.outcome import Passes, pick
+from jaxdefense.attacks.method import method
+from jaxdefense.attacks.outcome import DRAWS, Passes, lead, mean_over_draws, pick
 from jaxdefense.types import (
     Array,
     Attack,
@@ -211,13 +213,73 @@ def _shares(queries: int, p_init: float, rescale: bool) -> np.ndarray:
     return p_init / 2 ** np.sum(n[:, None] > np.asarray(_HALVED_AFTER), -1)
 
 
-def passes(*, queries: int = 5000) -> Passes:
-    """A forward pass on the image, one on the start, one a query; no gradients."""
-    return Passes(queries + 2, 0)
+def passes(*, queries: int = 5000, samples: int | None = None) -> Passes:
+    """A forward pass on the image, one on the start, one a query; no gradients.
+
+    Args:
+      queries: changes tried.
+      samples: draws of a randomised model for each pass, and two passes a query.
+    """
+    return Passes(queries + 2 if samples is None else 2 * samples * (queries + 1), 0)
 
 
+def check_layout(shape: tuple[int, ...], layout: str | None) -> None:
+    """Square's windows can be laid over images of this shape.
+
+    Args:
+      shape: (B, H, W, C), (B, H, W) or (B, D).
+      layout: 'NHWC', 'NCHW', or None where nobody has said it.
+
+    Raises:
+      ValueError: another number of axes, an unknown layout, or a shape that looks like channels
+        first without a word about it.
+    """
+    if layout not in (None, "NHWC", "NCHW"):
+        registry.unknown("layout", layout, ("NHWC", "NCHW"))
+    if len(shape) not in (2, 3, 4):
+        raise ValueError(f"square needs images (B, H, W, C) or vectors (B, D), got shape {shape}")
+    if layout is None and len(shape) == 4 and shape[1] in (1, 3) and shape[3] > 4:
+        raise ValueError(
+            f"images {shape} look like channels first (B, C, H, W), and Square's windows would be "
+            f"stripes: say layout='NCHW', or 'NHWC' if they are (B, H, W, C)"
+        )
+
+
+class _Layout(NamedTuple):
+    """How images of another shape become (B, H, W, C) and back."""
+
+    shape: tuple[int, ...]
+    channels_first: bool
+    low: float  # what fills vectors up
+
+    def images(self, x: Images) -> Images:
+        if len(self.shape) == 2:
+            side = math.isqrt(self.shape[1] - 1) + 1
+            spare = side * side - self.shape[1]
+            x = jnp.pad(x, ((0, 0), (0, spare)), constant_values=self.low)
+            return x.reshape(-1, side, side, 1)
+        if len(self.shape) == 3:
+            return x[..., None]
+        return jnp.moveaxis(x, 1, -1) if self.channels_first else x
+
+    def back(self, x: Images) -> Images:
+        if len(self.shape) == 2:
+            return x.reshape(len(x), -1)[:, : self.shape[1]]
+        if len(self.shape) == 3:
+            return x[..., 0]
+        return jnp.moveaxis(x, -1, 1) if self.channels_first else x
+
+
+@method(spatial=True)
 def square(
-    threat: Threat, *, queries: int = 5000, p_init: float = 0.8, rescale: bool = False
+    threat: Threat,
+    *,
+    queries: int = 5000,
+    p_init: float = 0.8,
+    rescale: bool = False,
+    targeted: bool = False,
+    samples: int | None = None,
+    layout: str | None = None,
 ) -> Attack:
     """Square attack: keep a random change of a square window where it raises the margin.
 
@@ -232,6 +294,11 @@ def square(
       queries: changes tried.
       p_init: share of the pixels that the first windows cover.
       rescale: stretch p's schedule, made for 10,000 queries, to `queries`. AutoAttack does not.
+      targeted: labels are targets to be reached.
+      samples: for a randomised model; the attack then takes predict(key, images), each query
+        compares the old and the new image over so many fresh draws, and nothing stops early.
+      layout: 'NHWC' or 'NCHW'; by default NHWC, and refused where the shape looks like channels
+        first. Vectors (B, D) are laid out as a square.
 
     Returns:
       An `Attack`: the first fooling point, or the point of the largest margin; the image itself
@@ -239,7 +306,7 @@ def square(
 
     Raises:
       ValueError: counts or shares out of range; at the call, bad images, labels or keys, or images
-        that are not (B, H, W, C).
+        of another shape.
 
     Reference: Andriushchenko et al., Square attack: a query-efficient black-box adversarial attack
       via random search, arXiv 1912.00049; L1: Croce, Hein, arXiv 2103.01208, section 4.3.
@@ -250,14 +317,18 @@ def square(
     checks.check_count("queries", queries)
     if not 0 < p_init <= 1:
         raise ValueError(f"p_init must be in (0, 1], got {p_init!r}")
+    if samples is not None:
+        checks.check_count("samples", samples)
+    check_layout((1, 1), layout)
     proposal = _PROPOSALS[threat.norm]
 
-    def attack(predict: Predict, key: Key, images: Images, labels: Labels) -> Images:
-        if images.ndim != 4:
-            raise ValueError(f"square needs images (B, H, W, C), got shape {images.shape}")
-        x = jax.lax.stop_gradient(images)
+    def attack(predict: Any, key: Key, images: Images, labels: Labels) -> Images:
+        check_layout(images.shape, layout)
+        form = _Layout(images.shape, layout == "NCHW", threat.bounds[0])
+        x = form.images(jax.lax.stop_gradient(images))
         batch, height, width, channels = x.shape
         keys = example_keys(key, batch)
+        draws = fold_in(keys, DRAWS)
         shares, turn = np.unique(_shares(queries, p_init, rescale), return_inverse=True)
         lengths = np.array([proposal.side(p, height, width) for p in shares], np.int32)
         tables = jnp.asarray(proposal.tables(lengths), x.dtype)
@@ -266,32 +337,46 @@ def square(
         def uniform(n: Any, count: int) -> Array:
             return jax.vmap(lambda k: jax.random.uniform(k, (count,)))(fold_in(keys, n))
 
-        def margin(x_adv: Images) -> PerExample:
-            values = losses.margin(predict(x_adv), labels)
-            return jnp.where(jnp.isnan(values), -jnp.inf, values)
+        def score(x_adv: Images, n: Any) -> PerExample:
+            def values(fixed: Predict) -> PerExample:
+                return lead(fixed(form.back(x_adv)), labels, targeted)
+
+            if samples is None:
+                found = values(predict)
+            else:
+                found = mean_over_draws(predict, fold_in(draws, n), samples, values)
+            return jnp.where(jnp.isnan(found), -jnp.inf, found)
 
         def proposed(n: Any, x_best: Images) -> Images:
             u, k = uniform(n + 1, proposal.draws(channels)), which[n]
             return proposal.change(x_best, x, threat, u, sides[k], tables[k])
 
+        def finished(best: PerExample) -> Array:
+            return best > 0 if samples is None else jnp.zeros(batch, bool)
+
         def going(carry: Any) -> Array:
-            return (carry[0] < queries) & ~jnp.all(carry[2] > 0)
+            return (carry[0] < queries) & ~jnp.all(finished(carry[2]))
 
         # A turn ends with the next turn's proposal: what a loop carries lies in memory, while an
         # image made in the turn that looks at it is made anew by XLA:CPU for each tap of the
         # network's first convolution (a query of 64 MNIST images takes 1.4 times as long).
         def query(carry: Any) -> Any:
             n, x_best, best, x_new = carry
-            value = margin(x_new)
-            better = (value > best) & (best <= 0)
+            value = score(x_new, n)
+            if samples is not None:  # both images under the same draws
+                best = score(x_best, n)
+            better = (value > best) & ~finished(best)
             x_best = pick(better, x_new, x_best)
             return n + 1, x_best, jnp.where(better, value, best), proposed(n + 1, x_best)
 
-        clean = margin(x)
         first = proposal.start(x, threat, uniform(0, proposal.starts(x.shape[1:])))
-        best = jnp.where(clean > 0, clean, margin(first))
-        x_best = pick(clean > 0, x, first)
+        if samples is None:
+            clean = score(x, 0)
+            best = jnp.where(clean > 0, clean, score(first, 0))
+            x_best = pick(clean > 0, x, first)
+        else:
+            best, x_best = score(first, queries), first
         start = (jnp.array(0), x_best, best, proposed(0, x_best))
-        return jax.lax.while_loop(going, query, start)[1]
+        return form.back(jax.lax.while_loop(going, query, start)[1])
 
-    return checks.checked(attack, threat, "square", spatial=True)
+    return attack

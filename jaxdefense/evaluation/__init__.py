@@ -1,7 +1,20 @@
 """Evaluation: bits per example, AutoAttack, the audit, records, and what is printed from them."""
 
 from jaxdefense.evaluation.audit import Audit, Check, audit
-from jaxdefense.evaluation.cascade import Verdict, autoattack
+from jaxdefense.evaluation.cascade import autoattack
+from jaxdefense.evaluation.flags import Flag
 from jaxdefense.evaluation.robust import Evaluator, summary
+from jaxdefense.evaluation.verdict import RandomVerdict, Stage, Verdict
 
-__all__ = ["Audit", "Check", "Evaluator", "Verdict", "audit", "autoattack", "summary"]
+__all__ = [
+    "Audit",
+    "Check",
+    "Evaluator",
+    "Flag",
+    "RandomVerdict",
+    "Stage",
+    "Verdict",
+    "audit",
+    "autoattack",
+    "summary",
+]

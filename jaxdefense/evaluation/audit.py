@@ -20,11 +20,11 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
-from jaxdefense import attacks, losses
+from jaxdefense import attacks
 from jaxdefense.attacks import checks as inputs
-from jaxdefense.evaluation import cascade, curves, robust, tables
+from jaxdefense.evaluation import cascade, curves, flags, robust, tables
 from jaxdefense.evaluation.robust import Evaluator, summary
-from jaxdefense.types import Attack, Images, Key, Logits, Predict, Threat
+from jaxdefense.types import Attack, HostArray, Images, Key, Labels, Logits, Predict, Threat
 
 OBLIVIOUS = "T0 oblivious pgd (not white-box)"
 
@@ -46,6 +46,7 @@ class Audit:
     """What an audit found.
 
     Attributes:
+      threat: every attack's.
       tiers: {"clean" or tier and attack: (N,) bool, classified rightly}.
       worst: (N,) bool, right under every attack but the oblivious ones.
       checks: in a fixed order.
@@ -54,6 +55,7 @@ class Audit:
         in `worst` and was right, else the image.
     """
 
+    threat: Threat
     tiers: dict[str, np.ndarray]
     worst: np.ndarray
     checks: tuple[Check, ...]
@@ -66,12 +68,13 @@ class Audit:
         return all(check.passed for check in self.checks)
 
     def markdown(self) -> str:
-        """Two tables: accuracy per tier, and the checks with their evidence."""
+        """What was judged, and two tables: accuracy per tier, the checks with their evidence."""
         rows = [[name, f"{100 * right.mean():.2f}"] for name, right in self.tiers.items()]
         rows.append(["worst case per example", f"{100 * self.worst.mean():.2f}"])
         told = [[c.name, "pass" if c.passed else "FAIL", c.evidence] for c in self.checks]
         first = tables.markdown(["accuracy, %", "all"], rows)
-        return f"{first}\n\n{tables.markdown(['check', 'answer', 'evidence'], told)}"
+        head = f"{len(self.worst)} images, {self.threat}"
+        return f"{head}\n\n{first}\n\n{tables.markdown(['check', 'answer', 'evidence'], told)}"
 
     def record(self, labels: np.ndarray, num_classes: int) -> dict[str, Any]:
         """Plain values for a record: bits and accuracies, checks, curve."""
@@ -87,79 +90,56 @@ def _evaluator(predict: Predict, threat: Threat, batch_size: int | None) -> Eval
     return Evaluator(lambda _, x: predict(x), threat, batch_size=batch_size)
 
 
-def has_loop(predict: Predict, images: Images) -> bool:
-    """Whether the forward pass iterates: an optimisation at test time hides its gradient so."""
+def _basics(judge: Evaluator, images: np.ndarray, labels: np.ndarray) -> tuple[list[Check], bool]:
+    """The checks of the forward and backward pass, and whether there is a backward pass.
 
-    def search(jaxpr: Any) -> bool:
-        for equation in jaxpr.eqns:
-            if equation.primitive.name in ("while", "scan"):
-                return True
-            for value in jax.tree.leaves(list(equation.params.values())):
-                inner = getattr(value, "jaxpr", value)
-                if hasattr(inner, "eqns") and search(inner):
-                    return True
-        return False
-
-    return search(jax.make_jaxpr(predict)(images).jaxpr)
-
-
-def _is_random(predict: Predict, images: Images) -> tuple[bool, str]:
-    """Two calls without `jit`, so that draws at each call differ."""
-    first, second = (np.asarray(predict(images), np.float32) for _ in range(2))
-    distance = float(np.abs(first - second).max())
-    return distance > 0, f"two calls differ by at most {distance:.3g}"
-
-
-def _gradients(predict: Predict, images: Images, labels: np.ndarray) -> tuple[float, float]:
-    """Shares of images whose cross-entropy's gradient is zero everywhere, or not finite."""
-
-    def total(x):
-        return jnp.sum(losses.cross_entropy(predict(x), jnp.asarray(labels)))
-
-    grad = np.asarray(jax.jit(jax.grad(total))(images)).reshape(len(images), -1)
-    return float((grad == 0).all(-1).mean()), float((~np.isfinite(grad)).any(-1).mean())
-
-
-def _basics(predict: Predict, images: np.ndarray, labels: np.ndarray) -> list[Check]:
-    """The checks of the forward and backward pass."""
-    x = jnp.asarray(images[: robust.LEAST])
-    y = labels[: robust.LEAST]
+    The questions are those of `flags`.
+    """
+    some = slice(robust.LEAST)
+    x, y = images[some], labels[some]
     found = []
 
-    def ask(name: str, passed: bool, evidence: str) -> bool:
+    def ask(name: str, passed: bool, evidence: str) -> None:
         found.append(Check(name, passed, evidence))
-        return passed
 
-    random, evidence = _is_random(predict, x)
-    ask("deterministic", not random, evidence)
-    logits = np.asarray(predict(x), np.float32)
+    def predict(z: Images) -> Logits:
+        return judge.apply((), z)
+
+    noise = judge.noise((), x)
+    ask("deterministic", not noise.random, noise.evidence())
+    logits = judge.logits((), x)
     finite = bool(np.isfinite(logits).all())
     ask("finite logits", finite, f"{(~np.isfinite(logits)).any(-1).mean():.1%} of rows are not")
     sums = logits.sum(-1)
     soft = finite and logits.min() >= 0 and np.allclose(sums, 1, atol=1e-3)
     ask("logits, not probabilities", not soft, f"rows sum to {sums.min():.3g}..{sums.max():.3g}")
-    try:
-        robust.check_company(jax.jit(predict), images[: robust.LEAST])
-        alone, evidence = True, "an image's logits are the same in other company"
-    except ValueError as error:
-        alone, evidence = random, str(error)
-    ask("independent of the batch", alone, evidence)
-    loop = has_loop(predict, x)
+    ask("independent of the batch", noise.random or not noise.mixed, noise.evidence())
+    loop = flags.has_loop(predict, jnp.asarray(x))
     ask(
         "no loop in the forward pass",
         not loop,
         "it iterates: attack what it optimises too" if loop else "no while or scan in its program",
     )
-    zero, broken = _gradients(predict, x, y)
-    ask("gradients are there", zero < 0.05, f"zero for {zero:.1%} of images")
-    ask("gradients are finite", broken == 0, f"not finite for {broken:.1%} of images")
-    return found
+
+    def shares(_: Any, x: Images, y: Labels) -> Any:
+        return flags.gradient_shares(predict, x, y)
+
+    try:
+        zero, broken = judge.over("gradients", shares, (), x, y).T
+    except flags.NoGradients as error:
+        ask("gradients are there", False, str(error))
+        ask("gradients are finite", False, "there are none")
+        return found, False
+    ask("gradients are there", zero.mean() < 0.05, f"zero for {zero.mean():.1%} of images")
+    told = f"{broken.mean():.2%} of the entries, in {(broken > 0).mean():.1%} of images, are not"
+    ask("gradients are finite", bool((broken == 0).all()), told)
+    return found, True
 
 
 def audit(
     predict: Predict,
-    images: np.ndarray,
-    labels: np.ndarray,
+    images: HostArray,
+    labels: HostArray,
     threat: Threat,
     *,
     base: Predict | None = None,
@@ -172,6 +152,7 @@ def audit(
     stages: Sequence[str] = ("apgd-ce", "apgd-t"),
     queries: int = 5000,
     samples: int = 20,
+    layout: str | None = None,
     seed: int = 0,
     batch_size: int | None = None,
     progress: bool = False,
@@ -193,91 +174,116 @@ def audit(
       stages: AutoAttack's that T1 holds, "fab-t" among them where there is the time.
       queries: of Square.
       samples: of EOT.
+      layout: of the images, 'NHWC' or 'NCHW', see `attacks.square`.
       seed: of all attacks.
       batch_size: most examples per dispatch; default as `Evaluator`'s.
       progress: show a bar of the attacks.
 
     Returns:
-      An `Audit`. Attacks are left out where a check shows that they would mean nothing.
+      An `Audit`. Attacks are left out where a check shows that they would mean nothing, and those
+      that need gradients where there are none; docs/flags.md says what a failed check means and
+      what to do.
 
     Raises:
       ValueError: bad images or labels, or `purify` without `base`.
     """
     if purify is not None and base is None:
         raise ValueError("purify needs base: the classifier behind the purifier")
-    images, labels = np.asarray(images), np.asarray(labels)
-    inputs.check_images(jnp.asarray(images), threat.bounds)
-    classes = inputs.num_classes(predict, images[:1])
-    inputs.check_labels(labels, len(images), classes)
     if random is not None:
         predict = attacks.eot(random, jax.random.key(seed), samples=samples)
-    checks = _basics(predict, images, labels)
+    labels = np.asarray(labels)
+    survey = _Survey(predict, images, labels, threat, seed, batch_size, progress)
+    classes = inputs.num_classes(predict, survey.images[:1])
+    inputs.check_labels(labels, len(survey.images), classes)
+    checks, gradients = _basics(survey.judge, survey.images, labels)
     if any(not check.passed and check.name in _FATAL for check in checks):
         nothing = np.zeros(len(images), bool)
-        return Audit({}, nothing, tuple(checks), (), images.copy())
+        return Audit(threat, {}, nothing, tuple(checks), (), survey.images.copy())
 
-    survey = _Survey(predict, images, labels, threat, seed, batch_size, progress)
+    survey.start()
     tiers, x_adv = survey.tiers, survey.x_adv
+    short = attacks.pgd(threat, steps=10)
     if base is not None:
         survey.craft(OBLIVIOUS, attacks.pgd(threat, steps=steps), base, counts=False)
-    short = attacks.pgd(threat, steps=10)
-    survey.craft("T1 pgd-10", short)
-    survey.craft("T1 pgd", attacks.pgd(threat, steps=steps, restarts=restarts, best=True))
-    for stage in cascade.stages(threat, classes, attacks=stages):
-        survey.craft(f"T1 {stage.name}", stage.attack)
-    for name, attack in (extra or {}).items():
-        survey.craft(f"T1 {name}", attack)
+    if gradients:
+        survey.craft("T1 pgd-10", short)
+        survey.craft("T1 pgd", attacks.pgd(threat, steps=steps, restarts=restarts, best=True))
+        for stage in cascade.stages(threat, classes, attacks=stages):
+            survey.craft(f"T1 {stage.name}", stage.attack)
+        for name, attack in (extra or {}).items():
+            survey.craft(f"T1 {name}", attack)
     if purify is not None and base is not None:
         through = attacks.bpda(purify)
         survey.craft("T2 bpda pgd", attacks.pgd(threat, steps=steps), lambda x: base(through(x)))
-    survey.craft("T3 square", attacks.square(threat, queries=queries))
+    square = attacks.square(threat, queries=queries, layout=layout)
+    survey.craft("T3 square", square)
+    climb = attacks.apgd(threat, early_stop=False)
     if sources:
-        climb = attacks.apgd(threat, early_stop=False)
         survey.craft("T3 transfer", attacks.transfer(climb, sources))
     if base is not None:
-        climb = attacks.apgd(threat, early_stop=False)
         survey.craft("T3 transfer from base", attacks.transfer(climb, [base]))
 
     worst = np.all([b for name, b in tiers.items() if not name.startswith("T0")], axis=0)
-    curve = survey.curve(steps)
-    checks += _comparisons(tiers, curve, threat, survey.raw(short))
+    curve: tuple[tuple[float, float], ...] = ()
+    if gradients:
+        curve = survey.curve(steps)
+        checks += _comparisons(tiers, curve, threat, survey.raw(short))
     survey.bar.close()
-    return Audit(tiers, worst, tuple(checks), curve, x_adv)
+    return Audit(threat, tiers, worst, tuple(checks), curve, x_adv)
 
 
 # Without these an attack's result would mean nothing.
-_FATAL = (
+_FATAL = {
+    "deterministic",
     "finite logits",
     "logits, not probabilities",
     "independent of the batch",
-    "gradients are finite",
-)
+}
 
 
 class _Survey:
     """The attacks of an audit, each judged on the deployed defence."""
 
-    def __init__(self, predict, images, labels, threat, seed, batch_size, progress):
+    def __init__(
+        self,
+        predict: Predict,
+        images: HostArray,
+        labels: np.ndarray,
+        threat: Threat,
+        seed: int,
+        batch_size: int | None,
+        progress: bool,
+    ):
         self.threat, self.seed, self.batch_size = threat, seed, batch_size
-        self.images, self.labels, self.ids = images, labels, np.arange(len(images))
         self.judge = _evaluator(predict, threat, batch_size)
-        clean = self.judge.logits((), images).argmax(-1) == labels
-        self.tiers = {"clean": clean}
-        self.x_adv = images.copy()
+        self.images, self.labels = self.judge.prepare(images), labels
+        self.ids = np.arange(len(self.images))
+        self.tiers: dict[str, np.ndarray] = {}
+        self.x_adv = self.images.astype(np.promote_types(self.images.dtype, np.float32))
         self.bar = tqdm(disable=not progress, unit="attack")
+
+    def start(self) -> None:
+        """Clean accuracy: what is wrong already is not attacked."""
+        self.tiers["clean"] = self.judge.logits((), self.images).argmax(-1) == self.labels
 
     def craft(
         self, name: str, attack: Attack, on: Predict | None = None, *, counts: bool = True
     ) -> None:
         """Runs an attack, on another model where one is given; the defence judges its images."""
+        robust.check_attack(name, attack, self.threat, len(self.images))
         self.bar.set_postfix_str(name)
         right = self.tiers["clean"].copy()
         crafter = self.judge if on is None else _evaluator(on, self.threat, self.batch_size)
         for pack in crafter.packs(np.flatnonzero(right)):
             given = (self.images[pack], self.labels[pack], self.ids[pack])
-            found, wrong = crafter.attack(name, attack, (), *given, seed=self.seed)
-            if on is not None:
-                wrong = self.judge.logits((), found).argmax(-1) != self.labels[pack]
+            if on is None:
+                found, wrong, _ = crafter.attack(
+                    name, attack, (), *given, rows=pack, seed=self.seed
+                )
+            else:
+                found, _ = crafter.craft(name, attack, (), *given, rows=pack, seed=self.seed)
+                logits = self.judge.logits((), found.astype(self.images.dtype))
+                wrong = logits.argmax(-1) != self.labels[pack]
             right[pack[wrong]] = False
             if counts:
                 self.x_adv[pack[wrong]] = found[wrong]
@@ -294,7 +300,7 @@ class _Survey:
         """PGD's accuracy at shares of eps, at eps, and at eps .5 of the box's diameter."""
         self.bar.set_postfix_str("curve")
         wide = _WIDE * self.threat.diameter(self.images[0].size)
-        eps = [*(share * self.threat.eps for share in (0.0, 0.25, 0.5, 1.0, 2.0)), wide]
+        eps = [*(share * np.max(self.threat.eps) for share in (0.0, 0.25, 0.5, 1.0, 2.0)), wide]
         eps = sorted({float(e) for e in eps if e <= wide})
         survives = curves.grid(
             self.judge,

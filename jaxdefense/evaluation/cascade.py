@@ -7,14 +7,12 @@ and misclassified by a plain forward pass. With a folder, each dispatch is writt
 done, and a killed evaluation goes on from there.
 """
 
-import dataclasses
-import hashlib
-import json
+import functools
 import os
 import pathlib
 import time
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -22,47 +20,13 @@ from tqdm import tqdm
 
 from jaxdefense import registry
 from jaxdefense.attacks import checks, ensemble
-from jaxdefense.evaluation import records, robust
-from jaxdefense.types import Attack, Predict, PyTree, Threat
-
-
-class Stage(NamedTuple):
-    """One attack of a cascade, and the most passes it spends on an example."""
-
-    name: str
-    attack: Attack
-    forward: int
-    backward: int
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Verdict:
-    """What a cascade found.
-
-    Attributes:
-      clean: (N,) bool, classified rightly without an attack.
-      robust: (N,) bool, classified rightly under every attack.
-      by_attack: {attack: (N,) bool}, the survivors after each attack, in order.
-      x_adv: (N, H, W, C), the adversarial image where one was found, else the image itself.
-      passes: {attack: (forward, backward)} passes through the model, summed over the examples
-        that met the attack; an upper bound, since finished examples leave early.
-      flags: what should make a reader doubt the numbers, in words.
-      seconds: wall time, of all sessions together where it was resumed.
-    """
-
-    clean: np.ndarray
-    robust: np.ndarray
-    by_attack: dict[str, np.ndarray]
-    x_adv: np.ndarray
-    passes: dict[str, tuple[int, int]]
-    flags: tuple[str, ...]
-    seconds: float
-
-    @property
-    def fast(self) -> np.ndarray:
-        """AA-fast: the survivors of the gradient attacks on the loss (APGD-CE and APGD-T)."""
-        names = [name for name in self.by_attack if name.startswith("apgd")]
-        return self.by_attack[names[-1]] if names else self.clean
+from jaxdefense.attacks.method import describe
+from jaxdefense.attacks.square import check_layout
+from jaxdefense.evaluation import flags, randomised, robust
+from jaxdefense.evaluation.flags import Flag
+from jaxdefense.evaluation.journal import Journal, digest
+from jaxdefense.evaluation.verdict import Stage, Verdict
+from jaxdefense.types import HostArray, Images, Labels, PredictWithKey, PyTree, Threat
 
 
 def stages(
@@ -71,128 +35,168 @@ def stages(
     *,
     version: str = "standard",
     attacks: Sequence[str] | None = None,
+    layout: str | None = None,
+    samples: int | None = None,
 ) -> list[Stage]:
     """AutoAttack's stages.
 
     Args:
       threat: norm, eps, bounds.
       num_classes: K.
-      version: 'standard', 'plus' or 'rand'.
+      version: see `attacks.autoattack`.
       attacks: only these of its stages, in its order.
+      layout: of the images, see `attacks.square`.
+      samples: draws a step, for a randomised model and version 'rand'.
 
     Raises:
-      ValueError: unknown version or stage.
+      ValueError: unknown version, stage or layout.
     """
-    passes = ensemble.budgets(threat, version, num_classes)
-    found = ensemble.stages(threat, version, num_classes)
+    found = ensemble.stages(threat, version, num_classes, layout=layout, samples=samples)
+    known = [stage.name for stage in found]
     for name in attacks or ():
-        if name not in passes:
-            registry.unknown(f"stage of {version}", name, passes)
+        if name not in known:
+            registry.unknown(f"stage of {version}", name, known)
     return [
-        Stage(name, attack, *passes[name])
-        for name, attack in found
-        if attacks is None or name in attacks
+        Stage(stage.name, stage.attack, *stage.passes, stage.note)
+        for stage in found
+        if attacks is None or stage.name in attacks
     ]
 
 
 def autoattack(
-    predict: Predict,
-    images: np.ndarray,
-    labels: np.ndarray,
+    predict: Callable[..., Any] | None,
+    images: HostArray,
+    labels: HostArray | None,
     threat: Threat,
     *,
     version: str = "standard",
+    variables: PyTree = None,
+    targets: HostArray | None = None,
+    random: PredictWithKey | None = None,
+    samples: int = 20,
+    draws: int = 100,
+    grid: int | None = None,
+    layout: str | None = None,
     seed: int = 0,
     batch_size: int | None = None,
     attacks: Sequence[str] | None = None,
-    ids: np.ndarray | None = None,
+    ids: HostArray | None = None,
     folder: str | os.PathLike | None = None,
     progress: bool = False,
 ) -> Verdict:
     """AutoAttack on a whole set: APGD-CE, APGD-T, FAB-T, Square, each on the survivors.
 
+    Before anything is attacked the model is asked what would make its number worthless. A random
+    model, or one whose answer about an image depends on its batch, is refused, as are probabilities
+    and NaN; what leaves doubt is among the verdict's flags (docs/flags.md says what each means and
+    what to do):
+
+    * zero gradients, non-finite gradients, no gradients: gradient attacks see little; look for
+      rounding, `stop_gradient`, saturation; `attacks.bpda` and Square go past them.
+    * loop in the forward pass: the model optimises when it is asked; attack what it optimises.
+    * masked gradients: FAB or Square took what APGD had left; give Square more queries.
+    * ties, one class, unconfirmed wins, few classes, own labels, small sample: what the
+      evidence says.
+
     Args:
-      predict: images (B, H, W, C) -> logits (B, K), parameters inside, eval mode.
-      images: (N, H, W, C) floats in the threat's bounds.
-      labels: (N,) integers.
-      threat: Linf, L2 or L1.
-      version: 'standard', 'plus' or 'rand' (for a predict made by `attacks.eot`).
+      predict: images (B, H, W, C) -> logits (B, K), parameters inside, eval mode; with `variables`,
+        (variables, images) -> logits. None where `random` is given.
+      images: (N, H, W, C) floats in the threat's bounds, or vectors (N, D).
+      labels: (N,) integers; None judges the model against its own answers.
+      threat: Linf, L2 or L1, its eps one number or one for each image.
+      version: 'standard', 'fast', 'plus', 'targeted', or 'rand' (for a predict made by
+        `attacks.eot`); see `attacks.autoattack`.
+      variables: any pytree of weights: arguments of the programs instead of constants in them.
+      targets: (N,) classes to be reached instead of labels to be left; the version is then
+        'targeted'.
+      random: a randomised model instead of `predict`, (key, images) -> logits, or (variables, key,
+        images) -> logits; the verdict is then a `RandomVerdict`.
+      samples: fresh draws in each step of an attack on `random`.
+      draws: fresh draws of each image that the verdict on `random` rests on.
+      grid: 255 for images of 8 bits: the verdict is that of images rounded to them.
+      layout: 'NHWC' or 'NCHW', see `attacks.square`.
       seed: of all attacks.
       batch_size: most examples per dispatch, over all devices; default as `Evaluator`'s.
       attacks: only these stages, e.g. ("apgd-ce", "apgd-t").
       ids: (N,) the examples' names in the random keys; default their positions.
-      folder: keep finished dispatches there; the same call then goes on where it was killed.
+      folder: keep finished dispatches there; the same call then goes on where it was killed, on
+        other devices and in other batches too.
       progress: show a bar.
 
     Returns:
-      A `Verdict`. What few classes changed is among its flags.
+      A `Verdict`; a `RandomVerdict` for a randomised model.
 
     Raises:
-      ValueError: bad images or labels, probabilities or NaN instead of logits, BatchNorm in train
-        mode, unknown names, or a folder of another evaluation.
+      ValueError: bad images, labels or targets, probabilities or NaN instead of logits, a random
+        model without `random`, BatchNorm in train mode, unknown names, or a folder of another
+        evaluation.
+
+    >>> import jax
+    >>> from jaxdefense import threat
+    >>> x = jax.random.uniform(jax.random.key(0), (8, 4, 4, 1))
+    >>> predict = lambda x: x.reshape(len(x), -1)[:, :3]
+    >>> autoattack(predict, x, None, threat.Linf(0.5), attacks=("apgd-ce",)).robust.mean()
+    np.float64(0.0)
 
     Reference: Croce, Hein, Reliable evaluation of adversarial robustness with an ensemble of
       diverse parameter-free attacks, arXiv 2003.01690. Differences from the authors' programme are
       listed in the attacks' docstrings.
     """
-    images = np.asarray(images)
-    robust.check_some(images)
-    checks.check_images(jnp.asarray(images), threat.bounds)
-    classes = checks.num_classes(predict, images[:1])
-    verdict = run(
-        robust.Evaluator(lambda _, x: predict(x), threat, batch_size=batch_size),
-        (),
-        images,
-        labels,
-        stages(threat, classes, version=version, attacks=attacks),
+    if (predict is None) == (random is None):
+        raise ValueError("give predict, or random=predict with predict(key, images)")
+    if targets is not None and version not in ("standard", "targeted"):
+        raise ValueError(f"targets go with version 'targeted', got {version!r}")
+    if targets is None and version == "targeted":
+        raise ValueError("version 'targeted' needs targets=, one class for each image")
+    if random is not None:
+        version = "rand"
+    elif targets is not None:
+        version = "targeted"
+    apply = _with_variables(predict or random, with_variables=variables is not None)
+    evaluator = robust.Evaluator(apply, threat, batch_size=batch_size, grid=grid)
+    images = evaluator.prepare(images)
+    classes = checks.num_classes(
+        lambda *given: apply(variables, *given), images[:1], keyed=random is not None
+    )
+    chosen = stages(
+        threat,
+        classes,
+        version=version,
+        attacks=attacks,
+        layout=layout,
+        samples=None if random is None else samples,
+    )
+    if any(stage.name == "square" for stage in chosen):
+        check_layout(images.shape, layout)
+    options: dict[str, Any] = dict(
         ids=ids,
         seed=seed,
         folder=None if folder is None else pathlib.Path(folder),
         progress=progress,
     )
-    notes = tuple(ensemble.notes(threat, version, classes))
-    return dataclasses.replace(verdict, flags=verdict.flags + notes)
+    if random is not None:
+        if targets is not None or grid is not None or labels is None:
+            raise ValueError("a randomised model is judged with labels, without targets or grid")
+        return randomised.run(
+            evaluator, variables, images, labels, chosen, classes, draws=draws, **options
+        )
+    return run(evaluator, variables, images, labels, chosen, targets=targets, **options)
 
 
-class _Journal:
-    """One file per finished dispatch; a fingerprint keeps runs apart."""
-
-    def __init__(self, folder: pathlib.Path | None, fingerprint: str):
-        self.folder = folder
-        if folder is None:
-            return
-        folder.mkdir(parents=True, exist_ok=True)
-        path = folder / "cascade.json"
-        if path.exists() and json.loads(path.read_text()).get("fingerprint") != fingerprint:
-            raise ValueError(
-                f"{folder} holds an evaluation of another model, data, threat or seed; "
-                f"choose another folder, or remove it"
-            )
-        records.write_text(path, json.dumps({"fingerprint": fingerprint}) + "\n")
-
-    def read(self, name: str) -> dict[str, np.ndarray] | None:
-        """The arrays written under `name`, or None."""
-        if self.folder is None or not (self.folder / f"{name}.npz").exists():
-            return None
-        with np.load(self.folder / f"{name}.npz") as file:
-            return dict(file)
-
-    def write(self, name: str, **arrays: Any) -> None:
-        """Written whole, then renamed."""
-        if self.folder is not None:
-            temporary = self.folder / f".{name}.tmp.npz"
-            np.savez(temporary, **arrays)
-            temporary.rename(self.folder / f"{name}.npz")
+def _with_variables(function: Any, *, with_variables: bool) -> robust.Apply:
+    """(variables, ...) -> logits of a function that may not take variables."""
+    return function if with_variables else lambda _, *given: function(*given)
 
 
 def run(
     evaluator: robust.Evaluator,
     variables: PyTree,
-    images: np.ndarray,
-    labels: np.ndarray,
+    images: HostArray,
+    labels: HostArray | None,
     stages: Sequence[Stage],
     *,
-    ids: np.ndarray | None = None,
+    targets: HostArray | None = None,
+    ids: HostArray | None = None,
     seed: int = 0,
     folder: pathlib.Path | None = None,
     progress: bool = False,
@@ -203,68 +207,147 @@ def run(
       evaluator: of the classifier.
       variables: its weights.
       images: (N, H, W, C) floats in the threat's bounds.
-      labels: (N,) integers.
+      labels: (N,) integers; None for the model's own answers.
       stages: in order; names must differ.
+      targets: (N,) classes to be reached, for targeted stages.
       ids: (N,) the examples' names in the random keys; default their positions.
       seed: of all attacks.
       folder: where finished dispatches are kept, to resume from.
       progress: show a bar.
 
     Raises:
-      ValueError: bad images or labels, probabilities or NaN instead of logits, BatchNorm in train
-        mode, or a folder of another evaluation.
+      ValueError: bad images or labels, probabilities or NaN instead of logits, a random model,
+        BatchNorm in train mode, an attack of another threat, or a folder of another evaluation.
     """
-    images, labels = np.asarray(images), np.asarray(labels)
+    images = evaluator.prepare(images)
+    for stage in stages:
+        robust.check_attack(
+            stage.name, stage.attack, evaluator.threat, len(images), targets=targets is not None
+        )
     ids = np.arange(len(images)) if ids is None else np.asarray(ids)
     variables = evaluator.place(variables)
+    own = labels is None
+    if own:
+        labels = evaluator.logits(variables, images).argmax(-1)
+    labels = np.asarray(labels)
     logits = evaluator.check(variables, images, labels)
+    aims = labels
+    if targets is not None:
+        aims = robust.check_targets(targets, labels, logits.shape[-1])
+    found = examine(evaluator, variables, images, labels, logits, stages)
+    if own:
+        found.append(Flag("own labels", "note", "labels are the model's answers on clean images"))
+    told = {
+        "threat": describe(evaluator.threat),
+        "stages": {stage.name: describe(stage.attack) for stage in stages},
+        "seed": seed,
+        "grid": evaluator.grid,
+        "images": digest(images),
+        "labels": digest(labels),
+        "targets": None if targets is None else digest(aims),
+        "ids": digest(ids),
+    }
+    journal = Journal(folder, told, logits)
     clean = logits.argmax(-1) == labels
-    told = repr((evaluator.threat, [stage.name for stage in stages], seed, evaluator.large))
-    journal = _Journal(folder, _fingerprint(told, images, labels, ids, logits))
-    left, x_adv = clean.copy(), images.copy()
-    by_attack, passes, seconds = {}, {}, 0.0
+    start = clean if targets is None else ~flags.wins(logits, aims, targeted=True)
+    left = start.copy()
+    x_adv = images.astype(np.promote_types(images.dtype, np.float32))
+    by_attack, passes, seconds, unconfirmed = {}, {}, 0.0, {}
 
-    def dispatch(stage: Stage, pack: np.ndarray) -> dict[str, np.ndarray]:
+    def attacked(stage: Stage, pack: np.ndarray) -> dict[str, np.ndarray]:
         began = time.monotonic()
-        given = (images[pack], labels[pack], ids[pack])
-        found, wrong = evaluator.attack(stage.name, stage.attack, variables, *given, seed=seed)
-        spent = np.asarray(time.monotonic() - began)
-        return {"rows": pack[wrong], "x_adv": found[wrong], "seconds": spent}
+        given = (images[pack], aims[pack], ids[pack])
+        one = evaluator.attack(stage.name, stage.attack, variables, *given, rows=pack, seed=seed)
+        return {
+            "rows": pack[one.fooled],
+            "x_adv": one.x_adv[one.fooled],
+            "unconfirmed": np.asarray(
+                [one.unconfirmed.sum(), (one.unconfirmed & one.fooled).sum()]
+            ),
+            "seconds": np.asarray(time.monotonic() - began),
+        }
 
-    with tqdm(total=len(stages) * int(clean.sum()), disable=not progress, unit="image") as bar:
+    with tqdm(total=len(stages) * int(left.sum()), disable=not progress, unit="image") as bar:
         for stage in stages:
             rows = np.flatnonzero(left)
             passes[stage.name] = (stage.forward * len(rows), stage.backward * len(rows))
-            for i, pack in enumerate(evaluator.packs(rows)):
-                bar.set_postfix_str(f"{stage.name}, {left.mean():.2%} robust")
-                done = journal.read(f"{stage.name}-{i}")
-                if done is None:
-                    done = dispatch(stage, pack)
-                    journal.write(f"{stage.name}-{i}", **done)
+            unconfirmed[stage.name] = np.zeros(2, int)
+            bar.set_postfix_str(f"{stage.name}, {left.mean():.2%} robust")
+            dispatch = functools.partial(attacked, stage)
+            for done in journal.finish(stage.name, rows, evaluator.packs, dispatch):
                 left[done["rows"]] = False
                 x_adv[done["rows"]] = done["x_adv"]
+                unconfirmed[stage.name] += done["unconfirmed"]
                 seconds += float(done["seconds"])
-                bar.update(len(pack))
+                bar.set_postfix_str(f"{stage.name}, {left.mean():.2%} robust")
+                bar.update(len(done["asked"]))
             by_attack[stage.name] = left.copy()
-    return Verdict(clean, left, by_attack, x_adv, passes, _flags(clean, by_attack), seconds)
+    survivors = {"clean": start, **by_attack}
+    found += flags.about_survivors({n: int(b.sum()) for n, b in survivors.items()}, len(images))
+    found += _about_unconfirmed(unconfirmed)
+    return Verdict(clean, left, by_attack, x_adv, passes, tuple(found), seconds)
 
 
-def _fingerprint(told: str, *arrays: np.ndarray) -> str:
-    digest = hashlib.sha256(told.encode())
-    for array in arrays:
-        digest.update(np.ascontiguousarray(array).tobytes())
-    return digest.hexdigest()
+def examine(
+    evaluator: robust.Evaluator,
+    variables: PyTree,
+    images: np.ndarray,
+    labels: np.ndarray,
+    logits: np.ndarray,
+    stages: Sequence[Stage],
+) -> list[Flag]:
+    """What is doubtful before anything is attacked: a forward and a backward pass on some images.
+
+    Args:
+      evaluator: of the classifier.
+      variables: its weights.
+      images: (N, H, W, C).
+      labels: (N,).
+      logits: (N, K), clean.
+      stages: that will run.
+
+    Raises:
+      ValueError: a stage needs gradients, and there are none to be had.
+    """
+    found = flags.about_logits(logits, labels)
+
+    def shares(variables: PyTree, x: Images, y: Labels) -> Any:
+        return flags.gradient_shares(lambda z: evaluator.apply(variables, z), x, y)
+
+    some = slice(_ASKED)
+    try:
+        asked = evaluator.over("gradients", shares, variables, images[some], labels[some])
+        found += flags.about_gradients(asked)
+    except flags.NoGradients as error:
+        if any(stage.backward for stage in stages):
+            raise ValueError(
+                f"{error}; attacks=('square',) needs none, and evaluation.audit goes on without"
+            ) from error
+        found.append(Flag("no gradients", "warning", str(error)))
+
+    def predict(x: Images) -> Any:
+        return evaluator.apply(variables, x)
+
+    if flags.has_loop(predict, jnp.asarray(images[:1])):
+        evidence = "the model iterates (while or scan): attack what it optimises, too"
+        found.append(Flag("loop in the forward pass", "warning", evidence))
+    if bare := [stage.name for stage in stages if not hasattr(stage.attack, "threat")]:
+        evidence = f"{', '.join(bare)}: bare functions, of which no eps is known"
+        found.append(Flag("attack without its threat", "note", evidence))
+    found += [Flag("few classes", "note", stage.note) for stage in stages if stage.note]
+    return found
 
 
-def _flags(clean: np.ndarray, by_attack: dict[str, np.ndarray]) -> tuple[str, ...]:
-    """The masking alarm: what the gradient attacks left and others took."""
-    flags, before = [], clean
-    for name, after in by_attack.items():
-        taken = int(before.sum() - after.sum())
-        if name.startswith(("square", "fab")) and taken > 0.005 * len(clean):
-            flags.append(
-                f"{name} fooled {taken} of {len(clean)} examples that the gradient attacks on the "
-                f"loss had left: gradients may be masked"
-            )
-        before = after
-    return tuple(flags)
+_ASKED = 256  # images of which a gradient is asked before anything is attacked
+
+
+def _about_unconfirmed(counts: dict[str, np.ndarray]) -> list[Flag]:
+    """The flag of wins that only the attack's own program saw."""
+    lost, won = (int(sum(column)) for column in zip(*counts.values(), strict=True))
+    if not lost:
+        return []
+    evidence = (
+        f"{lost} wins of an attack, or near ones, were not confirmed by a plain forward pass "
+        f"(rounding); attacked again with a lead to reach, {won} of them are"
+    )
+    return [Flag("unconfirmed wins", "note" if won == lost else "warning", evidence)]

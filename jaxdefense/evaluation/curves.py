@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxdefense.evaluation import robust
 from jaxdefense.evaluation.robust import Evaluator, attack_keys
 from jaxdefense.types import Attack, PyTree, Threat
 
@@ -39,6 +40,7 @@ def grid(
     Raises:
       ValueError: bad images, labels or eps.
     """
+    images = evaluator.prepare(images)
     n = len(images)
     ids = np.arange(n) if ids is None else np.asarray(ids)
     radii = np.asarray(eps, np.float32)
@@ -59,7 +61,7 @@ def grid(
     for pack in evaluator.packs(pairs):
         radius, row = np.divmod(pack, n)
         given = (data[row], images[row], labels[row], radii[radius])
-        survives[radius, row] = evaluator.call(f"curve {attack!r}", run, variables, *given)
+        survives[radius, row] = evaluator.call(("curve", attack), run, variables, *given)
     return survives
 
 
@@ -100,6 +102,8 @@ def distances(
     Returns:
       0 where the example is misclassified, infinity where nothing was found.
     """
+    images = evaluator.prepare(images)
+    robust.check_attack("distance", attack, evaluator.threat, len(images))
     ids = np.arange(len(images)) if ids is None else np.asarray(ids)
     variables = evaluator.place(variables)
     right = evaluator.check(variables, images, labels).argmax(-1) == labels
@@ -116,5 +120,5 @@ def distances(
     data = np.asarray(jax.random.key_data(attack_keys(seed, "distance", ids)))
     for pack in evaluator.packs(np.flatnonzero(right)):
         given = (data[pack], images[pack], labels[pack])
-        result[pack] = evaluator.call(f"distance {attack!r}", run, variables, *given)
+        result[pack] = evaluator.call(("distance", attack), run, variables, *given)
     return result

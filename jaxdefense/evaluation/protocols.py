@@ -1,5 +1,6 @@
 """Protocols: a trained run judged on its whole test set, as a record."""
 
+import dataclasses
 import operator
 import pathlib
 import time
@@ -11,7 +12,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxdefense import attacks, data, registry
-from jaxdefense.attacks import ensemble
 from jaxdefense.evaluation import cascade, records, robust
 from jaxdefense.evaluation.audit import Audit
 from jaxdefense.evaluation.audit import audit as judge
@@ -72,7 +72,8 @@ def paper(
         )
         results[predictor] = robust.summary(bits, arrays.labels, arrays.num_classes)
     seconds = time.monotonic() - began
-    return _record(run, results, seconds, protocol="paper", training=training)
+    made = {name: repr(attack) for name, attack in run.attacks.items()}
+    return _record(run, results, seconds, protocol="paper", training=training, attacks=made)
 
 
 def honest(
@@ -108,7 +109,7 @@ def honest(
         judged = _own_classes(run, variables, arrays)
     results: dict[str, Any] = {}
     told: dict[str, Any] = {}
-    flags: list[str] = []
+    flags: list[dict[str, str]] = []
     seconds = 0.0
     for name, (weights, own) in judged.items():
         verdict = cascade.run(
@@ -126,11 +127,13 @@ def honest(
         results[name] = robust.summary(bits, own.labels, arrays.num_classes)
         survivors = {stage: int(left.sum()) for stage, left in verdict.by_attack.items()}
         told[name] = {"survivors": survivors, "passes": verdict.passes}
-        flags += [f"{name}: {flag}" for flag in verdict.flags]
+        flags += [{"predictor": name, **dataclasses.asdict(flag)} for flag in verdict.flags]
         seconds += verdict.seconds
-    flags += ensemble.notes(run.threat, "standard", arrays.num_classes)
     told["flags"] = flags
-    return _record(run, results, seconds, protocol="honest", training=training, cascade=told)
+    made = {stage.name: repr(stage.attack) for stage in stages}
+    return _record(
+        run, results, seconds, protocol="honest", training=training, cascade=told, attacks=made
+    )
 
 
 def _own_classes(run: Run, variables: PyTree, arrays: data.Arrays) -> dict[str, Any]:

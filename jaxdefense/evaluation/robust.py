@@ -5,9 +5,11 @@ misclassified by a plain forward pass. Keys are per example (seed, attack, examp
 drawn for an example does not depend on the batch size, the order or the other examples.
 """
 
+import functools
+import itertools
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,14 +18,27 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from tqdm import tqdm
 
 from jaxdefense.attacks import checks
-from jaxdefense.evaluation import records
-from jaxdefense.types import Array, Attack, HostArray, Images, Key, Logits, PyTree, Threat
+from jaxdefense.attacks.method import Method
+from jaxdefense.attacks.outcome import lead
+from jaxdefense.evaluation import flags, records
+from jaxdefense.types import (
+    Array,
+    Attack,
+    HostArray,
+    Images,
+    Key,
+    Logits,
+    Predict,
+    PyTree,
+    Threat,
+    partition,
+)
 
-Apply = Callable[[PyTree, Images], Logits]  # (variables, images) -> logits, eval mode
+Apply = Callable[..., Logits]  # (variables, images) -> logits, eval mode
 
 # On XLA:CPU a network's logits and gradients are the same to the bit in every batch of 64 or
 # more, whatever its size and an example's place in it, and not in smaller ones (measured for the
-# CNN and ResNet-18 here). So no device gets a smaller one.
+# CNN and ResNet-18 here). So no device gets a smaller one, unless a smaller batch is asked for.
 LEAST = 64
 
 _AXIS = "examples"
@@ -31,34 +46,21 @@ _AXIS = "examples"
 # Rounding of x + eps in float32, and of a sum over an image's pixels.
 _TOLERANCE = 1e-5
 
+# A win that a plain pass does not confirm is attacked again, with a lead to reach of so many times
+# the difference between the two passes.
+_MARGINS = (2.0, 8.0)
+
 
 def attack_keys(seed: int, attack: str, ids: HostArray) -> Key:
-    """One key per example: fold_in(fold_in(seed, attack's name), example id)."""
-    key = jax.random.fold_in(jax.random.key(seed), zlib.crc32(attack.encode()))
-    return jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.asarray(ids))
-
-
-def check_company(forward: Callable[[np.ndarray], np.ndarray], images: np.ndarray) -> None:
-    """What the network says of an image does not depend on the rest of the batch.
+    """One key per example: fold_in(fold_in(seed, attack's name), example id).
 
     Args:
-      forward: images (n, H, W, C) -> logits (n, K).
-      images: a batch; with one image there is nothing to compare.
-
-    Raises:
-      ValueError: it does; BatchNorm is probably in train mode.
+      seed: of the attacks.
+      attack: a name.
+      ids: (N,) integers, the examples' names.
     """
-    if len(images) < 2:
-        return
-    other = np.roll(images, 1, 0)
-    other[0] = images[0]
-    whole, mixed = (np.asarray(forward(batch), np.float32) for batch in (images, other))
-    difference = float(np.abs(mixed[0] - whole[0]).max() / (np.abs(whole).max() + 1e-6))
-    if difference > 1e-2:
-        raise ValueError(
-            f"the logits of an image change with the rest of its batch (by {difference:.3g} of "
-            f"their scale): BatchNorm in train mode? Evaluate with running averages"
-        )
+    key = jax.random.fold_in(jax.random.key(seed), zlib.crc32(attack.encode()))
+    return jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.asarray(ids))
 
 
 def check_some(images: np.ndarray) -> None:
@@ -71,12 +73,156 @@ def check_some(images: np.ndarray) -> None:
         raise ValueError("there are no images to evaluate on")
 
 
+def check_attack(
+    name: str, attack: Attack, threat: Threat, examples: int, *, targets: bool = False
+) -> None:
+    """The attack is one of this threat, and takes what it will be given.
+
+    Args:
+      name: under which it will be reported.
+      attack: any `Attack`; of a bare function nothing is known.
+      threat: of the evaluation.
+      examples: how many there are.
+      targets: whether it will be given targets instead of labels.
+
+    Raises:
+      ValueError: another threat (both are named), labels that would be taken for targets or the
+        other way round, or an option with a value for each of another number of examples.
+    """
+    if not isinstance(attack, Method):
+        if jnp.ndim(threat.eps):
+            raise ValueError(
+                f"attack {name} is a bare function, which cannot be given each example's eps: use "
+                f"one of jaxdefense.attacks"
+            )
+        return
+    if attack.threat is not None and not _same(attack.threat, threat):
+        raise ValueError(
+            f"attack {name} was made for {attack.threat}, and this evaluation is of {threat}"
+        )
+    if attack.targeted and not targets:
+        raise ValueError(
+            f"attack {name} is targeted and would take the labels for targets: give targets=, one "
+            f"class for each image"
+        )
+    if targets and not attack.targeted:
+        raise ValueError(f"attack {name} is not targeted: make it with targeted=True")
+    for array in attack.per_example():
+        if len(array) != examples:
+            raise ValueError(
+                f"attack {name} has an option of {len(array)} values for {examples} images"
+            )
+
+
+def _same(first: Threat, second: Threat) -> bool:
+    """Equal norms and boxes, and eps equal to the rounding of float32."""
+    if (first.norm, tuple(first.bounds)) != (second.norm, tuple(second.bounds)):
+        return False
+    one, other = np.asarray(first.eps, np.float64), np.asarray(second.eps, np.float64)
+    return one.shape == other.shape and np.allclose(one, other, rtol=1e-6, atol=0)
+
+
+def check_targets(targets: HostArray, labels: HostArray, num_classes: int) -> np.ndarray:
+    """(N,) classes to be reached, none of them the label.
+
+    Args:
+      targets: (N,) integers.
+      labels: (N,) integers.
+      num_classes: K.
+
+    Raises:
+      ValueError: another shape, out of range, or a target that is the label.
+    """
+    targets = np.asarray(targets)
+    try:
+        checks.check_labels(targets, len(labels), num_classes)
+    except ValueError as error:
+        raise ValueError(f"targets: {error}") from error
+    equal = np.flatnonzero(targets == labels)
+    if len(equal):
+        raise ValueError(
+            f"the target is the label for {len(equal)} images, first {equal[:5].tolist()}: give "
+            f"another class"
+        )
+    return targets
+
+
+def check_grid(images: np.ndarray, threat: Threat, levels: int) -> None:
+    """Each value is low + k / levels of the box's width, as in images of 8 bits with levels = 255.
+
+    Args:
+      images: (N, ...).
+      threat: its bounds are the box.
+      levels: steps over the box.
+
+    Raises:
+      ValueError: a value off the grid.
+    """
+    checks.check_count("grid", levels)
+    low, high = threat.bounds
+    steps = (images.astype(np.float64) - low) / (high - low) * levels
+    off = np.abs(steps - np.rint(steps)).max(initial=0)
+    if off > 0.01:
+        raise ValueError(
+            f"grid={levels} needs images in steps of 1/{levels} of {threat.bounds}, as images of "
+            f"8 bits are with 255; a value lies {off:.2g} of a step beside"
+        )
+
+
 def valid(threat: Threat, x_adv: Images, images: Images) -> Array:
-    """(B,) bool: in the box, in the ball but for rounding, and finite."""
+    """(B,) bool: in the box, in the ball but for rounding, and finite.
+
+    Args:
+      threat: its ball and box.
+      x_adv: (B, ...).
+      images: (B, ...), the centres.
+    """
     low, high = threat.bounds
     inside = jnp.all((x_adv >= low) & (x_adv <= high), range(1, x_adv.ndim))
-    limit = threat.eps * (1 + _TOLERANCE) + _TOLERANCE
+    slack = _TOLERANCE * (high - low)
+    limit = threat.eps * (1 + _TOLERANCE) + slack
     return inside & (threat.distance(x_adv, images) <= limit)  # NaN compares false
+
+
+def handicapped(predict: Predict, lead: Array | float) -> Predict:
+    """A model whose largest logit leads by that much less, at least by nothing.
+
+    A tie fools nobody, so an attack on it has won only where it wins on `predict` by more than
+    `lead`. Gradients stay.
+
+    Args:
+      predict: images -> logits.
+      lead: in logits, ().
+    """
+
+    def less(x: Images) -> Logits:
+        logits = predict(x)
+        wide = _wide(logits)
+        top = jax.lax.top_k(wide, 2)[0]
+        cut = jnp.minimum(top[:, 0] - top[:, 1], lead)[:, None]
+        first = wide == top[:, :1]
+        return wide - jax.lax.stop_gradient(jnp.where(first, cut, 0))
+
+    return less
+
+
+def _wide(x: Array) -> Array:
+    """In float32, or in what it is if that is wider."""
+    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+
+
+class Attacked(NamedTuple):
+    """What one dispatch found, (n,) each.
+
+    Attributes:
+      x_adv: (n, ...) images of the threat's set.
+      fooled: whether a plain forward pass is fooled by them.
+      unconfirmed: wins in the attack's own program that a plain pass did not confirm at first.
+    """
+
+    x_adv: np.ndarray
+    fooled: np.ndarray
+    unconfirmed: np.ndarray
 
 
 class Evaluator:
@@ -85,14 +231,18 @@ class Evaluator:
     Args:
       apply: (variables, images (B, H, W, C)) -> logits (B, K), eval mode, logits not
         probabilities.
-      threat: every attack's images are checked against it.
+      threat: every attack is one of it, and every image is checked against it. Its eps is one
+        number or one for each image of a call.
       batch_size: most examples per dispatch, over all devices; a device computes at least
-        `LEAST`, padded where there are fewer; no example is dropped. Default 512, on the CPU
-        `LEAST` a device: one compiled shape, and more images leave a core's cache.
+        `LEAST`, padded where there are fewer, unless `batch_size` leaves it less; no example is
+        dropped. Default 512, on the CPU `LEAST` a device: one compiled shape, and more images leave
+        a core's cache.
       devices: that share each batch; default all local ones.
+      grid: steps over the box (255 for images of 8 bits): what an attack finds is rounded to them
+        inside the ball, and the verdict is the rounded image's.
 
     Raises:
-      ValueError: batch_size is no positive integer.
+      ValueError: batch_size or grid is no positive integer.
     """
 
     def __init__(
@@ -102,26 +252,40 @@ class Evaluator:
         *,
         batch_size: int | None = None,
         devices: Sequence[jax.Device] | None = None,
+        grid: int | None = None,
     ):
+        checks.check_threat("Evaluator", threat)
         devices = tuple(devices or jax.local_devices())
         if batch_size is None:
             batch_size = LEAST * len(devices) if devices[0].platform == "cpu" else 512
         checks.check_count("batch_size", batch_size)
-        self.apply, self.threat = apply, threat
+        if grid is not None:
+            checks.check_count("grid", grid)
+        self.apply, self.threat, self.grid = apply, threat, grid
         mesh = Mesh(np.asarray(devices), (_AXIS,))
         self._split = NamedSharding(mesh, PartitionSpec(_AXIS))
         self._whole = NamedSharding(mesh, PartitionSpec())
-        least = LEAST * len(devices)
+        least = min(LEAST, max(batch_size // len(devices), 1)) * len(devices)
         self.large = max(batch_size // least, 1) * least
         self.small = max(self.large // 4 // least, 1) * least
-        self._compiled: dict[str, Callable] = {}
+        self._compiled: dict[Hashable, Callable] = {}
+        self._traced: bool | None = None  # whether two traces differ, once it is known
 
     def place(self, variables: PyTree) -> PyTree:
-        """The weights on every device, once for many calls."""
-        return jax.device_put(variables, self._whole)
+        """The weights on every device, once for many calls.
+
+        Args:
+          variables: any pytree; what in it is no array stays as it is.
+        """
+        arrays, rest = partition(variables)
+        return rest.join(jax.device_put(arrays, self._whole))
 
     def packs(self, rows: np.ndarray) -> Iterator[np.ndarray]:
-        """The rows in groups that fit the two static shapes with little padding."""
+        """The rows in groups that fit the two static shapes with little padding.
+
+        Args:
+          rows: (n,) integers.
+        """
         start = 0
         while start < len(rows):
             left = len(rows) - start
@@ -129,18 +293,34 @@ class Evaluator:
             yield rows[start : start + size]
             start += size
 
-    def _rows(self, n: int) -> np.ndarray:
-        """The rows of a pack of n, the last one repeated up to a static shape."""
+    def _padded(self, array: np.ndarray) -> np.ndarray:
+        """A pack's array, its last row repeated up to a static shape."""
+        n = len(array)
         size = self.small if n <= self.small else self.large
-        return np.pad(np.arange(n), (0, size - n), "edge")
+        return array[np.pad(np.arange(n), (0, size - n), "edge")]
 
-    def call(self, name: str, function: Callable, variables: PyTree, *arrays: np.ndarray) -> Any:
-        """function(variables, *arrays), compiled under `name`; the arrays are padded."""
-        if name not in self._compiled:
+    def call(self, key: Hashable, function: Callable, variables: PyTree, *arrays: Any) -> Any:
+        """function(variables, *arrays), compiled under `key`; the arrays are padded.
+
+        Args:
+          key: equal keys are equal functions.
+          function: (variables, *arrays) -> arrays of as many rows.
+          variables: `apply`'s first argument.
+          *arrays: NumPy arrays of n rows, at most one pack.
+
+        Returns:
+          The function's result as NumPy arrays of n rows.
+        """
+        weights, rest = partition(variables)
+        if (key, rest) not in self._compiled:
+
+            def run(weights, *arrays):
+                return function(rest.join(weights), *arrays)
+
             # No device hears of another: each stops when its own examples are done.
-            self._compiled[name] = jax.jit(
+            self._compiled[key, rest] = jax.jit(
                 jax.shard_map(
-                    function,
+                    run,
                     mesh=self._split.mesh,
                     in_specs=(PartitionSpec(), *(PartitionSpec(_AXIS) for _ in arrays)),
                     out_specs=PartitionSpec(_AXIS),
@@ -148,33 +328,174 @@ class Evaluator:
                 )
             )
         n = len(arrays[0])
-        rows = self._rows(n)
-        batched = [jax.device_put(array[rows], self._split) for array in arrays]
-        result = self._compiled[name](variables, *batched)
+        batched = [jax.device_put(self._padded(array), self._split) for array in arrays]
+        result = self._compiled[key, rest](weights, *batched)
         return jax.tree.map(lambda leaf: np.asarray(leaf)[:n], result)
 
-    def logits(self, variables: PyTree, images: np.ndarray) -> np.ndarray:
-        """(N, K) float32."""
+    def over(
+        self, key: Hashable, function: Callable, variables: PyTree, *arrays: np.ndarray
+    ) -> np.ndarray:
+        """As `call`, for any number of rows.
+
+        Args:
+          key: see `call`.
+          function: see `call`; it returns one array.
+          variables: see `call`.
+          *arrays: NumPy arrays of N rows.
+        """
         parts = [
-            self.call("logits", self.apply, variables, images[rows])
-            for rows in self.packs(np.arange(len(images)))
+            self.call(key, function, variables, *(array[rows] for array in arrays))
+            for rows in self.packs(np.arange(len(arrays[0])))
         ]
-        return np.concatenate(parts).astype(np.float32)
+        return np.concatenate(parts)
+
+    def logits(self, variables: PyTree, images: np.ndarray) -> np.ndarray:
+        """(N, K) float32.
+
+        Args:
+          variables: `apply`'s first argument.
+          images: (N, H, W, C).
+        """
+        return self.over("logits", self.apply, variables, images).astype(np.float32)
+
+    def noise(self, variables: PyTree, images: np.ndarray) -> flags.Noise:
+        """Whether the model answers alike twice, and in other company; see `flags.noise`.
+
+        Args:
+          variables: `apply`'s first argument.
+          images: (N, H, W, C), at least one.
+        """
+
+        def forward(x: np.ndarray) -> np.ndarray:
+            return self.over("logits", self.apply, variables, x)
+
+        def trace(x: np.ndarray) -> Any:
+            return jax.make_jaxpr(lambda z: self.apply(variables, z))(x)
+
+        # Programs are compared once: what is drawn while one is traced is drawn at every trace.
+        found = flags.noise(
+            forward, images, self.threat.bounds, trace if self._traced is None else None
+        )
+        self._traced = self._traced or found.traced
+        return found
+
+    def prepare(self, images: HostArray) -> np.ndarray:
+        """The images on the host, checked; rounding at the box's edge is clipped.
+
+        Args:
+          images: (N, H, W, C) floats in the threat's bounds.
+
+        Raises:
+          ValueError: none at all, values out of bounds, an eps that does not fit them, or values
+            off the grid.
+        """
+        if isinstance(images, jax.Array):
+            images = np.asarray(images)
+        check_some(images)
+        images = np.asarray(checks.check_images(images, self.threat.bounds))
+        checks.check_eps(self.threat, images)
+        if self.grid is not None:
+            check_grid(images, self.threat, self.grid)
+        return images
 
     def check(self, variables: PyTree, images: np.ndarray, labels: np.ndarray) -> np.ndarray:
         """The checks that need values; returns the clean logits (N, K).
 
+        Args:
+          variables: `apply`'s first argument.
+          images: (N, H, W, C) of `prepare`.
+          labels: (N,) integers.
+
         Raises:
-          ValueError: bad images or labels, probabilities, NaN, or BatchNorm in train mode.
+          ValueError: bad labels, probabilities, NaN, a random model, or one whose logits of an
+            image depend on its batch (BatchNorm in train mode).
         """
-        check_some(images)
-        checks.check_images(jnp.asarray(images), self.threat.bounds)
-        checks.check_eps(self.threat, images)
+        checks.num_classes(lambda x: self.apply(variables, x), images[:1])
         logits = self.logits(variables, images)
         checks.check_logits(logits, len(images))
         checks.check_labels(labels, len(images), logits.shape[-1])
-        check_company(lambda x: self.logits(variables, x), images[:LEAST])
+        self.noise(variables, images).check()
         return logits
+
+    def craft(
+        self,
+        name: str,
+        attack: Attack,
+        variables: PyTree,
+        images: np.ndarray,
+        labels: np.ndarray,
+        ids: np.ndarray,
+        *,
+        rows: np.ndarray | None = None,
+        seed: int = 0,
+        margin: float = 0.0,
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """One dispatch: (x_adv, the lead that the attack's own program sees).
+
+        Args:
+          name: part of the random keys.
+          attack: one of the evaluator's threat.
+          variables: `apply`'s first argument.
+          images: (n, ...), at most one pack.
+          labels: (n,), or targets.
+          ids: (n,) integers.
+          rows: (n,) places of these examples in values that are one per example (eps); default 0
+            to n - 1.
+          seed: of the attacks.
+          margin: what the attack has to win by, in logits.
+
+        Raises:
+          ValueError: the attack left the threat's set.
+        """
+        rows = np.arange(len(ids)) if rows is None else rows
+        own = attack.per_example() if isinstance(attack, Method) else []
+        many = [np.asarray(array)[rows] for array in own]
+        eps = [np.asarray(self.threat.eps, np.float32)[rows]] if jnp.ndim(self.threat.eps) else []
+        targeted = bool(getattr(attack, "targeted", False))
+        keyed = isinstance(attack, Method) and attack.samples is not None
+        nothing = itertools.repeat(np.zeros(0, np.float32))
+        template = (
+            attack.with_per_example(nothing) if isinstance(attack, Method) and own else attack
+        )
+        grid = self.grid
+
+        def run(variables, data, x, y, *given):
+            *given, margin = given
+            ball = self.threat.resized(given[0]) if eps else self.threat
+            made = attack
+            if isinstance(attack, Method) and own:
+                made = attack.with_per_example(iter(given[len(eps) :]))
+            predict = functools.partial(self.apply, variables)
+            aim = handicapped(predict, margin[0]) if strict else predict
+            x_adv = made(aim, jax.random.wrap_key_data(data), x, y)
+            wide = _wide(x)
+            if x_adv.dtype != wide.dtype:  # half precision leaves the ball by its rounding
+                x_adv = ball.project(x_adv.astype(wide.dtype), wide)
+            seen = jnp.zeros(len(x))
+            if not keyed:
+                seen = lead(_wide(predict(x_adv.astype(x.dtype))), y, targeted)
+            if grid is not None:
+                x_adv = ball.rounded(x_adv, wide, grid)
+            return x_adv, valid(ball, x_adv, wide), seen
+
+        strict = margin > 0
+        data = np.asarray(jax.random.key_data(attack_keys(seed, name, ids)))
+        margins = np.full(len(ids), margin, np.float32)
+        key = ("attack", template, strict)
+        # Padding gets a wrong label: an attack that stops early spends nothing on it, and one of
+        # several runs takes up others' runs in its place.
+        padded = self._padded(labels)
+        if not targeted and not keyed:
+            padded[len(ids) :] = padded[len(ids) :] == 0
+        x_adv, inside, seen = self.call(
+            key, run, variables, data, images, padded, *eps, *many, margins
+        )
+        if not inside.all():
+            raise ValueError(
+                f"attack {name} left the ball or the box of {self.threat}, or returned NaN, for "
+                f"examples {ids[~inside][:5].tolist()}"
+            )
+        return x_adv, seen
 
     def attack(
         self,
@@ -185,52 +506,65 @@ class Evaluator:
         labels: np.ndarray,
         ids: np.ndarray,
         *,
+        rows: np.ndarray | None = None,
         seed: int = 0,
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """One dispatch: (x_adv, fooled (n,) bool), each image checked again.
+    ) -> Attacked:
+        """One dispatch, each image checked again.
 
-        A plain forward pass judges, not the attack's own.
+        A plain forward pass judges, not the attack's own: the two differ by rounding, much so in
+        half precision. A win that the plain pass does not confirm is attacked again, with a lead to
+        reach that rounding cannot undo.
 
         Args:
-          name: part of the random keys, and of the compiled program: one attack per name.
-          images, labels, ids: (n, ...) NumPy arrays, at most one pack.
+          name: part of the random keys.
+          attack: one of the evaluator's threat.
+          variables: `apply`'s first argument.
+          images: (n, ...), at most one pack.
+          labels: (n,), or targets.
+          ids: (n,) integers.
+          rows: see `craft`.
+          seed: of the attacks.
 
         Raises:
           ValueError: the attack left the threat's set.
         """
+        rows = np.arange(len(ids)) if rows is None else rows
+        targeted = bool(getattr(attack, "targeted", False))
 
-        def run(variables, data, x, y):
-            keys = jax.random.wrap_key_data(data)
-            x_adv = attack(lambda z: self.apply(variables, z), keys, x, y)
-            return x_adv, valid(self.threat, x_adv, x)
+        def tried(some: np.ndarray, margin: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+            given = (images[some], labels[some], ids[some])
+            found, seen = self.craft(
+                name, attack, variables, *given, rows=rows[some], seed=seed, margin=margin
+            )
+            logits = self.logits(variables, found.astype(images.dtype))
+            plain = np.asarray(lead(jnp.asarray(logits), jnp.asarray(labels[some]), targeted))
+            won = flags.wins(logits, labels[some], targeted)
+            return found, won, np.stack([seen, plain])
 
-        n, rows = len(ids), self._rows(len(ids))
-        data = np.asarray(jax.random.key_data(attack_keys(seed, name, ids)))
-        # What fills the batch up gets a wrong label: an attack that stops early spends nothing on
-        # it, and one of several runs takes up others' runs in its place.
-        given = np.where(np.arange(len(rows)) < n, labels[rows], labels[rows] == 0)
-        x_adv, inside = (
-            found[:n]
-            for found in self.call(
-                f"attack {name}", run, variables, data[rows], images[rows], given
-            )
-        )
-        if not inside.all():
-            raise ValueError(
-                f"attack {name} left the ball or the box of {self.threat}, or returned NaN, for "
-                f"examples {ids[~inside][:5].tolist()}"
-            )
-        wrong = self.call("logits", self.apply, variables, x_adv).argmax(-1) != labels
-        return x_adv, wrong
+        found, fooled, leads = tried(np.arange(len(ids)), 0.0)
+        x_adv = np.array(found)
+        seen, plain = leads
+        lost = np.abs(seen - plain)
+        noise = float(lost.max(initial=0))
+        doubtful = ~fooled & (seen > (0.0 if self.grid else -noise))
+        unconfirmed = doubtful.copy()
+        for times in _MARGINS:
+            again = np.flatnonzero(doubtful)
+            if len(again):
+                found, won, _ = tried(again, times * max(float(lost[again].max()), 1e-6))
+                x_adv[again[won]] = found[won]
+                fooled[again[won]], doubtful[again[won]] = True, False
+        return Attacked(x_adv, fooled, unconfirmed)
 
     def bits(
         self,
         variables: PyTree,
-        images: np.ndarray,
-        labels: np.ndarray,
-        ids: np.ndarray,
+        images: HostArray,
+        labels: HostArray,
+        ids: HostArray,
         attacks: Mapping[str, Attack],
         *,
+        targets: HostArray | None = None,
         seed: int = 0,
         everywhere: bool = False,
         progress: bool = False,
@@ -245,33 +579,46 @@ class Evaluator:
           images: (N, H, W, C) floats in the threat's bounds.
           labels: (N,) integers.
           ids: (N,) integers, the examples' names in the random keys.
-          attacks: by name; the name is part of the key.
+          attacks: by name, each of the evaluator's threat; the name is part of the key.
+          targets: (N,) integers, for targeted attacks, whose bits then say whether the target was
+            not reached.
           seed: of the attacks.
           everywhere: attack what is misclassified already, too, and count it as right where the
             attack happens to mend it, as papers' scripts do.
           progress: show a bar.
 
         Raises:
-          ValueError: see `check` and `attack`.
+          ValueError: an attack of another threat, a targeted one without targets, and what
+            `prepare`, `check` and `attack` raise.
         """
-        images, labels, ids = (np.asarray(array) for array in (images, labels, ids))
+        images, labels, ids = self.prepare(images), np.asarray(labels), np.asarray(ids)
+        for name, attack in attacks.items():
+            check_attack(name, attack, self.threat, len(images), targets=targets is not None)
         variables = self.place(variables)
-        clean = self.check(variables, images, labels).argmax(-1) == labels
-        result = {"clean": clean, **{name: clean.copy() for name in attacks}}
-        rows = np.arange(len(clean)) if everywhere else np.flatnonzero(clean)
+        logits = self.check(variables, images, labels)
+        clean = logits.argmax(-1) == labels
+        aims = labels if targets is None else check_targets(targets, labels, logits.shape[-1])
+        withstood = clean if targets is None else ~flags.wins(logits, aims, targeted=True)
+        result = {"clean": clean, **{name: withstood.copy() for name in attacks}}
+        rows = np.arange(len(clean)) if everywhere else np.flatnonzero(withstood)
         with tqdm(total=len(rows) * len(attacks), disable=not progress, unit="image") as bar:
             for name, attack in attacks.items():
                 bar.set_postfix_str(name)
                 for pack in self.packs(rows):
-                    given = (images[pack], labels[pack], ids[pack])
-                    _, wrong = self.attack(name, attack, variables, *given, seed=seed)
-                    result[name][pack] = ~wrong
+                    given = (images[pack], aims[pack], ids[pack])
+                    found = self.attack(name, attack, variables, *given, rows=pack, seed=seed)
+                    result[name][pack] = ~found.fooled
                     bar.update(len(pack))
         return result
 
 
 def summary(bits: Mapping[str, np.ndarray], labels: np.ndarray, num_classes: int) -> dict[str, Any]:
     """What a record keeps of bits, accuracies in percent.
+
+    Args:
+      bits: {name: (N,) bool}.
+      labels: (N,) integers.
+      num_classes: K.
 
     Returns:
       {name: {"accuracy", "per_class": [K] (None for a class without examples), "n", "bits"}}.

@@ -242,13 +242,19 @@ def build(config: Mapping[str, Any], *, workdir: pathlib.Path | None = None) -> 
         registry.unknown("train.select", options["select"], ("robust", "clean"))
     if not isinstance(options["optimizer"], Mapping):
         raise ValueError("train.optimizer must be a mapping, see jaxdefense.train.optim.make")
-    named = {
+    named: dict[str, attacks.Method] = {
         name: attacks.make(spec.pop("name", None), where, **spec)
         for name, spec in (
             (name, dict(spec)) for name, spec in _section(config, "evaluation")["attacks"].items()
         )
     }
     validation = _section(config, "validation")
+    judge = attacks.make(validation.pop("name", None), where, **validation)
+    for name, attack in {"validation": judge, **named}.items():
+        if attack.targeted:
+            raise ValueError(
+                f"{name}: {attack!r} is targeted, and would take the labels for its targets"
+            )
     sources = {}
     for path, spec in _sources(defense).items():
         option = ".".join(path)
@@ -261,8 +267,8 @@ def build(config: Mapping[str, Any], *, workdir: pathlib.Path | None = None) -> 
         module=module,
         defense=defenses.make(defense.pop("name", None), module, where, **defense),
         train=options,
-        validation=attacks.make(validation.pop("name", None), where, **validation),
-        attacks=named,
+        validation=judge,
+        attacks={**named},
         sources=sources,
     )
 

@@ -1,0 +1,173 @@
+"""A randomised model judged: attacks on its expectation, the verdict over draws they never saw.
+
+A verdict by one draw says what that draw says. Here every step of an attack has fresh draws, whose
+losses and gradients are averaged; nothing stops early, since a draw that is fooled proves little;
+the worst image of all attacks is chosen by draws of its own; and what is reported are fresh ones.
+"""
+
+import functools
+import pathlib
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from tqdm import tqdm
+
+from jaxdefense.attacks import checks
+from jaxdefense.attacks.method import describe
+from jaxdefense.attacks.outcome import mean_over_draws
+from jaxdefense.evaluation import robust
+from jaxdefense.evaluation.flags import Flag
+from jaxdefense.evaluation.journal import Journal, digest
+from jaxdefense.evaluation.verdict import RandomVerdict, Stage
+from jaxdefense.types import HostArray, Images, Labels, Predict, PyTree
+
+
+def run(
+    evaluator: robust.Evaluator,
+    variables: PyTree,
+    images: np.ndarray,
+    labels: HostArray,
+    stages: Sequence[Stage],
+    classes: int,
+    *,
+    draws: int,
+    ids: HostArray | None = None,
+    seed: int = 0,
+    folder: pathlib.Path | None = None,
+    progress: bool = False,
+) -> RandomVerdict:
+    """All stages on every image, and the verdict over fresh draws.
+
+    Args:
+      evaluator: its `apply` is (variables, key, images) -> logits.
+      variables: the model's weights.
+      images: (N, H, W, C) of `Evaluator.prepare`.
+      labels: (N,) integers.
+      stages: attacks with `samples`, in order.
+      classes: K.
+      draws: fresh draws of each image, for the choice and for the verdict alike.
+      ids: (N,) the examples' names in the random keys; default their positions.
+      seed: of all attacks and draws.
+      folder: where finished dispatches are kept, to resume from.
+      progress: show a bar.
+
+    Raises:
+      ValueError: bad labels or logits, an attack of another threat, or a folder of another
+        evaluation.
+    """
+    checks.check_count("draws", draws)
+    labels = np.asarray(labels)
+    checks.check_labels(labels, len(images), classes)
+    for stage in stages:
+        robust.check_attack(stage.name, stage.attack, evaluator.threat, len(images))
+    ids = np.arange(len(images)) if ids is None else np.asarray(ids)
+    variables = evaluator.place(variables)
+    judge = _Draws(evaluator, variables, labels, ids, draws, seed)
+    first, second = judge.logits("first", images), judge.logits("second", images)
+    checks.check_logits(first, len(images))
+    flags = [Flag("few classes", "note", stage.note) for stage in stages if stage.note]
+    if np.array_equal(first, second):
+        evidence = "two draws give the same logits for every image: is the key used?"
+        flags.append(Flag("not random", "warning", evidence))
+    told = {
+        "threat": describe(evaluator.threat),
+        "stages": {stage.name: describe(stage.attack) for stage in stages},
+        "seed": seed,
+        "draws": draws,
+        "images": digest(images),
+        "labels": digest(labels),
+        "ids": digest(ids),
+    }
+    journal = Journal(folder, told, first)
+    clean_share = judge.share("clean", images)
+    x_adv = images.astype(np.promote_types(images.dtype, np.float32))
+    worst = judge.share("choice", images)
+    by_attack, passes, seconds = {}, {}, 0.0
+
+    def crafted(stage: Stage, pack: np.ndarray) -> dict[str, np.ndarray]:
+        began = time.monotonic()
+        given = (images[pack], labels[pack], ids[pack])
+        found, _ = evaluator.craft(
+            stage.name, stage.attack, variables, *given, rows=pack, seed=seed
+        )
+        return {"x_adv": found, "seconds": np.asarray(time.monotonic() - began)}
+
+    everything = np.arange(len(images))
+    with tqdm(total=len(stages) * len(images), disable=not progress, unit="image") as bar:
+        for stage in stages:
+            passes[stage.name] = (stage.forward * len(images), stage.backward * len(images))
+            craft = functools.partial(crafted, stage)
+            for done in journal.finish(stage.name, everything, evaluator.packs, craft):
+                rows = done["asked"]
+                share = judge.share("choice", done["x_adv"], rows)
+                better = share < worst[rows]
+                worst[rows[better]] = share[better]
+                x_adv[rows[better]] = done["x_adv"][better]
+                seconds += float(done["seconds"])
+                bar.set_postfix_str(f"{stage.name}, {worst.mean():.2%} right")
+                bar.update(len(rows))
+            by_attack[stage.name] = worst >= 0.5
+    share = judge.share("verdict", x_adv)
+    return RandomVerdict(
+        clean=clean_share >= 0.5,
+        robust=share >= 0.5,
+        by_attack=by_attack,
+        x_adv=x_adv,
+        passes=passes,
+        flags=tuple(flags),
+        seconds=seconds,
+        clean_share=clean_share,
+        share=share,
+        draws=draws,
+    )
+
+
+class _Draws:
+    """Fresh draws of a randomised model, each example's from keys of its own."""
+
+    def __init__(
+        self,
+        evaluator: robust.Evaluator,
+        variables: PyTree,
+        labels: np.ndarray,
+        ids: np.ndarray,
+        draws: int,
+        seed: int,
+    ):
+        self.evaluator, self.variables, self.labels = evaluator, variables, labels
+        self.ids, self.draws, self.seed = ids, draws, seed
+
+    def _over(self, name: str, purpose: str, values: Any, samples: int, x: Any, rows: Any) -> Any:
+        """The mean of values(predict, x, y) over `samples` draws made for that purpose."""
+        rows = np.arange(len(x)) if rows is None else rows
+
+        def run(variables: PyTree, data: Any, x: Images, y: Labels) -> Any:
+            def one(predict: Predict) -> Any:
+                return values(predict, x, y)
+
+            def apply(key: Any, z: Images) -> Any:
+                return self.evaluator.apply(variables, key, z)
+
+            return mean_over_draws(apply, jax.random.wrap_key_data(data), samples, one)
+
+        keys = robust.attack_keys(self.seed, f"draws for the {purpose}", self.ids[rows])
+        data = np.asarray(jax.random.key_data(keys))
+        given = (data, x, self.labels[rows])
+        return self.evaluator.over((name, samples), run, self.variables, *given)
+
+    def logits(self, purpose: str, x: np.ndarray) -> np.ndarray:
+        """(N, K) of one draw."""
+        found = self._over("a draw", purpose, lambda predict, x, _: predict(x), 1, x, None)
+        return found.astype(np.float32)
+
+    def share(self, purpose: str, x: np.ndarray, rows: np.ndarray | None = None) -> np.ndarray:
+        """(N,) share of draws in which the images (of these rows) are classified rightly."""
+
+        def right(predict: Predict, x: Images, y: Labels) -> Any:
+            return (jnp.argmax(predict(x), -1) == y).astype(jnp.float32)
+
+        return self._over("draws", purpose, right, self.draws, x, rows)

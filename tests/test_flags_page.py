@@ -1,0 +1,24 @@
+"""docs/flags.md tells what each flag and each check means."""
+
+import inspect
+import pathlib
+
+import pytest
+
+from jaxdefense.evaluation import audit, flags
+
+PAGE = (pathlib.Path(__file__).parents[1] / "docs" / "flags.md").read_text()
+
+
+@pytest.mark.parametrize("name", flags.NAMES)
+def test_every_flag_has_a_row(name):
+    assert f"\n| {name} |" in PAGE
+
+
+def test_every_severity_is_told():
+    assert all(f"**{severity}**" in PAGE for severity in flags.SEVERITIES)
+
+
+def test_every_fatal_check_is_named():
+    module = inspect.getmodule(audit)
+    assert all(f'"{name}"' in PAGE for name in module._FATAL)
