@@ -44,27 +44,39 @@ def _arithmetic(module, variables, images):
     return forward.cost_analysis()["flops"]
 
 
-def _theirs(peer, config, ball, variables, images, labels, reference):
-    """What torch_peers.cascade writes, from a process of its own."""
+def in_torch(command, run, ball, variables, images, labels, *arguments, **more):
+    """What a command of torch_peers writes about a network, from a process of its own.
+
+    Args:
+      command: "cascade" or "targeted".
+      run: of the network, a cnn or a resnet.
+      ball: the threat.
+      variables: {"params", "batch_stats"}.
+      images, labels: NumPy.
+      *arguments: the command's further words.
+      **more: further arrays of the problem.
+    """
+    model = run.config["model"]
+    given = {"name": model["name"], "width": model.get("width", 1.0), "norm": ball.norm, **more}
     with tempfile.TemporaryDirectory() as folder:
         problem, answer = (pathlib.Path(folder) / name for name in ("in.npz", "out.npz"))
-        np.savez(
-            problem,
-            name=config["model"]["name"],
-            width=config["model"].get("width", 1.0),
-            norm=ball.norm,
-            eps=ball.eps,
-            images=images,
-            labels=labels,
-            **_flat(variables),
-        )
+        given |= {"eps": ball.eps, "images": images, "labels": labels, **_flat(variables)}
+        np.savez(problem, **given)
         script = pathlib.Path(__file__).parent / "torch_peers.py"
-        command = [sys.executable, str(script), "cascade", str(problem), str(answer), peer]
         # torch 2.13 corrupts its heap in FAB on a residual network when it has two threads, in the
         # layout that is its faster one: `taskset -c 0` gives both sides one core.
-        subprocess.run([*command, reference or ""], check=True)
+        words = [sys.executable, str(script), command, str(problem), str(answer), *arguments]
+        subprocess.run(words, check=True)
         with np.load(answer) as file:
             return dict(file)
+
+
+def classifier(trained):
+    """{"params", "batch_stats"} of the plain network in a trained run's {"params", "carry"}."""
+    found = {"params": trained["params"]["classifier"]}
+    if trained["carry"]["classifier"]:
+        found["batch_stats"] = trained["carry"]["classifier"]
+    return found
 
 
 def _row(what, peer, verdict, seconds, answer, share):
@@ -107,11 +119,8 @@ def rows(workdir, examples, *, norm=None, eps=None, reference=None, golden=None)
     """
     run, trained, _ = loop.restore(workdir)
     ball = threat.make(norm or run.threat.norm, eps or run.threat.eps)
-    classifier = {"params": trained["params"]["classifier"]}
-    if trained["carry"]["classifier"]:
-        classifier["batch_stats"] = trained["carry"]["classifier"]
     # Half precision, so that a golden file is small and holds exactly what was attacked.
-    variables = jax.tree.map(lambda w: w.astype(np.float16).astype(np.float32), classifier)
+    variables = jax.tree.map(lambda w: w.astype(np.float16).astype(np.float32), classifier(trained))
     arrays = run.arrays("test").take(slice(examples))
     images = data.to_float(arrays.images)
     evaluator = robust.Evaluator(run.module.apply, ball)
@@ -124,12 +133,13 @@ def rows(workdir, examples, *, norm=None, eps=None, reference=None, golden=None)
     share = work / again.seconds / _matrix_rate()
     name = f"{run.config['name']}-{ball.norm}"
     what = f"AutoAttack {ball.norm} {ball.eps:.3g}, {run.config['name']}, {examples} images"
+    made = {stage.name: repr(stage.attack) for stage in stages}
     peers = [p for p in ("torchattacks",) if importlib.util.find_spec(p)]
     answers = {}
     for peer in [*peers, *(["reference"] if reference else [])]:
-        answer = _theirs(peer, run.config, ball, variables, images, arrays.labels, reference)
-        answers[peer] = answer
-        yield _row(what, peer, verdict, again.seconds, answer, share)
+        words = ("cascade", run, ball, variables, images, arrays.labels, peer, reference or "")
+        answers[peer] = answer = in_torch(*words)
+        yield {**_row(what, peer, verdict, again.seconds, answer, share), "attacks": made}
     if golden:
         bits = {f"ours {stage}": b for stage, b in verdict.by_attack.items()}
         for peer, answer in answers.items():

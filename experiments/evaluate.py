@@ -7,8 +7,8 @@
     python experiments/evaluate.py --workdir=runs/ipg-mnist --protocol=audit --examples=1000
 
 The protocol `paper` runs the config's own attacks, `honest` AutoAttack; a killed `honest` run goes
-on where it was. `audit` asks what each kind of knowledge breaks, oblivious to black box, and draws
-a page beside its record. Print tables from records with experiments/tables.py.
+on where it was, and its flags are printed (docs/flags.md). `audit` asks what each kind of knowledge
+breaks, oblivious to black box, and draws a page beside its record. Print tables from records with experiments/tables.py.
 """
 
 import pathlib
@@ -53,6 +53,8 @@ def main(argv):
         print(f"page: {page}")
     else:
         print(tables.accuracy_table([record]), "\n")
+        for flag in record.get("cascade", {}).get("flags", ()):
+            print("{severity}: {predictor}: {name}: {evidence}".format(**flag))
     print(f"record: {path}")
 
 

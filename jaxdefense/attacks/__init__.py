@@ -114,7 +114,8 @@ def jitted(
 
     Args:
       attack: any `Attack`.
-      apply: (variables, images) -> logits, eval mode.
+      apply: (variables, images) -> logits, eval mode; of an attack with `samples`, (variables, key,
+        images) -> logits.
       devices: that share each batch whose size they divide; default, and for another batch:
         wherever the arrays are. On the CPU a core can be a device (`jax_num_cpu_devices`).
 
@@ -124,16 +125,16 @@ def jitted(
       Bad images, labels and keys raise a ValueError at each call before compilation; that `apply`
       returns probabilities or NaN is found at the first call.
     """
-    threat = getattr(attack, "threat", None)
+    threat, keyed = getattr(attack, "threat", None), getattr(attack, "samples", None) is not None
     bounds = None if threat is None else threat.bounds
 
     @functools.partial(jax.jit, static_argnums=0)
     def run(rest, variables, key, images, labels):
-        return attack(lambda x: apply(rest.join(variables), x), key, images, labels)
+        return attack(functools.partial(apply, rest.join(variables)), key, images, labels)
 
     @functools.partial(jax.jit, static_argnums=0)
-    def forward(rest, variables, images):
-        return apply(rest.join(variables), images)
+    def forward(rest, variables, *given):
+        return apply(rest.join(variables), *given)
 
     if devices is not None:
         mesh = Mesh(np.asarray(devices), ("examples",))
@@ -148,8 +149,9 @@ def jitted(
         if not isinstance(images, jax.core.Tracer):
             images = checks.check_images(images, bounds)
             if images.shape not in classes:
-                checks.num_classes(lambda x: apply(variables, x), images)
-                logits = forward(rest, arrays, images)
+                given = (key, images) if keyed else (images,)
+                checks.num_classes(functools.partial(apply, variables), images, keyed=keyed)
+                logits = forward(rest, arrays, *given)
                 checks.check_logits(logits, images.shape[0])
                 classes[images.shape] = logits.shape[1]
             checks.check_labels(labels, images.shape[0], classes[images.shape])

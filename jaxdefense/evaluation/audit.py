@@ -48,6 +48,7 @@ class Audit:
     Attributes:
       threat: every attack's.
       tiers: {"clean" or tier and attack: (N,) bool, classified rightly}.
+      attacks: {tier and attack: the call that makes it}.
       worst: (N,) bool, right under every attack but the oblivious ones.
       checks: in a fixed order.
       curve: (eps, accuracy in percent) of PGD over a grid of eps.
@@ -57,6 +58,7 @@ class Audit:
 
     threat: Threat
     tiers: dict[str, np.ndarray]
+    attacks: dict[str, str]
     worst: np.ndarray
     checks: tuple[Check, ...]
     curve: tuple[tuple[float, float], ...]
@@ -77,11 +79,17 @@ class Audit:
         return f"{head}\n\n{first}\n\n{tables.markdown(['check', 'answer', 'evidence'], told)}"
 
     def record(self, labels: np.ndarray, num_classes: int) -> dict[str, Any]:
-        """Plain values for a record: bits and accuracies, checks, curve."""
+        """Plain values for a record: bits and accuracies, checks, attacks, curve.
+
+        Args:
+          labels: (N,) integers.
+          num_classes: K.
+        """
         bits = {**self.tiers, "worst": self.worst}
         return {
             "tiers": summary(bits, labels, num_classes),
             "checks": [{**dataclasses.asdict(c), "passed": bool(c.passed)} for c in self.checks],
+            "attacks": self.attacks,
             "curve": [list(point) for point in self.curve],
         }
 
@@ -198,7 +206,7 @@ def audit(
     checks, gradients = _basics(survey.judge, survey.images, labels)
     if any(not check.passed and check.name in _FATAL for check in checks):
         nothing = np.zeros(len(images), bool)
-        return Audit(threat, {}, nothing, tuple(checks), (), survey.images.copy())
+        return Audit(threat, {}, {}, nothing, tuple(checks), (), survey.images.copy())
 
     survey.start()
     tiers, x_adv = survey.tiers, survey.x_adv
@@ -229,7 +237,7 @@ def audit(
         curve = survey.curve(steps)
         checks += _comparisons(tiers, curve, threat, survey.raw(short))
     survey.bar.close()
-    return Audit(threat, tiers, worst, tuple(checks), curve, x_adv)
+    return Audit(threat, tiers, survey.made, worst, tuple(checks), curve, x_adv)
 
 
 # Without these an attack's result would mean nothing.
@@ -259,6 +267,7 @@ class _Survey:
         self.images, self.labels = self.judge.prepare(images), labels
         self.ids = np.arange(len(self.images))
         self.tiers: dict[str, np.ndarray] = {}
+        self.made: dict[str, str] = {}
         self.x_adv = self.images.astype(np.promote_types(self.images.dtype, np.float32))
         self.bar = tqdm(disable=not progress, unit="attack")
 
@@ -287,7 +296,7 @@ class _Survey:
             right[pack[wrong]] = False
             if counts:
                 self.x_adv[pack[wrong]] = found[wrong]
-        self.tiers[name] = right
+        self.tiers[name], self.made[name] = right, _told(attack)
         self.bar.update()
 
     def raw(self, attack: Attack) -> float:
@@ -312,6 +321,14 @@ class _Survey:
             seed=self.seed,
         )
         return tuple(zip(eps, (100 * survives.mean(-1)).tolist(), strict=True))
+
+
+def _told(attack: Attack) -> str:
+    """The call that makes it; what a combination closes over has no use in a record."""
+    if isinstance(attack, attacks.Method):
+        parts = [_told(part) for part in attack.parts]
+        return f"{attack.name}({', '.join(parts)})" if parts else repr(attack)
+    return getattr(attack, "__name__", type(attack).__name__)
 
 
 def _comparisons(
