@@ -4,6 +4,12 @@
     python experiments/benchmark.py conv pgd             # some
     python experiments/benchmark.py --record=experiments/records/benchmark/cpu.json pgd
     python experiments/benchmark.py --runs=runs/pgd_at-mnist-0:1000 --reference=auto-attack attacks
+    python experiments/benchmark.py --runs=runs/pgd_at-mnist-0:1000 --journal=J fast half targeted
+
+Suites with --runs: `attacks` is AutoAttack against peers, `fast` AutoAttack's version fast beside
+standard (on any trained run: its deployed predictor), `half` float32 beside bfloat16, `targeted`
+targeted attacks, PGD and CW against torchattacks'. With --journal the last three go on where they
+were killed. A record is written at the end, whole.
 
 Peers are Foolbox on JAX, torchattacks where it and torch are installed (they are not among the
 library's requirements) and the authors' AutoAttack (--reference, a checkout of
@@ -22,6 +28,7 @@ import time
 
 import benchmark_attacks
 import benchmark_conv
+import benchmark_verdicts
 import cli
 import jax
 import jax.numpy as jnp
@@ -32,7 +39,8 @@ from jaxdefense import attacks, models, registry, threat
 from jaxdefense.evaluation import records, tables
 
 RECORD = flags.DEFINE_string("record", None, "Write the rows to this JSON file too.")
-RUNS = flags.DEFINE_list("runs", [], "For attacks: WORKDIR:EXAMPLES or WORKDIR:EXAMPLES:NORM:EPS.")
+RUNS = flags.DEFINE_list("runs", [], "WORKDIR:EXAMPLES or WORKDIR:EXAMPLES:NORM:EPS, trained.")
+JOURNAL = flags.DEFINE_string("journal", None, "A folder for fast, half, targeted to go on from.")
 REFERENCE = flags.DEFINE_string("reference", None, "For attacks: a checkout of fra31/auto-attack.")
 GOLDEN = flags.DEFINE_string("golden", None, "For attacks: a folder for the golden files.")
 REPEATS = flags.DEFINE_integer("repeats", 5, "Timed pairs per row, after one warm-up.")
@@ -143,19 +151,51 @@ def conv():
 
 def attacks_suite():
     """Standard AutoAttack on trained runs (--runs), against torchattacks and the authors' code."""
+    for workdir, examples, ball in _runs():
+        peers = {"reference": REFERENCE.value, "golden": GOLDEN.value}
+        yield from benchmark_attacks.rows(workdir, examples, **ball, **peers)
+
+
+def _runs():
+    """(workdir, examples, {"norm", "eps"}) of each of --runs."""
     for run in RUNS.value:
-        workdir, examples, norm, eps = [*run.split(":"), None, None][:4]
-        yield from benchmark_attacks.rows(
-            workdir,
-            int(examples),
-            norm=norm,
-            eps=eps and float(eps),
-            reference=REFERENCE.value,
-            golden=GOLDEN.value,
-        )
+        workdir, examples, *ball = run.split(":")
+        if len(ball) not in (0, 2):
+            raise ValueError(f"--runs takes WORKDIR:EXAMPLES or WORKDIR:EXAMPLES:NORM:EPS: {run!r}")
+        norm, eps = ball or (None, None)
+        yield workdir, int(examples), {"norm": norm, "eps": eps and float(eps)}
 
 
-SUITES = {"conv": conv, "pgd": pgd, "attacks": attacks_suite}
+def _problems():
+    """The problem of each of --runs."""
+    for workdir, examples, ball in _runs():
+        yield benchmark_verdicts.problem(workdir, examples, **ball, journal=JOURNAL.value)
+
+
+def fast():
+    """AutoAttack's version fast beside standard on trained runs (--runs): survivors and passes."""
+    yield from map(benchmark_verdicts.fast, _problems())
+
+
+def half():
+    """Standard AutoAttack in float32 beside bfloat16 on trained runs (--runs), weights rounded."""
+    yield from map(benchmark_verdicts.half, _problems())
+
+
+def targeted():
+    """Targeted attacks on trained runs (--runs), PGD and CW against torchattacks'."""
+    for given in _problems():
+        yield from benchmark_verdicts.targeted(given)
+
+
+SUITES = {
+    "conv": conv,
+    "pgd": pgd,
+    "attacks": attacks_suite,
+    "fast": fast,
+    "half": half,
+    "targeted": targeted,
+}
 
 
 def main(argv):
@@ -166,11 +206,14 @@ def main(argv):
         print(f"{name}: {SUITES[name].__doc__}", flush=True)
         for row in SUITES[name]():
             rows.append(row)
+            if "suite" in row:  # its verdicts have been printed
+                continue
             shown = f"{row['ratio']:.2f} times" if "ratio" in row else "not measured"
             print(f"  {row['what']}: {row['peer']} takes {shown} ours", flush=True)
     spent = time.monotonic() - began
     record = records.make("benchmark", {}, {}, seed=0, seconds=spent, rows=rows)
-    print(tables.benchmark_table(record), tables.verdict_table(record), sep="\n\n")
+    made = (tables.benchmark_table(record), tables.verdict_table(record))
+    print("\n\n".join(table for table in made if table.count("\n") > 1))
     if RECORD.value:
         records.save(record, RECORD.value)
 

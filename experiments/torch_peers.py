@@ -20,14 +20,15 @@ from torch.nn import functional as F
 
 
 class CNN(nn.Module):
-    """jaxdefense.models.cnn at width 1."""
+    """jaxdefense.models.cnn."""
 
-    def __init__(self, num_classes=10, side=28, channels=1):
+    def __init__(self, num_classes=10, side=28, channels=1, width=1.0):
         super().__init__()
-        self.conv1 = nn.Conv2d(channels, 16, 4, stride=2, padding=1)
-        self.conv2 = nn.Conv2d(16, 32, 4, stride=2, padding=1)
-        self.fc1 = nn.Linear(32 * (side // 4) ** 2, 100)
-        self.head = nn.Linear(100, num_classes)
+        first, second, inner = (round(size * width) for size in (16, 32, 100))
+        self.conv1 = nn.Conv2d(channels, first, 4, stride=2, padding=1)
+        self.conv2 = nn.Conv2d(first, second, 4, stride=2, padding=1)
+        self.fc1 = nn.Linear(second * (side // 4) ** 2, inner)
+        self.head = nn.Linear(inner, num_classes)
 
     def forward(self, x):
         x = F.relu(self.conv2(F.relu(self.conv1(x))))
@@ -144,8 +145,12 @@ def read(problem):
         for folder in folders:
             node = node.setdefault(folder, {})
         node[name] = array
-    make = {"cnn": lambda width: CNN(), "resnet": lambda width: ResNet18(width=int(width))}
-    module = load(make[str(tree["name"])](tree.get("width", 64)), tree["variables"])
+    side, channels = tree["images"].shape[2:]
+    make = {
+        "cnn": lambda: CNN(side=side, channels=channels, width=float(tree.get("width", 1))),
+        "resnet": lambda: ResNet18(width=int(tree.get("width", 64))),
+    }
+    module = load(make[str(tree["name"])](), tree["variables"])
     device = "cuda" if torch.cuda.is_available() else "cpu"
     module = module.to(device, memory_format=torch.channels_last)
     # Not channels_last: torchattacks' FAB cannot take such gradients.
@@ -233,8 +238,8 @@ def cascade(problem, answer, peer, reference):
     np.savez(answer, seconds=time.monotonic() - began, **found)
 
 
-def targeted(problem, answer):
-    """torchattacks' targeted PGD and CW, 500 images at a time.
+def targeted(problem, answer, *names):
+    """torchattacks' targeted PGD and CW, those of `names`, 500 images at a time.
 
     Its CW runs as it is and as "cw, mended": it multiplies logits with one-hot labels before taking
     their maximum, which is wrong where they are negative, so there they are lifted; and it starts
@@ -253,12 +258,13 @@ def targeted(problem, answer):
     cw = {name: arrays[name].item() for name in ("c", "lr", "cw_steps")}
     pgd["steps"], cw["steps"] = pgd.pop("pgd_steps"), cw.pop("cw_steps")
     attacks = {
-        "pgd": (torchattacks.PGD(module, **pgd), x),
+        "pgd": (torchattacks.PGD(module, random_start=False, **pgd), x),
         "cw": (torchattacks.CW(module, **cw), x),
         "cw, mended": (torchattacks.CW(Lifted(module).eval(), **cw), x.clamp(5e-7, 1 - 5e-7)),
     }
     found = {}
-    for name, (attack, start) in attacks.items():
+    for name in names:
+        attack, start = attacks[name]
         attack.set_mode_targeted_by_label(quiet=True)
         began = time.monotonic()
         parts = zip(start.split(500), targets.split(500), strict=True)

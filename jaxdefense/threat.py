@@ -57,6 +57,8 @@ class _Ball(abc.ABC):
     _exponent: ClassVar[float]  # the norm of n ones is n to this power
 
     def __post_init__(self) -> None:
+        if self.eps is None or isinstance(self.eps, str):
+            raise ValueError(f"eps must be a number or one per example, got {self.eps!r}")
         if isinstance(self.eps, list | tuple):
             object.__setattr__(self, "eps", np.asarray(self.eps, np.float32))
         low, high = self.bounds

@@ -63,9 +63,16 @@ class Method:
 
     @property
     def parts(self) -> list["Method"]:
-        """The attacks that this one is made of."""
-        values = jax.tree.leaves(self.options, is_leaf=lambda v: isinstance(v, Method))
-        return [value for value in values if isinstance(value, Method)]
+        """The attacks that this one is made of, bare functions left out."""
+        return [part for part in self.combined if isinstance(part, Method)]
+
+    @property
+    def combined(self) -> list[Attack]:
+        """What a combination is made of, bare functions too; nothing for an attack of its own."""
+        if "threat" in self.arguments:
+            return []
+        attacks = self.arguments.get("attacks", ())
+        return [*attacks, *([self.arguments["attack"]] if "attack" in self.arguments else [])]
 
     @property
     def threat(self) -> Threat | None:
@@ -108,11 +115,11 @@ class Method:
             arguments = {**_map(leaf, self.options), **arguments}
         return dataclasses.replace(self, arguments={**self.arguments, **arguments})
 
-    def per_example(self) -> list[Array]:
+    def per_example(self) -> list[Any]:
         """The arrays that hold a value for each example (eps, step sizes), in a fixed order."""
-        found: list[Array] = []
+        found: list[Any] = []
 
-        def keep(array: Array) -> Array:
+        def keep(array: Any) -> Any:
             found.append(array)
             return array
 
@@ -204,6 +211,9 @@ def method(*, spatial: bool = False) -> Callable[[Callable[P, Attack]], Callable
         def make(*args: P.args, **kwargs: P.kwargs) -> Method:
             bound = signature.bind(*args, **kwargs)
             bound.apply_defaults()
+            for name, value in bound.arguments.items():
+                if isinstance(value, list) and value and isinstance(value[0], int | float):
+                    bound.arguments[name] = np.asarray(value, np.float32)
             if "threat" in bound.arguments:
                 checks.check_threat(factory.__name__, bound.arguments["threat"])
             return Method(factory, dict(bound.arguments), spatial)
@@ -216,63 +226,58 @@ def method(*, spatial: bool = False) -> Callable[[Callable[P, Attack]], Callable
 def describe(value: Any) -> str:
     """What a value is, in words that another process finds for an equal one.
 
-    Arrays are told by shape, dtype and a hash of their values, threats and other dataclasses by
-    their fields, functions by their names and, unless they can be imported by it, by their code
-    and what they close over.
+    Arrays are told by shape, dtype and a hash of their values, attacks, threats and other
+    dataclasses by their fields, functions and classes by the names that they are imported by. What
+    cannot be told so (a lambda, a closure, an object of its own) is told by its address, " at 0x":
+    it equals itself alone, and no later process.
     """
     if isinstance(value, Method):
         return value.description
     if isinstance(value, jax.core.Tracer):
-        return f"tracer {id(value)}"
+        return _address(value)
     if isinstance(value, np.ndarray | jax.Array) and value.ndim:
         array = np.asarray(value)
         digest = hashlib.sha256(np.ascontiguousarray(array).tobytes()).hexdigest()[:16]
         return f"{array.dtype}{array.shape}:{digest}"
     if isinstance(value, np.generic | np.ndarray | jax.Array):
         return repr(value.item())
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        fields = (f"{f.name}={describe(getattr(value, f.name))}" for f in dataclasses.fields(value))
-        return f"{type(value).__name__}({', '.join(fields)})"
+    if value is None or isinstance(value, bool | int | float | complex | str | bytes):
+        return repr(value)
     if isinstance(value, Mapping):
         return f"{{{', '.join(f'{key!r}: {describe(one)}' for key, one in value.items())}}}"
     if isinstance(value, list | tuple):
         return f"({', '.join(map(describe, value))})"
     if isinstance(value, functools.partial):
         return f"partial{describe((value.func, value.args, value.keywords))}"
-    if isinstance(value, types.MethodType):
-        return f"{describe(value.__func__)} of {describe(value.__self__)}"
-    if isinstance(value, types.FunctionType):
-        return _describe_function(value)
-    return repr(value)
+    if isinstance(value, types.FunctionType | type):
+        return _importable(value) or _address(value)
+    if dataclasses.is_dataclass(value) and _importable(type(value)):
+        name = _importable(type(value))
+        fields = (f"{f.name}={describe(getattr(value, f.name))}" for f in dataclasses.fields(value))
+        return f"{name}({', '.join(fields)})"
+    return _address(value)
 
 
-def _describe_function(function: types.FunctionType) -> str:
-    name = f"{function.__module__}.{function.__qualname__}"
-    found: Any = sys.modules.get(function.__module__)
-    for part in function.__qualname__.split("."):
+def _address(value: Any) -> str:
+    return f"{type(value).__name__} at {id(value):#x}"
+
+
+def _importable(value: Any) -> str:
+    """The name that a function or class is imported by, "" where there is none."""
+    found: Any = sys.modules.get(value.__module__)
+    for part in value.__qualname__.split("."):
         found = getattr(found, part, None)
-    if found is function and function.__module__ != "__main__":
-        return name
-    kept = [cell.cell_contents for cell in function.__closure__ or ()]
-    defaults = (function.__defaults__, function.__kwdefaults__)
-    # A function that closes over itself would be told for ever.
-    kept = ["itself" if one is function else one for one in kept]
-    return f"{name} {_describe_code(function.__code__)} {describe((kept, defaults))}"
-
-
-def _describe_code(code: types.CodeType) -> str:
-    constants = [
-        _describe_code(one) if isinstance(one, types.CodeType) else repr(one)
-        for one in code.co_consts
-    ]
-    told = repr((code.co_code, code.co_names, constants))
-    return hashlib.sha256(told.encode()).hexdigest()[:16]
+    is_own = found is value and value.__module__ != "__main__"
+    return f"{value.__module__}.{value.__qualname__}" if is_own else ""
 
 
 def _show(value: Any) -> str:
-    """As `describe`, but short: functions by name, numbers as they were written."""
+    """As `describe`, but short: functions and classes by name."""
     if isinstance(value, types.FunctionType):
         return value.__name__
+    if hasattr(value, "project") and dataclasses.is_dataclass(value):
+        fields = (f"{f.name}={_show(getattr(value, f.name))}" for f in dataclasses.fields(value))
+        return f"{type(value).__name__}({', '.join(fields)})"
     if isinstance(value, Method):
         return repr(value)
     if isinstance(value, list | tuple):
@@ -290,14 +295,23 @@ def _map(leaf: Callable[[Any], Any], arguments: Mapping[str, Any]) -> dict[str, 
 
 
 def _map_per_example(
-    function: Callable[[Array], Array], arguments: Mapping[str, Any]
+    function: Callable[[Any], Any], arguments: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """The arguments with function(array) for each array of one axis, those of parts included."""
+    """The arguments with function(array) for each array of one axis: options, eps, parts' too.
+
+    What callables and other pytrees hold is their own.
+    """
 
     def leaf(value: Any) -> Any:
         if isinstance(value, Method):
             inside = _map_per_example(function, value.arguments)
             return dataclasses.replace(value, arguments=inside)
-        return function(value) if getattr(value, "ndim", 0) == 1 else value
+        if hasattr(value, "project") and jnp.ndim(value.eps) == 1:
+            return value.resized(function(value.eps))
+        if isinstance(value, np.ndarray | jax.Array) and value.ndim == 1:
+            return function(value)
+        if isinstance(value, list | tuple):
+            return type(value)(map(leaf, value))
+        return value
 
-    return _map(leaf, arguments)
+    return {name: leaf(value) for name, value in arguments.items()}

@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from jaxdefense import attacks
 from jaxdefense.attacks import checks as inputs
-from jaxdefense.evaluation import cascade, curves, flags, robust, tables
+from jaxdefense.evaluation import cascade, curves, flags, randomised, robust, tables
 from jaxdefense.evaluation.robust import Evaluator, summary
 from jaxdefense.types import Attack, HostArray, Images, Key, Labels, Logits, Predict, Threat
 
@@ -76,6 +76,8 @@ class Audit:
         told = [[c.name, "pass" if c.passed else "FAIL", c.evidence] for c in self.checks]
         first = tables.markdown(["accuracy, %", "all"], rows)
         head = f"{len(self.worst)} images, {self.threat}"
+        if not self.tiers:
+            rows = [["not attacked: a check below failed", "–"]]
         return f"{head}\n\n{first}\n\n{tables.markdown(['check', 'answer', 'evidence'], told)}"
 
     def record(self, labels: np.ndarray, num_classes: int) -> dict[str, Any]:
@@ -116,10 +118,12 @@ def _basics(judge: Evaluator, images: np.ndarray, labels: np.ndarray) -> tuple[l
     noise = judge.noise((), x)
     ask("deterministic", not noise.random, noise.evidence())
     logits = judge.logits((), x)
-    finite = bool(np.isfinite(logits).all())
-    ask("finite logits", finite, f"{(~np.isfinite(logits)).any(-1).mean():.1%} of rows are not")
+    beside = flags.nearby(x, judge.threat)
+    answers = np.concatenate([logits, judge.logits((), beside)])
+    rows = (~np.isfinite(answers)).any(-1).mean()
+    ask("finite logits", rows == 0, f"{rows:.1%} of images and points beside them are not")
     sums = logits.sum(-1)
-    soft = finite and logits.min() >= 0 and np.allclose(sums, 1, atol=1e-3)
+    soft = rows == 0 and logits.min() >= 0 and np.allclose(sums, 1, atol=1e-2)
     ask("logits, not probabilities", not soft, f"rows sum to {sums.min():.3g}..{sums.max():.3g}")
     ask("independent of the batch", noise.random or not noise.mixed, noise.evidence())
     loop = flags.has_loop(predict, jnp.asarray(x))
@@ -129,11 +133,14 @@ def _basics(judge: Evaluator, images: np.ndarray, labels: np.ndarray) -> tuple[l
         "it iterates: attack what it optimises too" if loop else "no while or scan in its program",
     )
 
-    def shares(_: Any, x: Images, y: Labels) -> Any:
-        return flags.gradient_shares(predict, x, y)
+    eps = np.broadcast_to(np.asarray(judge.threat.eps, np.float32), len(images))[some]
+
+    def shares(_: Any, x: Images, y: Labels, eps: Any) -> Any:
+        return flags.gradient_shares(predict, x, y, judge.threat.resized(eps))
 
     try:
-        zero, broken = judge.over("gradients", shares, (), x, y).T
+        twice = [np.concatenate([a, b]) for a, b in ((x, beside), (y, y), (eps, eps))]
+        zero, broken, _ = judge.over("gradients", shares, (), *twice).T
     except flags.NoGradients as error:
         ask("gradients are there", False, str(error))
         ask("gradients are finite", False, "there are none")
@@ -147,7 +154,7 @@ def _basics(judge: Evaluator, images: np.ndarray, labels: np.ndarray) -> tuple[l
 def audit(
     predict: Predict,
     images: HostArray,
-    labels: HostArray,
+    labels: HostArray | None,
     threat: Threat,
     *,
     base: Predict | None = None,
@@ -170,12 +177,14 @@ def audit(
     Args:
       predict: images (B, H, W, C) -> logits (B, K), the whole defence as it is deployed.
       images: (N, H, W, C) floats in the threat's bounds.
-      labels: (N,) integers.
+      labels: (N,) integers; None judges the defence against its own answers.
       threat: Linf, L2 or L1.
       base: the classifier without the defence (T0, T2).
       purify: the purifier, predict(x) = base(purify(x)) (T2).
-      random: (key, images) -> logits where the defence draws at test time; attacks then see the
-        mean over `samples` draws (EOT).
+      random: (key, images) -> logits where the defence draws at test time. Attacks and tiers then
+        see the mean over `samples` draws that are fixed for each image (EOT), which is another
+        model; a check says what the deployed one makes of their images over fresh draws, and
+        `autoattack(random=)` judges it.
       sources: other models, to transfer from (T3).
       extra: further attacks of the threat's set by name, e.g. on the defence's own loss (T1).
       steps, restarts: of T1's PGD.
@@ -199,9 +208,9 @@ def audit(
         raise ValueError("purify needs base: the classifier behind the purifier")
     if random is not None:
         predict = attacks.eot(random, jax.random.key(seed), samples=samples)
-    labels = np.asarray(labels)
     survey = _Survey(predict, images, labels, threat, seed, batch_size, progress)
     classes = inputs.num_classes(predict, survey.images[:1])
+    labels = survey.labels
     inputs.check_labels(labels, len(survey.images), classes)
     checks, gradients = _basics(survey.judge, survey.images, labels)
     if any(not check.passed and check.name in _FATAL for check in checks):
@@ -236,6 +245,8 @@ def audit(
     if gradients:
         curve = survey.curve(steps)
         checks += _comparisons(tiers, curve, threat, survey.raw(short))
+    if random is not None:
+        checks.append(_fresh_draws(survey, random, samples, worst))
     survey.bar.close()
     return Audit(threat, tiers, survey.made, worst, tuple(checks), curve, x_adv)
 
@@ -256,7 +267,7 @@ class _Survey:
         self,
         predict: Predict,
         images: HostArray,
-        labels: np.ndarray,
+        labels: HostArray | None,
         threat: Threat,
         seed: int,
         batch_size: int | None,
@@ -264,7 +275,10 @@ class _Survey:
     ):
         self.threat, self.seed, self.batch_size = threat, seed, batch_size
         self.judge = _evaluator(predict, threat, batch_size)
-        self.images, self.labels = self.judge.prepare(images), labels
+        self.images = self.judge.prepare(images)
+        if labels is None:
+            labels = self.judge.logits((), self.images).argmax(-1)
+        self.labels = np.asarray(labels)
         self.ids = np.arange(len(self.images))
         self.tiers: dict[str, np.ndarray] = {}
         self.made: dict[str, str] = {}
@@ -286,13 +300,13 @@ class _Survey:
         for pack in crafter.packs(np.flatnonzero(right)):
             given = (self.images[pack], self.labels[pack], self.ids[pack])
             if on is None:
-                found, wrong, _ = crafter.attack(
+                found, wrong, *_ = crafter.attack(
                     name, attack, (), *given, rows=pack, seed=self.seed
                 )
             else:
                 found, _ = crafter.craft(name, attack, (), *given, rows=pack, seed=self.seed)
                 logits = self.judge.logits((), found.astype(self.images.dtype))
-                wrong = logits.argmax(-1) != self.labels[pack]
+                wrong = flags.wins(logits, self.labels[pack])
             right[pack[wrong]] = False
             if counts:
                 self.x_adv[pack[wrong]] = found[wrong]
@@ -321,6 +335,27 @@ class _Survey:
             seed=self.seed,
         )
         return tuple(zip(eps, (100 * survives.mean(-1)).tolist(), strict=True))
+
+
+def _fresh_draws(
+    survey: "_Survey",
+    random: Callable[[Key, Images], Logits],
+    samples: int,
+    worst: np.ndarray,
+) -> Check:
+    """Whether the tiers' verdict on the mean of draws is the deployed model's over fresh draws."""
+    keyed = Evaluator(lambda _, k, x: random(k, x), survey.threat, batch_size=survey.batch_size)
+    draws = randomised.Draws(keyed, (), survey.labels, survey.ids, _FRESH, survey.seed)
+    clean, under = (draws.share("audit", x).mean() for x in (survey.images, survey.x_adv))
+    return Check(
+        "the mean's verdict holds for fresh draws",
+        abs(under - worst.mean()) <= 0.05,
+        f"over {_FRESH} fresh draws clean {clean:.1%}, on the worst images found {under:.1%}; the "
+        f"mean of {samples} draws {worst.mean():.1%}",
+    )
+
+
+_FRESH = 100  # draws of each image
 
 
 def _told(attack: Attack) -> str:

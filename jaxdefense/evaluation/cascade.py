@@ -14,7 +14,6 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
@@ -22,11 +21,11 @@ from jaxdefense import registry
 from jaxdefense.attacks import checks, ensemble
 from jaxdefense.attacks.method import describe
 from jaxdefense.attacks.square import check_layout
-from jaxdefense.evaluation import flags, randomised, robust
+from jaxdefense.evaluation import examine, flags, randomised, robust
 from jaxdefense.evaluation.flags import Flag
 from jaxdefense.evaluation.journal import Journal, digest
 from jaxdefense.evaluation.verdict import Stage, Verdict
-from jaxdefense.types import HostArray, Images, Labels, PredictWithKey, PyTree, Threat
+from jaxdefense.types import HostArray, PredictWithKey, PyTree, Threat
 
 
 def stages(
@@ -149,6 +148,8 @@ def autoattack(
     if targets is None and version == "targeted":
         raise ValueError("version 'targeted' needs targets=, one class for each image")
     if random is not None:
+        if version not in ("standard", "rand"):
+            raise ValueError(f"a randomised model is judged by version 'rand', got {version!r}")
         version = "rand"
     elif targets is not None:
         version = "targeted"
@@ -224,7 +225,8 @@ def run(
         robust.check_attack(
             stage.name, stage.attack, evaluator.threat, len(images), targets=targets is not None
         )
-    ids = np.arange(len(images)) if ids is None else np.asarray(ids)
+    examine.check_names(stages)
+    ids = robust.check_ids(ids, len(images))
     variables = evaluator.place(variables)
     own = labels is None
     if own:
@@ -234,7 +236,7 @@ def run(
     aims = labels
     if targets is not None:
         aims = robust.check_targets(targets, labels, logits.shape[-1])
-    found = examine(evaluator, variables, images, labels, logits, stages)
+    found = examine.examine(evaluator, variables, images, labels, logits, stages)
     if own:
         found.append(Flag("own labels", "note", "labels are the model's answers on clean images"))
     told = {
@@ -242,6 +244,7 @@ def run(
         "stages": {stage.name: describe(stage.attack) for stage in stages},
         "seed": seed,
         "grid": evaluator.grid,
+        "weights": None if folder is None else digest(*evaluator.constants(variables, images)),
         "images": digest(images),
         "labels": digest(labels),
         "targets": None if targets is None else digest(aims),
@@ -250,7 +253,7 @@ def run(
     journal = Journal(folder, told, logits)
     clean = logits.argmax(-1) == labels
     start = clean if targets is None else ~flags.wins(logits, aims, targeted=True)
-    left = start.copy()
+    left, answers = start.copy(), logits.copy()
     x_adv = images.astype(np.promote_types(images.dtype, np.float32))
     by_attack, passes, seconds, unconfirmed = {}, {}, 0.0, {}
 
@@ -261,6 +264,7 @@ def run(
         return {
             "rows": pack[one.fooled],
             "x_adv": one.x_adv[one.fooled],
+            "logits": one.logits,
             "unconfirmed": np.asarray(
                 [one.unconfirmed.sum(), (one.unconfirmed & one.fooled).sum()]
             ),
@@ -277,6 +281,7 @@ def run(
             for done in journal.finish(stage.name, rows, evaluator.packs, dispatch):
                 left[done["rows"]] = False
                 x_adv[done["rows"]] = done["x_adv"]
+                answers[done["asked"]] = done["logits"]
                 unconfirmed[stage.name] += done["unconfirmed"]
                 seconds += float(done["seconds"])
                 bar.set_postfix_str(f"{stage.name}, {left.mean():.2%} robust")
@@ -284,61 +289,10 @@ def run(
             by_attack[stage.name] = left.copy()
     survivors = {"clean": start, **by_attack}
     found += flags.about_survivors({n: int(b.sum()) for n, b in survivors.items()}, len(images))
-    found += _about_unconfirmed(unconfirmed)
+    if stages:
+        found += _about_unconfirmed(unconfirmed)
+        found += flags.about_answers(answers[start], int(start.sum()), "images after the attacks")
     return Verdict(clean, left, by_attack, x_adv, passes, tuple(found), seconds)
-
-
-def examine(
-    evaluator: robust.Evaluator,
-    variables: PyTree,
-    images: np.ndarray,
-    labels: np.ndarray,
-    logits: np.ndarray,
-    stages: Sequence[Stage],
-) -> list[Flag]:
-    """What is doubtful before anything is attacked: a forward and a backward pass on some images.
-
-    Args:
-      evaluator: of the classifier.
-      variables: its weights.
-      images: (N, H, W, C).
-      labels: (N,).
-      logits: (N, K), clean.
-      stages: that will run.
-
-    Raises:
-      ValueError: a stage needs gradients, and there are none to be had.
-    """
-    found = flags.about_logits(logits, labels)
-
-    def shares(variables: PyTree, x: Images, y: Labels) -> Any:
-        return flags.gradient_shares(lambda z: evaluator.apply(variables, z), x, y)
-
-    some = slice(_ASKED)
-    try:
-        asked = evaluator.over("gradients", shares, variables, images[some], labels[some])
-        found += flags.about_gradients(asked)
-    except flags.NoGradients as error:
-        if any(stage.backward for stage in stages):
-            raise ValueError(
-                f"{error}; attacks=('square',) needs none, and evaluation.audit goes on without"
-            ) from error
-        found.append(Flag("no gradients", "warning", str(error)))
-
-    def predict(x: Images) -> Any:
-        return evaluator.apply(variables, x)
-
-    if flags.has_loop(predict, jnp.asarray(images[:1])):
-        evidence = "the model iterates (while or scan): attack what it optimises, too"
-        found.append(Flag("loop in the forward pass", "warning", evidence))
-    if bare := [stage.name for stage in stages if not hasattr(stage.attack, "threat")]:
-        evidence = f"{', '.join(bare)}: bare functions, of which no eps is known"
-        found.append(Flag("attack without its threat", "note", evidence))
-    found += [Flag("few classes", "note", stage.note) for stage in stages if stage.note]
-    return found
-
-
-_ASKED = 256  # images of which a gradient is asked before anything is attacked
 
 
 def _about_unconfirmed(counts: dict[str, np.ndarray]) -> list[Flag]:

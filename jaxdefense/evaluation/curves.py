@@ -103,7 +103,7 @@ def distances(
       0 where the example is misclassified, infinity where nothing was found.
     """
     images = evaluator.prepare(images)
-    robust.check_attack("distance", attack, evaluator.threat, len(images))
+    robust.check_attack("distance", attack, evaluator.threat, len(images), minimal=True)
     ids = np.arange(len(images)) if ids is None else np.asarray(ids)
     variables = evaluator.place(variables)
     right = evaluator.check(variables, images, labels).argmax(-1) == labels

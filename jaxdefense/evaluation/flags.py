@@ -16,7 +16,7 @@ import numpy as np
 
 from jaxdefense import losses
 from jaxdefense.attacks.outcome import fooled
-from jaxdefense.types import Array, HostArray, Images, Labels, Predict
+from jaxdefense.types import Array, Images, Labels, Predict, Threat
 
 # From harmless to fatal. A note says what was done; a warning, that another attack may find more;
 # an error, that the number is no robust accuracy.
@@ -51,6 +51,8 @@ NAMES = (
     "zero gradients",
     "non-finite gradients",
     "no gradients",
+    "misleading gradients",
+    "undefined answers",
     "loop in the forward pass",
     "ties",
     "one class",
@@ -66,7 +68,7 @@ NAMES = (
 
 @dataclasses.dataclass(frozen=True)
 class Noise:
-    """How far logits differ that a deterministic classifier gives alike, over their scale.
+    """How far logits differ that a deterministic classifier gives alike, over their spread.
 
     Attributes:
       repeat: the same batch once more.
@@ -95,7 +97,7 @@ class Noise:
         if self.traced:
             return "two traces of it are different programs: it draws numbers on the host"
         return (
-            f"of the logits' scale, the same batch again differs by {self.repeat:.2g}, the same "
+            f"of the logits' spread, the same batch again differs by {self.repeat:.2g}, the same "
             f"images at other places beside others by {self.company:.2g} "
             f"(rounding: {self.tolerance:.0e})"
         )
@@ -123,42 +125,76 @@ class Noise:
 _SHOWN = 32  # images that the questions of noise are asked about
 
 
+def difference(first: np.ndarray, second: np.ndarray) -> float:
+    """How far two models' logits lie apart, over the spread of the logits.
+
+    The spread is the median over the images of the logits' median distance from their median, so
+    that a class masked by -1e9 hides nothing; what the last digits of a large logit explain does
+    not count.
+
+    Args:
+      first: (N, K).
+      second: (N, K).
+    """
+    precise = float(jnp.finfo(first.dtype).eps)
+    a, b = (
+        np.nan_to_num(z.astype(np.float64), posinf=1e300, neginf=-1e300) for z in (first, second)
+    )
+    spread = np.median(np.abs(a - np.median(a, -1, keepdims=True)), -1)
+    far = np.abs(a - b) - 16 * precise * np.maximum(np.abs(a), np.abs(b))
+    return float(max(far.max(initial=0), 0) / max(np.median(spread), np.finfo(np.float32).tiny))
+
+
+def nearby(images: np.ndarray, threat: Threat, seed: int = 0) -> np.ndarray:
+    """Random points of the ball around each image, and of the box, on the host.
+
+    Args:
+      images: (N, ...), the first ones of an evaluation.
+      threat: the set; of an eps for each image of the evaluation, the first ones count.
+      seed: of the points.
+    """
+    low, high = threat.bounds
+    size = images[0].size
+    eps = np.asarray(threat.eps, np.float32) * (high - low) / threat.diameter(size)
+    eps = np.broadcast_to(eps[: len(images)] if eps.ndim else eps, len(images)).reshape(
+        (-1,) + (1,) * (images.ndim - 1)
+    )
+    noise = np.random.default_rng(seed).uniform(-1, 1, images.shape)
+    return np.clip(images.astype(np.float32) + eps * noise, low, high).astype(images.dtype)
+
+
 def noise(
     forward: Callable[[np.ndarray], np.ndarray],
     images: np.ndarray,
-    bounds: tuple[float, float],
-    trace: Callable[[np.ndarray], Any] | None = None,
+    threat: Threat,
+    traced: bool = False,
 ) -> Noise:
-    """Asks the same of a model several times.
+    """Asks the same of a model several times, of images and of points beside them.
 
     Args:
       forward: images (n, ...) -> logits (n, K), compiled.
       images: (N, ...); the first 32 are used.
-      bounds: of valid images, for other ones beside them.
-      trace: images -> the model's jaxpr, traced anew at each call; None to leave that out.
+      threat: of the evaluation.
+      traced: whether two traces of the model were different programs.
     """
-    low, high = bounds
     x = images[:_SHOWN]
     n = len(x)
-    with_mirrors = np.concatenate([x, (low + high - x).astype(x.dtype)])
-    with_grey = np.concatenate([np.full_like(x, (low + high) / 2), x[::-1]])
-    first, again, moved = (
-        np.asarray(forward(batch)) for batch in (with_mirrors, with_mirrors, with_grey)
-    )
-    precise = float(jnp.finfo(first.dtype).eps)
-    exact = 1e-4 if jax.default_backend() == "cpu" else 2e-3  # matrix units round to 10 bits
-    first, again, moved = (logits.astype(np.float64) for logits in (first, again, moved))
-    scale = np.abs(first).max() + 1e-6
-    traced = trace is not None and _program(trace(x)) != _program(trace(x))
+    beside = nearby(x, threat)
+    grey = np.full_like(x, sum(threat.bounds) / 2)
+    batch = np.concatenate([x, beside])
+    first, again = (np.asarray(forward(batch)) for _ in range(2))
+    others = np.asarray(forward(np.concatenate([grey, x[::-1]])))[n:][::-1]
+    besides = np.asarray(forward(np.concatenate([beside[::-1], grey])))[:n][::-1]
+    exact = 1e-4 if jax.default_backend() == "cpu" else 1e-2  # matrix units round to 10 bits
     return Noise(
-        repeat=float(np.abs(first - again).max() / scale),
-        company=float(np.abs(first[:n] - moved[n:][::-1]).max() / scale),
+        repeat=difference(first, again),
+        company=difference(first, np.concatenate([others, besides])),
         traced=traced,
-        tolerance=max(4 * precise, exact),
+        tolerance=max(4 * float(jnp.finfo(first.dtype).eps), exact),
     )
 
 
-def _program(jaxpr: Any) -> tuple[str, list[bytes]]:
+def program(jaxpr: Any) -> tuple[str, list[bytes]]:
     """A traced program and its constants, without the addresses of Python's objects."""
     constants = [_bytes(constant) for constant in jaxpr.consts if hasattr(constant, "dtype")]
     return re.sub(r"0x[0-9a-f]+", "", str(jaxpr.jaxpr)), constants
@@ -194,56 +230,88 @@ class NoGradients(ValueError):
     """Reverse-mode differentiation through the model fails."""
 
 
-def gradient_shares(predict: Predict, images: Images, labels: Labels) -> Array:
-    """(B, 2): whether an image's gradient is zero everywhere, and the share of it not finite.
+def gradient_shares(predict: Predict, images: Images, labels: Labels, threat: Threat) -> Array:
+    """(B, 3): zero everywhere, the share that is not finite, and whether it leads downhill.
 
-    The gradient is that of the attacks' cross-entropy, `losses.log_odds`.
+    The gradient is that of the attacks' cross-entropy, `losses.log_odds`; it leads downhill where
+    a step along it, a hundredth of eps long, lowers the loss.
 
     Args:
       predict: images -> logits.
       images: (B, ...).
       labels: (B,).
+      threat: the set; its eps is one number or one for each of these images.
 
     Raises:
       NoGradients: JAX cannot differentiate the model in reverse.
     """
 
-    def total(x: Images) -> Array:
-        return jnp.sum(losses.log_odds(predict(x), labels))
+    def loss(x: Images) -> Array:
+        return losses.log_odds(predict(x), labels)
 
     try:
-        grad = jax.grad(total)(images)
+        values, pull = jax.vjp(loss, images)
+        grad = pull(jnp.ones_like(values))[0]
     except Exception as error:
         if "differentiation" not in str(error) and "transpose" not in str(error).lower():
             raise
         raise NoGradients(
             f"gradients cannot be taken through the model ({str(error).splitlines()[0]})"
         ) from error
-    grad = grad.reshape(len(grad), -1)
     broken = ~jnp.isfinite(grad)
-    zero = jnp.all((grad == 0) | broken, -1)
-    return jnp.stack([zero.astype(jnp.float32), jnp.mean(broken, -1, dtype=jnp.float32)], -1)
+    grad = jnp.where(broken, 0, grad)
+    zero = jnp.all(grad == 0, range(1, grad.ndim))
+    moved = jnp.clip(images + threat.ascent(grad, images, threat.eps / 100), *threat.bounds)
+    lower = ~zero & (loss(moved.astype(images.dtype)) < values)
+    share = jnp.mean(broken, range(1, grad.ndim), dtype=jnp.float32)
+    return jnp.stack([zero.astype(jnp.float32), share, lower.astype(jnp.float32)], -1)
 
 
 def about_gradients(shares: np.ndarray) -> list[Flag]:
     """The flags of `gradient_shares`.
 
     Args:
-      shares: (N, 2).
+      shares: (N, 3).
     """
     found = []
     zero, broken = shares[:, 0].mean(), (shares[:, 1] > 0).mean()
     if zero > 0:
         severity = "error" if zero >= 0.05 else "warning"
-        found.append(
-            Flag("zero gradients", severity, f"zero everywhere for {zero:.1%} of the images asked")
-        )
+        evidence = f"zero everywhere for {zero:.1%} of the images asked and points beside them"
+        found.append(Flag("zero gradients", severity, evidence))
     if broken > 0:
         evidence = (
             f"{shares[:, 1].mean():.2%} of the entries, in {broken:.1%} of the images asked, are "
             f"NaN or infinite and counted as 0"
         )
         found.append(Flag("non-finite gradients", "warning", evidence))
+    lower = shares[:, 2].mean()
+    if lower > 0.25:
+        severity = "error" if lower > 0.5 else "warning"
+        evidence = f"a small step along the gradient lowers the loss of {lower:.1%} of images"
+        found.append(Flag("misleading gradients", severity, evidence))
+    return found
+
+
+def about_answers(logits: np.ndarray, examples: int, where: str) -> list[Flag]:
+    """The flags of what a model says of images in the ball: NaN, and ties.
+
+    Args:
+      logits: (n, K) of images that were not fooled, or of any.
+      examples: of which these are some.
+      where: what images they are, in words.
+    """
+    found = []
+    undefined = int((~np.isfinite(logits)).any(-1).sum())
+    if undefined:
+        evidence = f"NaN or infinite logits for {undefined} of {examples} {where}"
+        found.append(Flag("undefined answers", "error", evidence))
+    top = np.sort(np.nan_to_num(logits), -1)[:, -2:]
+    tied = int((top[:, 0] == top[:, 1]).sum())
+    if tied > 0.005 * examples:
+        severity = "error" if tied > 0.05 * examples else "warning"
+        evidence = f"two largest logits for {tied} of {examples} {where}"
+        found.append(Flag("ties", severity, evidence))
     return found
 
 
@@ -254,12 +322,7 @@ def about_logits(logits: np.ndarray, labels: np.ndarray) -> list[Flag]:
       logits: (N, K).
       labels: (N,).
     """
-    found = []
-    top = np.sort(logits, -1)[:, -2:]
-    tied = (top[:, 0] == top[:, 1]).mean()
-    if tied > 0.005:
-        evidence = f"{tied:.1%} of clean images have two largest logits"
-        found.append(Flag("ties", "warning", evidence))
+    found = about_answers(logits, len(logits), "clean images")
     answers = np.unique(logits.argmax(-1))
     if len(answers) == 1 and len(np.unique(labels)) > 1:
         found.append(Flag("one class", "error", f"every image is class {answers[0]} to the model"))
@@ -290,12 +353,13 @@ def about_survivors(survivors: dict[str, int], examples: int) -> list[Flag]:
     return found
 
 
-def wins(logits: HostArray, labels: HostArray, targeted: bool = False) -> np.ndarray:
-    """(B,) bool: who is fooled by a plain pass; a tie fools nobody.
+def wins(logits: np.ndarray, labels: np.ndarray, targeted: bool = False) -> np.ndarray:
+    """(B,) bool: who is fooled by a plain pass; a tie fools nobody, and NaN is no right answer.
 
     Args:
       logits: (B, K) float32.
       labels: (B,) labels, or targets.
       targeted: which.
     """
-    return np.asarray(fooled(jnp.asarray(logits), jnp.asarray(labels), targeted))
+    won = np.array(fooled(jnp.asarray(logits), jnp.asarray(labels), targeted))
+    return won if targeted else won | np.isnan(logits).any(-1)

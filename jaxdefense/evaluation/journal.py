@@ -1,27 +1,36 @@
 """What an evaluation has found so far, on disk: a killed one goes on where it was.
 
 FOLDER/journal.json tells what is judged, by whom; FOLDER/clean.npz holds the clean logits, and
-FOLDER/STAGE-0001.npz what one dispatch found. Each file is written whole or not at all. Nothing
+FOLDER/STAGE-00000.npz what one dispatch found. Each file is written whole or not at all. Nothing
 depends on how many images a dispatch has, so a journal may be gone on with on other devices.
 """
 
 import hashlib
 import json
 import pathlib
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
 
 from jaxdefense.evaluation import records
+from jaxdefense.evaluation.flags import difference
 
 FORMAT = 2
 
 
-def digest(*arrays: np.ndarray) -> str:
-    """A short hash of the arrays' values, shapes and dtypes."""
+def digest(*arrays: np.ndarray | bytes) -> str:
+    """A short hash of the arrays' values, shapes and dtypes.
+
+    Args:
+      *arrays: arrays, or bytes.
+    """
     found = hashlib.sha256()
     for array in arrays:
+        if isinstance(array, bytes):
+            found.update(array)
+            continue
         found.update(f"{array.shape}{array.dtype}".encode())
         found.update(np.ascontiguousarray(array).tobytes())
     return found.hexdigest()[:16]
@@ -74,8 +83,7 @@ class Journal:
     def _compare_logits(self, path: pathlib.Path, logits: np.ndarray) -> None:
         """The same model, but for the rounding of other devices and batch sizes."""
         before = self._load(path)["logits"]
-        scale = np.abs(before).max(initial=0) + 1e-6
-        if before.shape != logits.shape or np.abs(before - logits).max(initial=0) > 0.02 * scale:
+        if before.shape != logits.shape or difference(before, logits) > 0.02:
             raise ValueError(
                 f"{self.folder} holds an evaluation of another model (its clean logits differ); "
                 f"choose another folder, or remove it"
@@ -104,12 +112,11 @@ class Journal:
         """
         asked = [np.zeros(0, int)]
         number = 0
-        if self.folder is not None:
-            for path in sorted(self.folder.glob(f"{stage}-[0-9]*.npz")):
-                done = self._load(path)
-                asked.append(done["asked"])
-                number += 1
-                yield done
+        for path in self._files(stage):
+            done = self._load(path)
+            asked.append(done["asked"])
+            number = int(path.stem[-5:]) + 1
+            yield done
         for pack in packs(np.setdiff1d(rows, np.concatenate(asked))):
             done = {"asked": pack, **dispatch(pack)}
             if self.folder is not None:
@@ -121,6 +128,13 @@ class Journal:
         temporary = path.with_name(f".{path.stem}.tmp.npz")
         np.savez(temporary, **arrays)
         temporary.rename(path)
+
+    def _files(self, stage: str) -> list[pathlib.Path]:
+        """The stage's files in their order; another's name may begin with its name."""
+        if self.folder is None:
+            return []
+        name = re.compile(re.escape(stage) + r"-\d{5}\.npz")
+        return sorted(path for path in self.folder.iterdir() if name.fullmatch(path.name))
 
     def _load(self, path: pathlib.Path) -> dict[str, np.ndarray]:
         try:

@@ -16,10 +16,11 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
+from jaxdefense import losses
 from jaxdefense.attacks import checks
 from jaxdefense.attacks.method import describe
 from jaxdefense.attacks.outcome import mean_over_draws
-from jaxdefense.evaluation import robust
+from jaxdefense.evaluation import examine, flags, robust
 from jaxdefense.evaluation.flags import Flag
 from jaxdefense.evaluation.journal import Journal, digest
 from jaxdefense.evaluation.verdict import RandomVerdict, Stage
@@ -64,20 +65,34 @@ def run(
     checks.check_labels(labels, len(images), classes)
     for stage in stages:
         robust.check_attack(stage.name, stage.attack, evaluator.threat, len(images))
-    ids = np.arange(len(images)) if ids is None else np.asarray(ids)
+    examine.check_names(stages)
+    ids = robust.check_ids(ids, len(images))
     variables = evaluator.place(variables)
-    judge = _Draws(evaluator, variables, labels, ids, draws, seed)
+    judge = Draws(evaluator, variables, labels, ids, draws, seed)
     first, second = judge.logits("first", images), judge.logits("second", images)
     checks.check_logits(first, len(images))
-    flags = [Flag("few classes", "note", stage.note) for stage in stages if stage.note]
+
+    def one_draw(variables: PyTree, x: Images) -> Any:
+        key = jax.random.fold_in(jax.random.key(seed), 1)
+        return jax.vmap(lambda z: evaluator.apply(variables, key, z[None])[0])(x)
+
+    fixed = evaluator.of(one_draw)
+    found = examine.examine(
+        fixed, variables, images, labels, fixed.logits(variables, images), stages
+    )
     if np.array_equal(first, second):
         evidence = "two draws give the same logits for every image: is the key used?"
-        flags.append(Flag("not random", "warning", evidence))
+        found.append(Flag("not random", "warning", evidence))
+
+    def constants() -> str:
+        return digest(*evaluator.constants(variables, images, keyed=True))
+
     told = {
         "threat": describe(evaluator.threat),
         "stages": {stage.name: describe(stage.attack) for stage in stages},
         "seed": seed,
         "draws": draws,
+        "weights": None if folder is None else constants(),
         "images": digest(images),
         "labels": digest(labels),
         "ids": digest(ids),
@@ -91,10 +106,8 @@ def run(
     def crafted(stage: Stage, pack: np.ndarray) -> dict[str, np.ndarray]:
         began = time.monotonic()
         given = (images[pack], labels[pack], ids[pack])
-        found, _ = evaluator.craft(
-            stage.name, stage.attack, variables, *given, rows=pack, seed=seed
-        )
-        return {"x_adv": found, "seconds": np.asarray(time.monotonic() - began)}
+        x, _ = evaluator.craft(stage.name, stage.attack, variables, *given, rows=pack, seed=seed)
+        return {"x_adv": x, "seconds": np.asarray(time.monotonic() - began)}
 
     everything = np.arange(len(images))
     with tqdm(total=len(stages) * len(images), disable=not progress, unit="image") as bar:
@@ -111,6 +124,9 @@ def run(
                 bar.set_postfix_str(f"{stage.name}, {worst.mean():.2%} right")
                 bar.update(len(rows))
             by_attack[stage.name] = worst >= 0.5
+    survivors = {"clean": judge.share("choice", images) >= 0.5, **by_attack}
+    counts = {name: int(bits.sum()) for name, bits in survivors.items()}
+    found += flags.about_survivors(counts, len(images))
     share = judge.share("verdict", x_adv)
     return RandomVerdict(
         clean=clean_share >= 0.5,
@@ -118,7 +134,7 @@ def run(
         by_attack=by_attack,
         x_adv=x_adv,
         passes=passes,
-        flags=tuple(flags),
+        flags=tuple(found),
         seconds=seconds,
         clean_share=clean_share,
         share=share,
@@ -126,8 +142,17 @@ def run(
     )
 
 
-class _Draws:
-    """Fresh draws of a randomised model, each example's from keys of its own."""
+class Draws:
+    """Fresh draws of a randomised model, each example's from keys of its own.
+
+    Args:
+      evaluator: its `apply` is (variables, key, images) -> logits.
+      variables: the model's weights.
+      labels: (N,) integers.
+      ids: (N,) the examples' names in the random keys.
+      draws: of each image.
+      seed: of the draws.
+    """
 
     def __init__(
         self,
@@ -160,14 +185,25 @@ class _Draws:
         return self.evaluator.over((name, samples), run, self.variables, *given)
 
     def logits(self, purpose: str, x: np.ndarray) -> np.ndarray:
-        """(N, K) of one draw."""
+        """(N, K) of one draw.
+
+        Args:
+          purpose: other purposes have other draws.
+          x: (N, ...) images.
+        """
         found = self._over("a draw", purpose, lambda predict, x, _: predict(x), 1, x, None)
         return found.astype(np.float32)
 
     def share(self, purpose: str, x: np.ndarray, rows: np.ndarray | None = None) -> np.ndarray:
-        """(N,) share of draws in which the images (of these rows) are classified rightly."""
+        """(N,) share of draws in which the images are classified rightly; a tie or NaN is not.
+
+        Args:
+          purpose: other purposes have other draws.
+          x: (n, ...) images.
+          rows: (n,) the examples that they are; default all.
+        """
 
         def right(predict: Predict, x: Images, y: Labels) -> Any:
-            return (jnp.argmax(predict(x), -1) == y).astype(jnp.float32)
+            return (losses.margin(predict(x), y) < 0).astype(jnp.float32)
 
         return self._over("draws", purpose, right, self.draws, x, rows)

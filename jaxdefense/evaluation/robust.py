@@ -5,8 +5,8 @@ misclassified by a plain forward pass. Keys are per example (seed, attack, examp
 drawn for an example does not depend on the batch size, the order or the other examples.
 """
 
+import copy
 import functools
-import itertools
 import zlib
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -55,10 +55,15 @@ def attack_keys(seed: int, attack: str, ids: HostArray) -> Key:
     """One key per example: fold_in(fold_in(seed, attack's name), example id).
 
     Args:
-      seed: of the attacks.
+      seed: of the attacks, an integer in [0, 2**32).
       attack: a name.
       ids: (N,) integers, the examples' names.
+
+    Raises:
+      ValueError: another seed, which JAX would cut to 32 bits.
     """
+    if not isinstance(seed, int | np.integer) or not 0 <= seed < 2**32:
+        raise ValueError(f"seed must be an integer in [0, 2**32), got {seed!r}")
     key = jax.random.fold_in(jax.random.key(seed), zlib.crc32(attack.encode()))
     return jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.asarray(ids))
 
@@ -73,8 +78,47 @@ def check_some(images: np.ndarray) -> None:
         raise ValueError("there are no images to evaluate on")
 
 
+def check_ids(ids: HostArray | None, examples: int) -> np.ndarray:
+    """(N,) integers, the examples' names in the random keys; by default their positions.
+
+    Args:
+      ids: (N,) integers or None.
+      examples: N.
+
+    Raises:
+      ValueError: another length, or no integers.
+    """
+    if ids is None:
+        return np.arange(examples)
+    ids = np.asarray(ids)
+    if ids.shape != (examples,) or not np.issubdtype(ids.dtype, np.integer):
+        raise ValueError(f"ids must be ({examples},) integers, got {ids.shape} of {ids.dtype}")
+    return ids
+
+
+def bare(attack: Attack) -> bool:
+    """Whether an attack, or a part of it, is a bare function, of which no threat is known.
+
+    Args:
+      attack: any.
+    """
+    if isinstance(attack, functools.partial):
+        return bare(attack.func)
+    if not isinstance(attack, Method):
+        return True
+    if "threat" in attack.arguments:
+        return False
+    return any(bare(part) for part in attack.combined)
+
+
 def check_attack(
-    name: str, attack: Attack, threat: Threat, examples: int, *, targets: bool = False
+    name: str,
+    attack: Attack,
+    threat: Threat,
+    examples: int,
+    *,
+    targets: bool = False,
+    minimal: bool = False,
 ) -> None:
     """The attack is one of this threat, and takes what it will be given.
 
@@ -84,22 +128,22 @@ def check_attack(
       threat: of the evaluation.
       examples: how many there are.
       targets: whether it will be given targets instead of labels.
+      minimal: whether it may leave the ball, as with `minimal=True`.
 
     Raises:
       ValueError: another threat (both are named), labels that would be taken for targets or the
-        other way round, or an option with a value for each of another number of examples.
+        other way round, an option with a value for each of another number of examples, or one that
+        leaves the ball.
     """
+    if isinstance(attack, functools.partial):
+        return check_attack(name, attack.func, threat, examples, targets=targets, minimal=minimal)
     if not isinstance(attack, Method):
         if jnp.ndim(threat.eps):
             raise ValueError(
                 f"attack {name} is a bare function, which cannot be given each example's eps: use "
                 f"one of jaxdefense.attacks"
             )
-        return
-    if attack.threat is not None and not _same(attack.threat, threat):
-        raise ValueError(
-            f"attack {name} was made for {attack.threat}, and this evaluation is of {threat}"
-        )
+        return None
     if attack.targeted and not targets:
         raise ValueError(
             f"attack {name} is targeted and would take the labels for targets: give targets=, one "
@@ -107,11 +151,25 @@ def check_attack(
         )
     if targets and not attack.targeted:
         raise ValueError(f"attack {name} is not targeted: make it with targeted=True")
+    if "threat" not in attack.arguments:
+        for part in attack.combined:
+            check_attack(name, part, threat, examples, targets=targets, minimal=minimal)
+        return None
+    if not _same(attack.arguments["threat"], threat):
+        raise ValueError(
+            f"attack {name} was made for {attack.threat}, and this evaluation is of {threat}"
+        )
+    if attack.arguments.get("minimal") and not minimal:
+        raise ValueError(
+            f"attack {name} has minimal=True and returns images outside the ball: leave that out, "
+            f"or measure distances by evaluation.curves.distances"
+        )
     for array in attack.per_example():
         if len(array) != examples:
             raise ValueError(
                 f"attack {name} has an option of {len(array)} values for {examples} images"
             )
+    return None
 
 
 def _same(first: Threat, second: Threat) -> bool:
@@ -211,6 +269,16 @@ def _wide(x: Array) -> Array:
     return x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
 
+def _check_images_of(name: str, x_adv: Any, images: Images) -> None:
+    """What an attack returns are images of the shape that it was given."""
+    told = type(x_adv).__name__
+    if hasattr(x_adv, "shape") and hasattr(x_adv, "dtype"):
+        if x_adv.shape == images.shape and jnp.issubdtype(x_adv.dtype, jnp.floating):
+            return
+        told = f"{x_adv.shape} of {x_adv.dtype}"
+    raise ValueError(f"attack {name} must return floating images {images.shape}, got {told}")
+
+
 class Attacked(NamedTuple):
     """What one dispatch found, (n,) each.
 
@@ -218,11 +286,13 @@ class Attacked(NamedTuple):
       x_adv: (n, ...) images of the threat's set.
       fooled: whether a plain forward pass is fooled by them.
       unconfirmed: wins in the attack's own program that a plain pass did not confirm at first.
+      logits: (n, K) float32, what the plain pass says of them.
     """
 
     x_adv: np.ndarray
     fooled: np.ndarray
     unconfirmed: np.ndarray
+    logits: np.ndarray
 
 
 class Evaluator:
@@ -269,7 +339,17 @@ class Evaluator:
         self.large = max(batch_size // least, 1) * least
         self.small = max(self.large // 4 // least, 1) * least
         self._compiled: dict[Hashable, Callable] = {}
-        self._traced: bool | None = None  # whether two traces differ, once it is known
+        self._programs: dict[Hashable, Any] = {}  # the model's, by what it is given
+
+    def of(self, apply: Apply) -> "Evaluator":
+        """An evaluator of another model, of the same threat, devices and batches.
+
+        Args:
+          apply: (variables, images) -> logits.
+        """
+        other = copy.copy(self)
+        other.apply, other._compiled, other._programs = apply, {}, {}
+        return other
 
     def place(self, variables: PyTree) -> PyTree:
         """The weights on every device, once for many calls.
@@ -364,20 +444,56 @@ class Evaluator:
         Args:
           variables: `apply`'s first argument.
           images: (N, H, W, C), at least one.
+
+        Raises:
+          ValueError: the model is another than it was at an earlier call, in which programs with
+            what it closes over were compiled.
         """
 
         def forward(x: np.ndarray) -> np.ndarray:
             return self.over("logits", self.apply, variables, x)
 
-        def trace(x: np.ndarray) -> Any:
-            return jax.make_jaxpr(lambda z: self.apply(variables, z))(x)
+        return flags.noise(forward, images, self.threat, self._traces_differ(variables, images[:1]))
 
-        # Programs are compared once: what is drawn while one is traced is drawn at every trace.
-        found = flags.noise(
-            forward, images, self.threat.bounds, trace if self._traced is None else None
-        )
-        self._traced = self._traced or found.traced
-        return found
+    def _traces_differ(self, variables: PyTree, image: np.ndarray) -> bool:
+        """Whether two traces are different programs; a third one later has to be the same."""
+        arrays, rest = partition(variables)
+        given = (rest, tuple((a.shape, a.dtype) for a in map(jnp.asarray, arrays)), image.shape)
+
+        def trace() -> Any:
+            def program(arrays: Any, x: Array) -> Logits:
+                return self.apply(rest.join(arrays), x)
+
+            return flags.program(jax.make_jaxpr(program)(arrays, image))
+
+        if given not in self._programs:
+            self._programs[given] = trace()
+            return trace() != self._programs[given]
+        if trace() != self._programs[given]:
+            raise ValueError(
+                "the model is not the one that this Evaluator compiled: what it closes over has "
+                "changed (trained meanwhile?). Give the weights as variables, or a new Evaluator"
+            )
+        return False
+
+    def constants(self, variables: PyTree, images: np.ndarray, *, keyed: bool = False) -> list[Any]:
+        """The model's numbers: its weights, and the arrays that it closes over.
+
+        Args:
+          variables: `apply`'s first argument.
+          images: (N, H, W, C), whose shape counts.
+          keyed: whether `apply` takes a key before the images.
+        """
+        arrays, rest = partition(variables)
+        given = (jax.random.key(0), images[:1]) if keyed else (images[:1],)
+
+        def program(arrays: Any, *given: Any) -> Logits:
+            return self.apply(rest.join(arrays), *given)
+
+        return [
+            *map(np.asarray, arrays),
+            *flags.program(jax.make_jaxpr(program)(arrays, *given))[1],
+        ]
 
     def prepare(self, images: HostArray) -> np.ndarray:
         """The images on the host, checked; rounding at the box's edge is clipped.
@@ -453,10 +569,6 @@ class Evaluator:
         eps = [np.asarray(self.threat.eps, np.float32)[rows]] if jnp.ndim(self.threat.eps) else []
         targeted = bool(getattr(attack, "targeted", False))
         keyed = isinstance(attack, Method) and attack.samples is not None
-        nothing = itertools.repeat(np.zeros(0, np.float32))
-        template = (
-            attack.with_per_example(nothing) if isinstance(attack, Method) and own else attack
-        )
         grid = self.grid
 
         def run(variables, data, x, y, *given):
@@ -468,6 +580,7 @@ class Evaluator:
             predict = functools.partial(self.apply, variables)
             aim = handicapped(predict, margin[0]) if strict else predict
             x_adv = made(aim, jax.random.wrap_key_data(data), x, y)
+            _check_images_of(name, x_adv, x)
             wide = _wide(x)
             if x_adv.dtype != wide.dtype:  # half precision leaves the ball by its rounding
                 x_adv = ball.project(x_adv.astype(wide.dtype), wide)
@@ -481,7 +594,7 @@ class Evaluator:
         strict = margin > 0
         data = np.asarray(jax.random.key_data(attack_keys(seed, name, ids)))
         margins = np.full(len(ids), margin, np.float32)
-        key = ("attack", template, strict)
+        key = ("attack", attack, strict)
         # Padding gets a wrong label: an attack that stops early spends nothing on it, and one of
         # several runs takes up others' runs in its place.
         padded = self._padded(labels)
@@ -531,7 +644,7 @@ class Evaluator:
         rows = np.arange(len(ids)) if rows is None else rows
         targeted = bool(getattr(attack, "targeted", False))
 
-        def tried(some: np.ndarray, margin: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        def tried(some: np.ndarray, margin: float) -> tuple[np.ndarray, ...]:
             given = (images[some], labels[some], ids[some])
             found, seen = self.craft(
                 name, attack, variables, *given, rows=rows[some], seed=seed, margin=margin
@@ -539,22 +652,20 @@ class Evaluator:
             logits = self.logits(variables, found.astype(images.dtype))
             plain = np.asarray(lead(jnp.asarray(logits), jnp.asarray(labels[some]), targeted))
             won = flags.wins(logits, labels[some], targeted)
-            return found, won, np.stack([seen, plain])
+            return found, won, logits, np.abs(seen - plain), seen
 
-        found, fooled, leads = tried(np.arange(len(ids)), 0.0)
+        found, fooled, logits, lost, seen = tried(np.arange(len(ids)), 0.0)
         x_adv = np.array(found)
-        seen, plain = leads
-        lost = np.abs(seen - plain)
-        noise = float(lost.max(initial=0))
+        noise = float(np.nanmax(lost, initial=0))
         doubtful = ~fooled & (seen > (0.0 if self.grid else -noise))
         unconfirmed = doubtful.copy()
         for times in _MARGINS:
             again = np.flatnonzero(doubtful)
             if len(again):
-                found, won, _ = tried(again, times * max(float(lost[again].max()), 1e-6))
-                x_adv[again[won]] = found[won]
+                found, won, answers, *_ = tried(again, times * max(float(lost[again].max()), 1e-6))
+                x_adv[again[won]], logits[again[won]] = found[won], answers[won]
                 fooled[again[won]], doubtful[again[won]] = True, False
-        return Attacked(x_adv, fooled, unconfirmed)
+        return Attacked(x_adv, fooled, unconfirmed, logits)
 
     def bits(
         self,
@@ -591,7 +702,8 @@ class Evaluator:
           ValueError: an attack of another threat, a targeted one without targets, and what
             `prepare`, `check` and `attack` raise.
         """
-        images, labels, ids = self.prepare(images), np.asarray(labels), np.asarray(ids)
+        images, labels = self.prepare(images), np.asarray(labels)
+        ids = check_ids(ids, len(images))
         for name, attack in attacks.items():
             check_attack(name, attack, self.threat, len(images), targets=targets is not None)
         variables = self.place(variables)

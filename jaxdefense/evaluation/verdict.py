@@ -62,7 +62,9 @@ class RandomVerdict(Verdict):
     """What a cascade found of a randomised model; `clean` and `robust` go by majorities of draws.
 
     An image's adversarial image is the worst of all attacks', chosen by draws of its own; the
-    shares below come from draws that neither an attack nor that choice has seen.
+    shares below come from draws that neither an attack nor that choice has seen. `by_attack` goes
+    by the choice's draws, so it may differ from `robust` by an image, and an image may be in
+    `robust` that is not in `clean`.
 
     Attributes:
       clean_share: (N,) share of draws in which the clean image is classified rightly.

@@ -1,0 +1,95 @@
+"""The benchmark's suites that compare verdicts: their tables, and one small run of each."""
+
+import json
+
+import configs
+import pytest
+from conftest import import_script
+
+from jaxdefense.evaluation import tables
+from jaxdefense.train import loop
+
+FLAG = {"name": "unconfirmed wins", "severity": "note", "evidence": "3 wins"}
+
+
+def verdict(survivors, passes, most, flags=()):
+    """What a row keeps of a verdict."""
+    return {
+        "survivors": survivors,
+        "passes": passes,
+        "most_passes": most,
+        "seconds": 12.4,
+        "flags": list(flags),
+    }
+
+
+def row(suite, verdicts):
+    """A row in which the first verdict leaves no image alone and the second leaves 7."""
+    first, second = verdicts
+    return {"suite": suite, "what": "a", "verdicts": verdicts, "only": {first: [], second: [7]}}
+
+
+class TestTables:
+    def test_fast(self):
+        standard = verdict({"clean": 9, "apgd-ce": 8}, {"apgd-ce": [6_000_000, 4_000_000]}, [10, 5])
+        fast = verdict({"clean": 9, "apgd-pm": 8}, {"apgd-pm": [900_000, 100_000]}, [1, 1])
+        table = tables.verdict_table(
+            {"rows": [row("fast", {"standard": standard, "fast": fast})]}
+        ).splitlines()
+        expected = "| a | 9 | apgd-ce 8 | apgd-pm 8 | 1 (fast alone 1) | 10.00 / 1.00 | "
+        assert table[2] == expected + "10.0% / 20.0% | 12 / 12 |"
+
+    def test_half(self):
+        wide = verdict({"clean": 9, "apgd-ce": 8}, {}, [1, 1])
+        narrow = verdict({"clean": 9, "apgd-ce": 7}, {}, [1, 1], [FLAG])
+        table = tables.verdict_table(
+            {"rows": [row("half", {"float32": wide, "bfloat16": narrow})]}
+        ).splitlines()
+        told = "1 (bfloat16 alone 1) | – / 3 wins | 12 / 12 |"
+        assert table[2] == f"| a | 9 / 9 | 8 / 7 | {told}"
+
+    def test_targeted(self):
+        one = {"suite": "targeted", "what": "a", "peer": "b", "hits": [3, 2], "seconds": [1.0, 2.0]}
+        cw = {**one, "only": {"ours": [4], "peer": []}, "distances": [0.5, None], "hit_by_both": 2}
+        alone = {**one, "peer": None, "hits": [3], "seconds": [1.0]}
+        table = tables.verdict_table({"rows": [cw, alone]}).splitlines()
+        assert table[2] == "| a | b | 3 / 2 | 1 (ours alone 1) | 0.500 / – (n 2) | 1.0 / 2.0 |"
+        assert table[3] == "| a | – | 3 | – | – | 1.0 |"
+
+    def test_each_suite_has_its_table_and_none_stands_twice(self):
+        verdicts = {"float32": verdict({"clean": 1}, {}, [1, 1])} | {
+            "bfloat16": verdict({"clean": 1}, {}, [1, 1])
+        }
+        timed = {"what": "t", "peer": "p", "ours_ms": 1.0, "peer_ms": 2.0, "ratio": 2.0}
+        record = {"rows": [timed, row("half", verdicts)]}
+        assert len(tables.benchmark_table(record).splitlines()) == 3
+        assert len(tables.verdict_table(record).splitlines()) == 3
+        assert tables.verdict_table({"rows": [timed]}) == ""
+
+
+@pytest.mark.slow
+def test_suites_on_a_trained_run(tmp_path, tfds_dir, monkeypatch):
+    """A defence whose deployed predictor is not its plain network, and a journal to go on from."""
+    monkeypatch.setenv("TFDS_DATA_DIR", tfds_dir)
+    suites = import_script("benchmark_verdicts")
+    config = json.loads(configs.load("anti_adversary", "digits_debug").to_json())
+    loop.train(config, tmp_path / "run", progress=False)
+    given = suites.problem(str(tmp_path / "run"), 6, journal=tmp_path / "journal")
+    found = suites.fast(given)
+    assert set(found["verdicts"]) == {"standard", "fast"}
+    assert found["verdicts"]["standard"]["most_passes"][1] > 4 * 0.9 * 400
+    again = suites.fast(given)
+    assert again == found  # seconds too: nothing was attacked again
+    stages = suites.cascade.stages
+    monkeypatch.setattr(suites.cascade, "stages", lambda *a, **kw: stages(*a, **kw)[:1])
+    half = suites.half(given)
+    assert half["verdicts"]["bfloat16"]["survivors"].keys() == {"clean", "apgd-ce"}
+    rows = list(suites.targeted(given._replace(journal=None)))
+    assert {row["what"].rpartition(": ")[2] for row in rows} == {
+        "pgd",
+        "cw, in L2 without eps",
+        "apgd-ce",
+        "autoattack",
+    }
+    assert all(max(row["hits"]) <= 6 for row in rows)
+    assert json.dumps([half, *rows])
