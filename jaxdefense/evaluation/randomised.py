@@ -19,7 +19,7 @@ from tqdm import tqdm
 from jaxdefense.attacks import checks
 from jaxdefense.attacks.method import describe
 from jaxdefense.attacks.outcome import mean_over_draws
-from jaxdefense.evaluation import robust
+from jaxdefense.evaluation.evaluator import Evaluator, attack_keys, check_attack
 from jaxdefense.evaluation.flags import Flag
 from jaxdefense.evaluation.journal import Journal, digest
 from jaxdefense.evaluation.verdict import RandomVerdict, Stage
@@ -27,7 +27,7 @@ from jaxdefense.types import HostArray, Images, Labels, Predict, PyTree
 
 
 def run(
-    evaluator: robust.Evaluator,
+    evaluator: Evaluator,
     variables: PyTree,
     images: np.ndarray,
     labels: HostArray,
@@ -63,7 +63,7 @@ def run(
     labels = np.asarray(labels)
     checks.check_labels(labels, len(images), classes)
     for stage in stages:
-        robust.check_attack(stage.name, stage.attack, evaluator.threat, len(images))
+        check_attack(stage.name, stage.attack, evaluator.threat, len(images))
     ids = np.arange(len(images)) if ids is None else np.asarray(ids)
     variables = evaluator.place(variables)
     judge = _Draws(evaluator, variables, labels, ids, draws, seed)
@@ -131,7 +131,7 @@ class _Draws:
 
     def __init__(
         self,
-        evaluator: robust.Evaluator,
+        evaluator: Evaluator,
         variables: PyTree,
         labels: np.ndarray,
         ids: np.ndarray,
@@ -154,7 +154,7 @@ class _Draws:
 
             return mean_over_draws(apply, jax.random.wrap_key_data(data), samples, one)
 
-        keys = robust.attack_keys(self.seed, f"draws for the {purpose}", self.ids[rows])
+        keys = attack_keys(self.seed, f"draws for the {purpose}", self.ids[rows])
         data = np.asarray(jax.random.key_data(keys))
         given = (data, x, self.labels[rows])
         return self.evaluator.over((name, samples), run, self.variables, *given)
