@@ -11,9 +11,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxdefense import data, threat
-from jaxdefense.evaluation import cascade, robust
-from jaxdefense.train import loop
+from jaxdefense import data, runs, threat
+from jaxdefense.evaluation import cascade
+from jaxdefense.evaluation.evaluator import Evaluator
 
 GUARDED = 64  # images that a golden file keeps, and that tests/test_golden.py attacks
 
@@ -117,13 +117,13 @@ def rows(workdir, examples, *, norm=None, eps=None, reference=None, golden=None)
       A row for torchattacks' attacks with standard AutoAttack's budgets (its own AutoAttack has 10
       steps where the standard has 100) and one for the authors' code, where they are installed.
     """
-    run, trained, _ = loop.restore(workdir)
+    run, trained, _ = runs.restore(workdir)
     ball = threat.make(norm or run.threat.norm, eps or run.threat.eps)
     # Half precision, so that a golden file is small and holds exactly what was attacked.
     variables = jax.tree.map(lambda w: w.astype(np.float16).astype(np.float32), classifier(trained))
     arrays = run.arrays("test").take(slice(examples))
     images = data.to_float(arrays.images)
-    evaluator = robust.Evaluator(run.module.apply, ball)
+    evaluator = Evaluator(run.module.apply, ball)
     stages = cascade.stages(ball, arrays.num_classes)
     verdict, again = (
         cascade.run(evaluator, variables, images, arrays.labels, stages, progress=True)

@@ -11,11 +11,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxdefense import attacks, data, threat
-from jaxdefense.evaluation import cascade, robust
+from jaxdefense import attacks, data, runs, threat
+from jaxdefense.evaluation import cascade
+from jaxdefense.evaluation.evaluator import Evaluator
 from jaxdefense.evaluation.verdict import Stage
-from jaxdefense.train import loop
-from jaxdefense.train.run import Run, build
+from jaxdefense.runs.run import Run, build
 from jaxdefense.types import Threat
 
 # Of the targeted suite. torchattacks' CW has one c and no search for it.
@@ -49,7 +49,7 @@ def problem(workdir, examples=None, *, norm=None, eps=None, journal=None):
       norm, eps: another threat than the run's.
       journal: a folder for finished dispatches, to go on from, or None.
     """
-    run, variables, _ = loop.restore(workdir)
+    run, variables, _ = runs.restore(workdir)
     ball = run.threat if norm is None else threat.make(norm, eps)
     arrays = run.arrays("test").take(slice(examples))
     if journal:
@@ -66,7 +66,7 @@ def deployed(run):
 def evaluator(given, apply, ball=None):
     """An evaluator of the problem's threat or another, with the batch size of the run's config."""
     batch_size = given.run.config["evaluation"].get("batch_size")
-    return robust.Evaluator(apply, ball or given.ball, batch_size=batch_size)
+    return Evaluator(apply, ball or given.ball, batch_size=batch_size)
 
 
 def judge(name, judging, variables, given, stages, targets=None):

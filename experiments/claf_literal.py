@@ -23,11 +23,11 @@ from absl import flags
 from configs import recipes
 from matplotlib.figure import Figure
 
-from jaxdefense import attacks, data, threat
+from jaxdefense import attacks, data, runs, threat
 from jaxdefense.data import prepare
 from jaxdefense.defenses import claf
-from jaxdefense.evaluation import records, robust
-from jaxdefense.train import loop
+from jaxdefense.evaluation import records
+from jaxdefense.evaluation.evaluator import Evaluator, attack_keys, summary
 
 FOLDER = pathlib.Path(__file__).parent / "records" / "claf_literal"
 
@@ -65,7 +65,7 @@ def literal(evaluator, variables, images, labels, ids, mean, std):
     def run(variables, keys, x, y):
         return attack(lambda z: evaluator.apply(variables, z), jax.random.wrap_key_data(keys), x, y)
 
-    keys = np.asarray(jax.random.key_data(robust.attack_keys(0, "literal", ids)))
+    keys = np.asarray(jax.random.key_data(attack_keys(0, "literal", ids)))
     packs = evaluator.packs(np.arange(len(images)))
     given = ((keys[rows], images[rows], labels[rows]) for rows in packs)
     return np.concatenate([evaluator.call("literal", run, variables, *some) for some in given])
@@ -112,7 +112,7 @@ def main(argv):
         print(f"skipped: CIFAR-10 is not prepared in {folder}, see experiments/prepare_data.py")
         return
     began = time.monotonic()
-    run, variables, meta = loop.restore(WORKDIR.value)
+    run, variables, meta = runs.restore(WORKDIR.value)
     if run.config["dataset"]["name"] != "cifar10":
         raise ValueError(f"{WORKDIR.value} is a run on {run.config['dataset']['name']}")
     mean = getattr(run.module, "mean", None) or NORMALISED["mean"]
@@ -120,7 +120,7 @@ def main(argv):
     arrays = run.arrays("test").take(slice(EXAMPLES.value))
     images, labels, ids = data.to_float(arrays.images), arrays.labels, arrays.ids
 
-    evaluator = robust.Evaluator(run.apply(run.defense.primary), BALL)
+    evaluator = Evaluator(run.apply(run.defense.primary), BALL)
     variables = evaluator.place(variables)
     clamped, numbers = geometry(images, mean, std)
     attacked = literal(evaluator, variables, images, labels, ids, mean, std)
@@ -131,7 +131,7 @@ def main(argv):
     ).x_adv
     for name, some in (("clamped", clamped), ("literal_pgd10", attacked)):
         bits[name] = evaluator.logits(variables, some).argmax(-1) == labels
-    results = robust.summary(bits, labels, arrays.num_classes)
+    results = summary(bits, labels, arrays.num_classes)
     distance = 255 * np.abs(attacked - images)
     numbers |= {
         "mean_pixel_movement_of_literal_pgd10": round(float(distance.mean()), 2),

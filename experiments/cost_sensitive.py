@@ -10,7 +10,7 @@ clips to MNIST's range: on another data set that is no ball around the image, an
 invalid. As in the reference's code every image is attacked and counted, also one that the network
 gets wrong without an attack, and DeepFool leaves the class that the network predicts: it may lead
 a wrong image into its true class, which counts as right. This is not what an attacker can do or
-has to do; see evaluate.py --protocol=honest.
+has to do; see evaluate.py --protocol=autoattack.
 
 --before names the run whose weights the Min-Max report compares with, default is the
 initialisation.
@@ -25,10 +25,10 @@ import jax.numpy as jnp
 import numpy as np
 from absl import flags
 
-from jaxdefense import attacks, data, losses, threat
+from jaxdefense import attacks, data, losses, runs, threat
 from jaxdefense.defenses import cse
-from jaxdefense.evaluation import min_max, records, robust, tables
-from jaxdefense.train import loop
+from jaxdefense.evaluation import min_max, records, tables
+from jaxdefense.evaluation.evaluator import Evaluator, summary
 
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder of a trained run.", required=True)
 KIND = flags.DEFINE_enum("checkpoint", "last", ["best", "last"], "Which; the paper's is the last.")
@@ -120,7 +120,7 @@ def own_losses(run):
 
 
 def judge(run, variables, *, eps, pgd=True, examples=None, progress=False):
-    """{predictor: {column: as in `robust.summary`}} under the protocol, PGD left out on demand."""
+    """{predictor: {column: as in `summary`}} under the protocol, PGD left out on demand."""
     model = run.config["model"]
     mean, std = (
         np.float32(model.get(name) or [without]).reshape(1, 1, 1, -1)
@@ -134,7 +134,7 @@ def judge(run, variables, *, eps, pgd=True, examples=None, progress=False):
     for predictor, own_loss in own_losses(run).items():
         apply = run.apply(predictor)
         chosen = protocol(own_loss, eps, anywhere, inside)
-        evaluator = robust.Evaluator(
+        evaluator = Evaluator(
             lambda variables, z, apply=apply: apply(variables, z * std + mean), anywhere
         )
         bits = evaluator.bits(
@@ -147,7 +147,7 @@ def judge(run, variables, *, eps, pgd=True, examples=None, progress=False):
             everywhere=True,
             progress=progress,
         )
-        results[predictor] = robust.summary(bits, arrays.labels, arrays.num_classes)
+        results[predictor] = summary(bits, arrays.labels, arrays.num_classes)
     return results
 
 
@@ -163,9 +163,9 @@ def main(argv):
     if len(argv) > 1:
         raise ValueError(f"unexpected arguments: {argv[1:]}")
     began = time.monotonic()
-    run, variables, meta = loop.restore(WORKDIR.value, kind=KIND.value)
+    run, variables, meta = runs.restore(WORKDIR.value, kind=KIND.value)
     if BEFORE.value:
-        start, first, _ = loop.restore(BEFORE.value, kind=KIND.value)
+        start, first, _ = runs.restore(BEFORE.value, kind=KIND.value)
         before = weights(start, first["params"])
     else:
         before = weights(run, run.init(data.to_float(run.arrays("validation").images[:1]))[0])

@@ -3,12 +3,13 @@
     python experiments/evaluate.py --workdir=runs/trades-mnist
     python experiments/evaluate.py --workdir=runs/trades-mnist --record=experiments/records/x.json
 
-    python experiments/evaluate.py --workdir=runs/trades-mnist --protocol=honest
+    python experiments/evaluate.py --workdir=runs/trades-mnist --protocol=autoattack
     python experiments/evaluate.py --workdir=runs/ipg-mnist --protocol=audit --examples=1000
 
-The protocol `paper` runs the config's own attacks, `honest` AutoAttack; a killed `honest` run goes
-on where it was, and its flags are printed (docs/flags.md). `audit` asks what each kind of knowledge
-breaks, oblivious to black box, and draws a page beside its record. Print tables from records with experiments/tables.py.
+The protocol `configured` runs the config's own attacks, `autoattack` AutoAttack; a killed
+`autoattack` goes on where it was, and its flags are printed (docs/flags.md). `audit` asks what each
+kind of knowledge breaks, oblivious to black box, and draws a page beside its record. Print tables
+from records with experiments/tables.py.
 """
 
 import pathlib
@@ -16,12 +17,18 @@ import pathlib
 import cli
 from absl import flags
 
+from jaxdefense import files, runs
 from jaxdefense.evaluation import protocols, records, tables
-from jaxdefense.train import loop
+
+PROTOCOLS = {
+    "configured": protocols.configured,
+    "autoattack": protocols.autoattack,
+    "audit": protocols.audit,
+}
 
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder of a trained run.", required=True)
 KIND = flags.DEFINE_enum("checkpoint", "best", ["best", "last"], "Which checkpoint.")
-PROTOCOL = flags.DEFINE_enum("protocol", "paper", ["paper", "honest", "audit"], "Which attacks.")
+PROTOCOL = flags.DEFINE_enum("protocol", "configured", list(PROTOCOLS), "Which attacks.")
 RECORD = flags.DEFINE_string("record", None, "Where to write it; default WORKDIR/PROTOCOL.json.")
 EXAMPLES = flags.DEFINE_integer("examples", None, "Only the first so many test examples.")
 PROGRESS = flags.DEFINE_bool("progress", True, "Show a progress bar.")
@@ -30,16 +37,16 @@ PROGRESS = flags.DEFINE_bool("progress", True, "Show a progress bar.")
 def main(argv):
     if len(argv) > 1:
         raise ValueError(f"unexpected arguments: {argv[1:]}")
-    run, variables, meta = loop.restore(WORKDIR.value, kind=KIND.value)
+    run, variables, meta = runs.restore(WORKDIR.value, kind=KIND.value)
     workdir = pathlib.Path(WORKDIR.value)
     options = {
         "training": {"checkpoint": KIND.value, **meta},
         "examples": EXAMPLES.value,
         "progress": PROGRESS.value,
     }
-    if PROTOCOL.value == "honest":
-        options["folder"] = workdir / f"honest-{KIND.value}-{EXAMPLES.value or 'all'}"
-    record = getattr(protocols, PROTOCOL.value)(run, variables, **options)
+    if PROTOCOL.value == "autoattack":
+        options["folder"] = workdir / f"autoattack-{KIND.value}-{EXAMPLES.value or 'all'}"
+    record = PROTOCOLS[PROTOCOL.value](run, variables, **options)
     path = pathlib.Path(RECORD.value or workdir / f"{PROTOCOL.value}.json")
     records.save(record, path)
     if PROTOCOL.value == "audit":
@@ -49,7 +56,7 @@ def main(argv):
             print(tables.tier_table(record, predictor), "\n")
             print(tables.check_table(record, predictor), "\n")
         page = path.with_suffix(".html")
-        records.write_text(page, report.audit_page(record))
+        files.write_text(page, report.audit_page(record))
         print(f"page: {page}")
     else:
         print(tables.accuracy_table([record]), "\n")

@@ -13,8 +13,9 @@ import cli
 import configs
 from absl import flags
 
+from jaxdefense import files, runs
 from jaxdefense.evaluation import plots, protocols, records, report, tables
-from jaxdefense.train import loop, train
+from jaxdefense.train import train
 
 WORKDIR = flags.DEFINE_string("workdir", "runs/quickstart", "Folder of the runs and the report.")
 RECORDS = flags.DEFINE_string("records", None, "Keep the records in this folder too.")
@@ -32,10 +33,10 @@ def main(argv):
         print(f"[{i}/{len(names)}] {name}", flush=True)
         config = json.loads(configs.load(name, "digits").to_json())
         train(config, workdir, progress=PROGRESS.value)
-        run, variables, meta = loop.restore(workdir)
+        run, variables, meta = runs.restore(workdir)
         training = {"checkpoint": "best", **meta}
-        record = protocols.paper(run, variables, training=training, progress=PROGRESS.value)
-        records.save(record, workdir / "paper.json")
+        record = protocols.configured(run, variables, training=training, progress=PROGRESS.value)
+        records.save(record, workdir / "configured.json")
         if RECORDS.value:
             records.save(record, pathlib.Path(RECORDS.value) / f"{name}.json")
         found.append(record)
@@ -52,7 +53,7 @@ def main(argv):
         ],
         source,
     )
-    records.write_text(folder / "report.html", page)
+    files.write_text(folder / "report.html", page)
     print(f"\n{table}\n\n{source}\nreport: {folder / 'report.html'}")
 
 

@@ -12,6 +12,7 @@ import re
 import cli
 from absl import flags
 
+from jaxdefense import files
 from jaxdefense.evaluation import records, tables
 
 PER_CLASS = flags.DEFINE_string("per_class", None, "Accuracy per class under this attack instead.")
@@ -54,7 +55,7 @@ def renew(text):
 def main(argv):
     if INTO.value:
         path = pathlib.Path(INTO.value)
-        records.write_text(path, renew(path.read_text()))
+        files.write_text(path, renew(path.read_text()))
     else:
         paths = argv[1:] or [ROOT / "experiments" / "records"]
         print(render(paths, PER_CLASS.value, PROTECTED.value), end="")

@@ -10,11 +10,12 @@ import numpy as np
 import pytest
 from conftest import import_script
 
-from jaxdefense import attacks, defenses, losses, models, threat
+from jaxdefense import attacks, defenses, losses, models, runs, threat
 from jaxdefense.defenses import base, claf
 from jaxdefense.models import layers
 from jaxdefense.models.projector import Projector
-from jaxdefense.train import loop, optim, plan, run
+from jaxdefense.runs import run
+from jaxdefense.train import loop, optim, plan
 from jaxdefense.train.step import State, make_step
 from jaxdefense.types import example_keys, fold_in
 
@@ -428,7 +429,7 @@ def test_claf_trains_with_weight_perturbation_and_averages(tmp_path, tfds_dir):
     lines = [json.loads(x) for x in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     phases = [x["phase"] for x in lines if "phase" in x]
     assert phases == ["contrast"] + ["refresh", "encode"] * 2 + ["final head"]
-    trained, variables, _ = loop.restore(tmp_path)
+    trained, variables, _ = runs.restore(tmp_path)
     assert isinstance(trained, run.Run)
     logits = [
         np.asarray(trained.apply(name)(variables, IMAGES))

@@ -12,7 +12,7 @@ import pytest
 import scipy.special
 from conftest import import_script
 
-from jaxdefense import attacks, defenses, losses, threat
+from jaxdefense import attacks, defenses, losses, runs, threat
 from jaxdefense.defenses import base, transforms
 from jaxdefense.evaluation import cascade, min_max, protocols, tables
 from jaxdefense.models import layers
@@ -415,15 +415,15 @@ def test_a_stack_trains_validates_and_is_recorded(tmp_path, tfds_dir, monkeypatc
     config["validation"] = {"name": "fgsm"}
     config["evaluation"]["attacks"] = {}
     loop.train(config, tmp_path, progress=False)
-    run, variables, meta = loop.restore(tmp_path, kind="last")
-    record = protocols.paper(run, variables, training=meta, examples=64)
+    run, variables, meta = runs.restore(tmp_path, kind="last")
+    record = protocols.configured(run, variables, training=meta, examples=64)
     assert list(record["results"]) == ["protect0", "protect1"]
     assert "[protect1]" in tables.accuracy_table([record])
     bits = [record["results"][f"protect{i}"]["clean"]["bits"] for i in range(2)]
     assert bits[0] != bits[1]
     weak = cascade.Stage("apgd-ce", attacks.apgd(threat.Linf(0.05), steps=3), 4, 3)
     monkeypatch.setattr(cascade, "stages", lambda *_: [weak])
-    honest = protocols.honest(run, variables, training=meta, examples=64)
+    honest = protocols.autoattack(run, variables, training=meta, examples=64)
     assert list(honest["results"]) == ["protect0"]  # seeds of one defence: the deployed one
     assert honest["results"]["protect0"]["clean"]["bits"] == bits[0]
     assert list(honest["cascade"]) == ["protect0", "flags"]
@@ -440,8 +440,8 @@ def test_autoattack_judges_each_member_on_its_own_class(tmp_path, tfds_dir, monk
         protect="each", transforms={"stacked": {"members": 10, "prefix": "protect"}}
     )
     loop.train(config, tmp_path, progress=False)
-    run, variables, meta = loop.restore(tmp_path, kind="last")
-    record = protocols.honest(run, variables, training=meta, folder=tmp_path / "honest")
+    run, variables, meta = runs.restore(tmp_path, kind="last")
+    record = protocols.autoattack(run, variables, training=meta, folder=tmp_path / "honest")
     labels, images = (getattr(run.arrays("test"), name) for name in ("labels", "images"))
     for i, (name, result) in enumerate(record["results"].items()):
         assert (name, result["clean"]["n"]) == (f"protect{i}", (labels == i).sum())

@@ -12,9 +12,10 @@ import optax
 import pytest
 import scipy.special
 
-from jaxdefense import data, defenses, losses, models, threat, train
+from jaxdefense import data, defenses, losses, models, runs, threat, train
 from jaxdefense.defenses import base, teachers
-from jaxdefense.train import loop, run
+from jaxdefense.runs import run
+from jaxdefense.train import loop
 from jaxdefense.train.step import State, make_step
 
 KEY = jax.random.key(0)
@@ -269,7 +270,7 @@ class TestTeachers:
     @pytest.mark.parametrize(
         ("options", "match"),
         [
-            (dict(teacher=dict(workdir="runs/x")), "train.load"),
+            (dict(teacher=dict(workdir="runs/x")), "runs.load"),
             (dict(teacher=dict(name="ipg")), "train it in a run of its own"),
             (dict(teacher=dict(name="pgd_ta")), "nearest: pgd_at"),
             (dict(teacher=dict(model=dict(name="cnm"))), "nearest: cnn"),
@@ -367,7 +368,7 @@ def taught(tmp_path_factory, tfds_dir):
 
 
 def arrays_of(workdir):
-    model = loop.restore(workdir, kind="last")[1]
+    model = runs.restore(workdir, kind="last")[1]
     return [np.asarray(leaf) for leaf in jax.tree.leaves(model)]
 
 
@@ -392,7 +393,7 @@ class TestGivenByTheirWorkdir:
         with pytest.raises(KeyboardInterrupt):
             train.train(values, tmp_path / "killed", progress=False)
         monkeypatch.setattr(loop.Trainer, "_report", report)
-        network = train.load(moved)
+        network = runs.load(moved)
         shutil.rmtree(moved)
         again = train.train(values, tmp_path / "killed", progress=False)
         for a, b in zip(arrays_of(tmp_path / "whole"), arrays_of(tmp_path / "killed"), strict=True):
@@ -403,7 +404,7 @@ class TestGivenByTheirWorkdir:
         assert scores["source"] == f"{moved}/best"
         assert 0 <= scores["validation_robust"] <= scores["validation_clean"] <= 100
         assert again["given"] == summary["given"]
-        built, model, meta = loop.restore(tmp_path / "killed")
+        built, model, meta = runs.restore(tmp_path / "killed")
         assert meta["given"] == summary["given"]
         images = data.to_float(built.arrays("validation").images)
         expected = jax.jit(network.module.apply)({"params": network.params}, images)
@@ -418,9 +419,9 @@ class TestGivenByTheirWorkdir:
         assert len(list((tmp_path / "killed" / "given").iterdir())) == 1
 
     def test_running_averages_are_the_network(self, taught):
-        _, model, _ = loop.restore(taught[0])
+        _, model, _ = runs.restore(taught[0])
         averaged = model["carry"]["ema"]["params"]["classifier"]
-        jax.tree.map(np.testing.assert_array_equal, train.load(taught[0]).params, averaged)
+        jax.tree.map(np.testing.assert_array_equal, runs.load(taught[0]).params, averaged)
 
     def test_everywhere_in_the_options(self, taught, tfds_dir):
         spec = taught[1]["defense"]["teacher"]

@@ -61,7 +61,7 @@ def test_train_evaluate_and_tables(tmp_path, tfds_dir):
     )
     result = script("evaluate", f"--workdir={tmp_path}/run", data=tfds_dir)
     assert result.returncode == 0, result.stderr
-    record = records.load(tmp_path / "run" / "paper.json")
+    record = records.load(tmp_path / "run" / "configured.json")
     assert record["results"]["classifier"]["clean"]["n"] == 256
     assert f"{record['results']['classifier']['pgd20']['accuracy']:.2f}" in result.stdout
     result = script("tables", str(tmp_path / "run"))

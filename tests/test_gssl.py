@@ -14,7 +14,8 @@ from configs import gssl_baseline
 
 from jaxdefense import defenses, losses, models, threat
 from jaxdefense.defenses import base, gssl
-from jaxdefense.train import plan, run
+from jaxdefense.runs import run
+from jaxdefense.train import plan
 
 KEY = jax.random.key(0)
 IMAGES = jax.random.uniform(jax.random.key(1), (8, 8, 8, 1))

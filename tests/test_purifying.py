@@ -17,8 +17,8 @@ import pytest
 from jaxdefense import attacks, defenses, losses, models, threat
 from jaxdefense.defenses import base, purifying
 from jaxdefense.evaluation import protocols, records, report, tables
+from jaxdefense.runs.run import build
 from jaxdefense.train import train
-from jaxdefense.train.run import build
 from jaxdefense.train.step import State, make_step
 
 KEY = jax.random.key(0)

@@ -31,7 +31,13 @@ def record(seed=0, name="a", accuracy=80.0, **more):
         "defense": {"teacher": {"workdir": f"runs/{seed}", "checkpoint": "best"}},
         "evaluation": {"attacks": {"pgd": {"name": "pgd", "steps": 40}}},
     }
-    made = {"name": name, "seed": seed, "config": config, "results": results, "protocol": "paper"}
+    made = {
+        "name": name,
+        "seed": seed,
+        "config": config,
+        "results": results,
+        "protocol": "configured",
+    }
     return made | more
 
 
@@ -73,7 +79,11 @@ class TestGroup:
                 "evaluation.attacks.pgd.steps is 40 (seed 0) and 10 (seed 1)",
             ),
             ("config.defense.teacher.checkpoint", "last", "defense.teacher.checkpoint is 'best'"),
-            ("protocol", "honest", "record.protocol is 'paper' (seed 0) and 'honest' (seed 1)"),
+            (
+                "protocol",
+                "autoattack",
+                "record.protocol is 'configured' (seed 0) and 'autoattack' (seed 1)",
+            ),
             (
                 "threat",
                 {"norm": "linf", "eps": 0.2},

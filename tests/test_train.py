@@ -16,10 +16,11 @@ import numpy as np
 import optax
 import pytest
 
-from jaxdefense import data, defenses, models, threat, train
+from jaxdefense import data, defenses, models, runs, threat, train
 from jaxdefense.defenses import base
-from jaxdefense.train import checkpoint, loop, optim, plan
-from jaxdefense.train.run import build
+from jaxdefense.runs import checkpoint
+from jaxdefense.runs.run import build
+from jaxdefense.train import loop, optim, plan
 from jaxdefense.train.step import State, make_chunk, make_step, unreplicate
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -288,7 +289,7 @@ class TestStep:
 
 
 def leaves(folder):
-    _, model, meta = loop.restore(folder, kind="last")
+    _, model, meta = runs.restore(folder, kind="last")
     return [np.asarray(leaf) for leaf in jax.tree.leaves(model)], meta
 
 
@@ -302,7 +303,7 @@ class TestLoop:
         assert summary["best"]["validation_robust"] == max(scores.values())
         assert [x["step"] for x in lines if "loss" in x] == [2, 3, 5, 6, 8, 9, 11, 12]
         assert list((tmp_path / "tensorboard").iterdir())
-        run, model, meta = loop.restore(tmp_path)
+        run, model, meta = runs.restore(tmp_path)
         assert meta["step"] == summary["best"]["step"]
         images = jnp.asarray(run.arrays("test").images[:4] / 255.0, jnp.float32)
         assert run.apply("classifier")(model, images).shape == (4, 10)
@@ -436,9 +437,9 @@ class TestLoop:
             if file.is_file():
                 file.write_bytes(b"damaged")
         with pytest.raises(ValueError, match="damaged"):
-            loop.restore(tmp_path)
+            runs.restore(tmp_path)
         with pytest.raises(ValueError, match="holds no run"):
-            loop.restore(tmp_path / "nowhere")
+            runs.restore(tmp_path / "nowhere")
 
     @pytest.mark.parametrize(
         ("path", "value", "match"),

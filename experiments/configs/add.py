@@ -3,7 +3,7 @@
     python experiments/train.py --config=trades:cifar10 --workdir=runs/trades-cifar10
     python experiments/train.py --config=add:cifar10 --workdir=runs/add-cifar10
     python experiments/evaluate.py --workdir=runs/add-cifar10
-    python experiments/evaluate.py --workdir=runs/add-cifar10 --protocol=honest
+    python experiments/evaluate.py --workdir=runs/add-cifar10 --protocol=autoattack
 
 Variants: digits, mnist, cifar10, cifar100, cifar10_paper, cifar10_paper_mobilenet, cifar100_paper,
 cifar100_paper_mobilenet and the paper rows' teachers cifar10_teacher, cifar100_teacher (WRN-34-10

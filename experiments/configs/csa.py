@@ -2,7 +2,7 @@
 
     python experiments/train.py --config=csa:fashion_mnist_paper --workdir=runs/csa
     python experiments/cost_sensitive.py --workdir=runs/csa      # the paper's own protocol
-    python experiments/evaluate.py --workdir=runs/csa --checkpoint=last --protocol=honest
+    python experiments/evaluate.py --workdir=runs/csa --checkpoint=last --protocol=autoattack
 
 Variants: digits, mnist, fashion_mnist, cifar10 (protect class 0); mnist_paper,
 fashion_mnist_paper, cifar10_paper (LeNet, the paper's recipe from ADV, ten members of which member

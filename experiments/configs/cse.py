@@ -2,7 +2,7 @@
 
     python experiments/train.py --config=cse:mnist_example --workdir=runs/cse
     python experiments/cost_sensitive.py --workdir=runs/cse      # the paper's own protocol
-    python experiments/evaluate.py --workdir=runs/cse --checkpoint=last --protocol=honest
+    python experiments/evaluate.py --workdir=runs/cse --checkpoint=last --protocol=autoattack
 
 Variants: digits, mnist, fashion_mnist, cifar10 (protect class 0); mnist_paper,
 fashion_mnist_paper, cifar10_paper (LeNet, the paper's recipe from NORMAL, ten members of which

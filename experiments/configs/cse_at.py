@@ -2,7 +2,7 @@
 
     python experiments/train.py --config=cse_at:mnist_paper --workdir=runs/cse_at
     python experiments/cost_sensitive.py --workdir=runs/cse_at   # the paper's own protocol
-    python experiments/evaluate.py --workdir=runs/cse_at --checkpoint=last --protocol=honest
+    python experiments/evaluate.py --workdir=runs/cse_at --checkpoint=last --protocol=autoattack
 
 Variants: digits, mnist, fashion_mnist, cifar10 (protect class 0); mnist_paper,
 fashion_mnist_paper, cifar10_paper (LeNet, from ADV, ten members of which member i protects class

@@ -2,7 +2,7 @@
 
     python experiments/train.py --config=defensive_distillation:mnist --workdir=runs/dd-mnist
     python experiments/evaluate.py --workdir=runs/dd-mnist
-    python experiments/evaluate.py --workdir=runs/dd-mnist --protocol=honest
+    python experiments/evaluate.py --workdir=runs/dd-mnist --protocol=autoattack
 
 Variants: digits, mnist, cifar10, cifar100, cifar10_paper, cifar100_paper, each also with _debug.
 The first half of a run trains the teacher, a network of the student's kind, at the temperature. The

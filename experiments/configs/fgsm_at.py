@@ -2,7 +2,7 @@
 
     python experiments/train.py --config=fgsm_at:mnist_paper --workdir=runs/adv
     python experiments/cost_sensitive.py --workdir=runs/adv      # the paper's own protocol
-    python experiments/evaluate.py --workdir=runs/adv --checkpoint=last --protocol=honest
+    python experiments/evaluate.py --workdir=runs/adv --checkpoint=last --protocol=autoattack
 
 Variants: digits, mnist, fashion_mnist, cifar10; mnist_paper, fashion_mnist_paper, cifar10_paper
 (LeNet, the paper's recipe, eps .3 in normalised space, on CIFAR-10 .03); mnist_example (the

@@ -2,7 +2,7 @@
 
     python experiments/train.py --config=m2at:cifar10 --workdir=runs/m2at-cifar10
     python experiments/evaluate.py --workdir=runs/m2at-cifar10
-    python experiments/evaluate.py --workdir=runs/m2at-cifar10 --protocol=honest
+    python experiments/evaluate.py --workdir=runs/m2at-cifar10 --protocol=autoattack
 
 Variants: digits, mnist, cifar10, cifar10_onehot, cifar10_gamma2, cifar10_paper, each also with
 _debug. The paper's body was not available: R1 mixes an image under a mask with the same image under

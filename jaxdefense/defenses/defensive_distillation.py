@@ -25,7 +25,7 @@ def make(
     The student is deployed at temperature 1, where its logits are about tau times larger, its
     softmax is saturated, and the cross-entropy's gradient vanishes in float32. That hides the
     gradient and protects nothing: attacks on logits (DLR, CW's margin) break it, so judge it with
-    `--protocol=honest`.
+    `--protocol=autoattack`.
 
     Args:
       model: the student S and, trained in the run, T: images (B, H, W, C) -> logits (B, K).

@@ -2,8 +2,8 @@
 
 from jaxdefense.evaluation.audit import Audit, Check, audit
 from jaxdefense.evaluation.cascade import autoattack
+from jaxdefense.evaluation.evaluator import Evaluator, summary
 from jaxdefense.evaluation.flags import Flag
-from jaxdefense.evaluation.robust import Evaluator, summary
 from jaxdefense.evaluation.verdict import RandomVerdict, Stage, Verdict
 
 __all__ = [

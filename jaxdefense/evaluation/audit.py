@@ -22,8 +22,8 @@ from tqdm import tqdm
 
 from jaxdefense import attacks
 from jaxdefense.attacks import checks as inputs
-from jaxdefense.evaluation import cascade, curves, flags, randomised, robust, tables
-from jaxdefense.evaluation.robust import Evaluator, summary
+from jaxdefense.evaluation import cascade, curves, flags, randomised, tables
+from jaxdefense.evaluation.evaluator import LEAST, Evaluator, check_attack, summary
 from jaxdefense.types import Attack, HostArray, Images, Key, Labels, Logits, Predict, Threat
 
 OBLIVIOUS = "T0 oblivious pgd (not white-box)"
@@ -105,7 +105,7 @@ def _basics(judge: Evaluator, images: np.ndarray, labels: np.ndarray) -> tuple[l
 
     The questions are those of `flags`.
     """
-    some = slice(robust.LEAST)
+    some = slice(LEAST)
     x, y = images[some], labels[some]
     found = []
 
@@ -293,7 +293,7 @@ class _Survey:
         self, name: str, attack: Attack, on: Predict | None = None, *, counts: bool = True
     ) -> None:
         """Runs an attack, on another model where one is given; the defence judges its images."""
-        robust.check_attack(name, attack, self.threat, len(self.images))
+        check_attack(name, attack, self.threat, len(self.images))
         self.bar.set_postfix_str(name)
         right = self.tiers["clean"].copy()
         crafter = self.judge if on is None else _evaluator(on, self.threat, self.batch_size)

@@ -21,7 +21,8 @@ from jaxdefense import registry
 from jaxdefense.attacks import checks, ensemble
 from jaxdefense.attacks.method import describe
 from jaxdefense.attacks.square import check_layout
-from jaxdefense.evaluation import examine, flags, randomised, robust
+from jaxdefense.evaluation import examine, flags, randomised
+from jaxdefense.evaluation.evaluator import Apply, Evaluator, check_attack, check_ids, check_targets
 from jaxdefense.evaluation.flags import Flag
 from jaxdefense.evaluation.journal import Journal, digest
 from jaxdefense.evaluation.verdict import Stage, Verdict
@@ -154,7 +155,7 @@ def autoattack(
     elif targets is not None:
         version = "targeted"
     apply = _with_variables(predict or random, with_variables=variables is not None)
-    evaluator = robust.Evaluator(apply, threat, batch_size=batch_size, grid=grid)
+    evaluator = Evaluator(apply, threat, batch_size=batch_size, grid=grid)
     images = evaluator.prepare(images)
     classes = checks.num_classes(
         lambda *given: apply(variables, *given), images[:1], keyed=random is not None
@@ -184,13 +185,13 @@ def autoattack(
     return run(evaluator, variables, images, labels, chosen, targets=targets, **options)
 
 
-def _with_variables(function: Any, *, with_variables: bool) -> robust.Apply:
+def _with_variables(function: Any, *, with_variables: bool) -> Apply:
     """(variables, ...) -> logits of a function that may not take variables."""
     return function if with_variables else lambda _, *given: function(*given)
 
 
 def run(
-    evaluator: robust.Evaluator,
+    evaluator: Evaluator,
     variables: PyTree,
     images: HostArray,
     labels: HostArray | None,
@@ -222,11 +223,11 @@ def run(
     """
     images = evaluator.prepare(images)
     for stage in stages:
-        robust.check_attack(
+        check_attack(
             stage.name, stage.attack, evaluator.threat, len(images), targets=targets is not None
         )
     examine.check_names(stages)
-    ids = robust.check_ids(ids, len(images))
+    ids = check_ids(ids, len(images))
     variables = evaluator.place(variables)
     own = labels is None
     if own:
@@ -235,7 +236,7 @@ def run(
     logits = evaluator.check(variables, images, labels)
     aims = labels
     if targets is not None:
-        aims = robust.check_targets(targets, labels, logits.shape[-1])
+        aims = check_targets(targets, labels, logits.shape[-1])
     found = examine.examine(evaluator, variables, images, labels, logits, stages)
     if own:
         found.append(Flag("own labels", "note", "labels are the model's answers on clean images"))

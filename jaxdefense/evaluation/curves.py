@@ -7,8 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxdefense.evaluation import robust
-from jaxdefense.evaluation.robust import Evaluator, attack_keys
+from jaxdefense.evaluation.evaluator import Evaluator, attack_keys, check_attack
 from jaxdefense.types import Attack, PyTree, Threat
 
 
@@ -103,7 +102,7 @@ def distances(
       0 where the example is misclassified, infinity where nothing was found.
     """
     images = evaluator.prepare(images)
-    robust.check_attack("distance", attack, evaluator.threat, len(images), minimal=True)
+    check_attack("distance", attack, evaluator.threat, len(images), minimal=True)
     ids = np.arange(len(images)) if ids is None else np.asarray(ids)
     variables = evaluator.place(variables)
     right = evaluator.check(variables, images, labels).argmax(-1) == labels

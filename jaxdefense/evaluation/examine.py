@@ -6,7 +6,8 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from jaxdefense.evaluation import flags, robust
+from jaxdefense.evaluation import flags
+from jaxdefense.evaluation.evaluator import Evaluator, bare
 from jaxdefense.evaluation.flags import Flag
 from jaxdefense.evaluation.verdict import Stage
 from jaxdefense.types import Images, Labels, PyTree
@@ -30,7 +31,7 @@ def check_names(stages: Sequence[Stage]) -> None:
 
 
 def examine(
-    evaluator: robust.Evaluator,
+    evaluator: Evaluator,
     variables: PyTree,
     images: np.ndarray,
     labels: np.ndarray,
@@ -83,7 +84,7 @@ def examine(
     if flags.has_loop(predict, jnp.asarray(images[:1])):
         evidence = "the model iterates (while or scan): attack what it optimises, too"
         found.append(Flag("loop in the forward pass", "warning", evidence))
-    if unknown := [stage.name for stage in stages if robust.bare(stage.attack)]:
+    if unknown := [stage.name for stage in stages if bare(stage.attack)]:
         evidence = f"{', '.join(unknown)}: bare functions, of which no eps is known"
         found.append(Flag("attack without its threat", "note", evidence))
     found += [Flag("few classes", "note", stage.note) for stage in stages if stage.note]

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxdefense.evaluation import records
+from jaxdefense import files
 from jaxdefense.evaluation.flags import difference
 
 FORMAT = 2
@@ -68,8 +68,8 @@ class Journal:
             self._compare(_read_json(path), {"format": FORMAT, **told})
             self._compare_logits(clean, logits)
         else:
-            self._save(clean, logits=logits)
-            records.write_text(path, json.dumps({"format": FORMAT, **told}, indent=1) + "\n")
+            files.write_arrays(clean, logits=logits)
+            files.write_text(path, json.dumps({"format": FORMAT, **told}, indent=1) + "\n")
 
     def _compare(self, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
         differ = [name for name in {**before, **now} if before.get(name) != now.get(name)]
@@ -120,14 +120,9 @@ class Journal:
         for pack in packs(np.setdiff1d(rows, np.concatenate(asked))):
             done = {"asked": pack, **dispatch(pack)}
             if self.folder is not None:
-                self._save(self.folder / f"{stage}-{number:05d}.npz", **done)
+                files.write_arrays(self.folder / f"{stage}-{number:05d}.npz", **done)
                 number += 1
             yield done
-
-    def _save(self, path: pathlib.Path, **arrays: Any) -> None:
-        temporary = path.with_name(f".{path.stem}.tmp.npz")
-        np.savez(temporary, **arrays)
-        temporary.rename(path)
 
     def _files(self, stage: str) -> list[pathlib.Path]:
         """The stage's files in their order; another's name may begin with its name."""

@@ -12,10 +12,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxdefense import attacks, data, registry
-from jaxdefense.evaluation import cascade, records, robust
+from jaxdefense.evaluation import cascade, records
 from jaxdefense.evaluation.audit import Audit
 from jaxdefense.evaluation.audit import audit as judge
-from jaxdefense.train.run import Run
+from jaxdefense.evaluation.evaluator import Evaluator, summary
+from jaxdefense.runs.run import Run
 from jaxdefense.types import Images, Predict, PyTree
 
 
@@ -31,12 +32,12 @@ def _record(run: Run, results: Any, seconds: float, **more: Any) -> records.Reco
     )
 
 
-def _evaluator(run: Run, predictor: str) -> robust.Evaluator:
+def _evaluator(run: Run, predictor: str) -> Evaluator:
     batch_size = run.config["evaluation"].get("batch_size")
-    return robust.Evaluator(run.apply(predictor), run.threat, batch_size=batch_size)
+    return Evaluator(run.apply(predictor), run.threat, batch_size=batch_size)
 
 
-def paper(
+def configured(
     run: Run,
     variables: PyTree,
     *,
@@ -54,7 +55,7 @@ def paper(
       progress: show bars.
 
     Raises:
-      ValueError: see `robust.Evaluator.check`.
+      ValueError: see `Evaluator.check`.
     """
     began = time.monotonic()
     arrays = run.arrays("test").take(slice(examples))
@@ -70,13 +71,13 @@ def paper(
             seed=run.seed,
             progress=progress,
         )
-        results[predictor] = robust.summary(bits, arrays.labels, arrays.num_classes)
+        results[predictor] = summary(bits, arrays.labels, arrays.num_classes)
     seconds = time.monotonic() - began
     made = {name: repr(attack) for name, attack in run.attacks.items()}
-    return _record(run, results, seconds, protocol="paper", training=training, attacks=made)
+    return _record(run, results, seconds, protocol="configured", training=training, attacks=made)
 
 
-def honest(
+def autoattack(
     run: Run,
     variables: PyTree,
     *,
@@ -91,7 +92,7 @@ def honest(
     its own class alone, which is what metric I asks (`tables.protected`).
 
     Args:
-      run, variables, training, examples, progress: as in `paper`.
+      run, variables, training, examples, progress: as in `configured`.
       folder: keeps finished dispatches, so that a killed evaluation goes on.
 
     Returns:
@@ -124,7 +125,7 @@ def honest(
             progress=progress,
         )
         bits = {"clean": verdict.clean, "aa-fast": verdict.fast, "autoattack": verdict.robust}
-        results[name] = robust.summary(bits, own.labels, arrays.num_classes)
+        results[name] = summary(bits, own.labels, arrays.num_classes)
         survivors = {stage: int(left.sum()) for stage, left in verdict.by_attack.items()}
         told[name] = {"survivors": survivors, "passes": verdict.passes}
         flags += [{"predictor": name, **dataclasses.asdict(flag)} for flag in verdict.flags]
@@ -132,7 +133,7 @@ def honest(
     told["flags"] = flags
     made = {stage.name: repr(stage.attack) for stage in stages}
     return _record(
-        run, results, seconds, protocol="honest", training=training, cascade=told, attacks=made
+        run, results, seconds, protocol="autoattack", training=training, cascade=told, attacks=made
     )
 
 
@@ -166,7 +167,7 @@ def audit(
     """The honesty report of the deployed predictor and of every one that cleans images first.
 
     Args:
-      run, variables, training, examples, progress: as in `paper`. The config's
+      run, variables, training, examples, progress: as in `configured`. The config's
         "evaluation": {"audit": {...}} may change `audit.audit`'s steps, restarts, stages, queries
         and samples.
 

@@ -20,7 +20,8 @@ from jaxdefense import losses
 from jaxdefense.attacks import checks
 from jaxdefense.attacks.method import describe
 from jaxdefense.attacks.outcome import mean_over_draws
-from jaxdefense.evaluation import examine, flags, robust
+from jaxdefense.evaluation import examine, flags
+from jaxdefense.evaluation.evaluator import Evaluator, attack_keys, check_attack, check_ids
 from jaxdefense.evaluation.flags import Flag
 from jaxdefense.evaluation.journal import Journal, digest
 from jaxdefense.evaluation.verdict import RandomVerdict, Stage
@@ -28,7 +29,7 @@ from jaxdefense.types import HostArray, Images, Labels, Predict, PyTree
 
 
 def run(
-    evaluator: robust.Evaluator,
+    evaluator: Evaluator,
     variables: PyTree,
     images: np.ndarray,
     labels: HostArray,
@@ -64,9 +65,9 @@ def run(
     labels = np.asarray(labels)
     checks.check_labels(labels, len(images), classes)
     for stage in stages:
-        robust.check_attack(stage.name, stage.attack, evaluator.threat, len(images))
+        check_attack(stage.name, stage.attack, evaluator.threat, len(images))
     examine.check_names(stages)
-    ids = robust.check_ids(ids, len(images))
+    ids = check_ids(ids, len(images))
     variables = evaluator.place(variables)
     judge = Draws(evaluator, variables, labels, ids, draws, seed)
     first, second = judge.logits("first", images), judge.logits("second", images)
@@ -156,7 +157,7 @@ class Draws:
 
     def __init__(
         self,
-        evaluator: robust.Evaluator,
+        evaluator: Evaluator,
         variables: PyTree,
         labels: np.ndarray,
         ids: np.ndarray,
@@ -179,7 +180,7 @@ class Draws:
 
             return mean_over_draws(apply, jax.random.wrap_key_data(data), samples, one)
 
-        keys = robust.attack_keys(self.seed, f"draws for the {purpose}", self.ids[rows])
+        keys = attack_keys(self.seed, f"draws for the {purpose}", self.ids[rows])
         data = np.asarray(jax.random.key_data(keys))
         given = (data, x, self.labels[rows])
         return self.evaluator.over((name, samples), run, self.variables, *given)

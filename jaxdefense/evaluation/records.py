@@ -18,13 +18,14 @@ import os
 import pathlib
 import platform
 import subprocess
-import tempfile
 import zlib
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 import jax
 import numpy as np
+
+from jaxdefense import files
 
 FORMAT = 1
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "tensorflow-datasets", "numpy")
@@ -117,19 +118,13 @@ def make(
     }
 
 
-def write_text(path: str | os.PathLike, text: str) -> None:
-    """Writes a file whole or not at all: a temporary name, then a rename."""
-    path = pathlib.Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False, suffix=".tmp") as file:
-        file.write(text)
-    pathlib.Path(file.name).chmod(0o644)
-    os.replace(file.name, path)
-
-
 def save(record: Record, path: str | os.PathLike) -> None:
     """Writes a record, whole or not at all."""
-    write_text(path, json.dumps(record, indent=1) + "\n")
+    files.write_text(path, json.dumps(record, indent=1) + "\n")
+
+
+# What records of before call the protocols.
+_RENAMED = {"paper": "configured", "honest": "autoattack"}
 
 
 def load(path: str | os.PathLike) -> Record:
@@ -144,6 +139,8 @@ def load(path: str | os.PathLike) -> Record:
         raise ValueError(f"{path} is not a record: {error}") from error
     if not isinstance(record, dict) or record.get("format") != FORMAT:
         raise ValueError(f"{path} is not a record of format {FORMAT}")
+    if (protocol := record.get("protocol")) in _RENAMED:
+        record["protocol"] = _RENAMED[protocol]
     return record
 
 

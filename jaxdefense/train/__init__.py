@@ -1,6 +1,5 @@
-"""Training: optimisers from plain values, one step, one loop, checkpoints."""
+"""Training: optimisers from plain values, one step, one loop."""
 
 from jaxdefense.train.loop import train
-from jaxdefense.train.run import load
 
-__all__ = ["load", "train"]
+__all__ = ["train"]

@@ -23,11 +23,12 @@ import numpy as np
 import tensorboardX
 from tqdm import tqdm
 
-from jaxdefense import data
+from jaxdefense import data, files
 from jaxdefense.defenses import base
-from jaxdefense.evaluation import records, robust
-from jaxdefense.train import checkpoint, optim, plan
-from jaxdefense.train.run import Run, build, read_model, restore
+from jaxdefense.evaluation.evaluator import Evaluator
+from jaxdefense.runs import checkpoint, sources
+from jaxdefense.runs.run import Run, build, read_model
+from jaxdefense.train import optim, plan
 from jaxdefense.train.step import (
     Chunk,
     State,
@@ -38,7 +39,7 @@ from jaxdefense.train.step import (
 )
 from jaxdefense.types import Images, Key, Logits, PyTree
 
-__all__ = ["Diverged", "Interrupted", "Trainer", "restore", "train"]
+__all__ = ["Diverged", "Interrupted", "Trainer", "train"]
 
 
 class Diverged(RuntimeError):
@@ -57,7 +58,7 @@ class Log:
         if self._path.exists():  # what a killed run wrote after its last checkpoint
             lines = self._path.read_text().splitlines()
             kept = [line for line in lines if json.loads(line)["step"] <= step]
-            records.write_text(self._path, "".join(line + "\n" for line in kept))
+            files.write_text(self._path, "".join(line + "\n" for line in kept))
         self._file = self._path.open("a")
         self._board = tensorboardX.SummaryWriter(str(workdir / "tensorboard"), purge_step=step)
 
@@ -109,9 +110,7 @@ class Trainer:
         self.examples = data.to_float(arrays.images[:1])
         self.held_out = run.arrays("validation")
         self.augment = data.make_augment(options["augment"], arrays.name)
-        self.evaluator = robust.Evaluator(
-            run.apply(run.defense.primary), run.threat, batch_size=512
-        )
+        self.evaluator = Evaluator(run.apply(run.defense.primary), run.threat, batch_size=512)
         self._chunks: dict[Any, Chunk] = {}
         self.stores = {
             "last": checkpoint.Store(workdir / "last"),
@@ -201,7 +200,7 @@ class Trainer:
         host = unreplicate(state)
         return self.scores(self.evaluator, {"params": host.params, "carry": host.carry})
 
-    def scores(self, evaluator: robust.Evaluator, variables: PyTree) -> dict[str, float]:
+    def scores(self, evaluator: Evaluator, variables: PyTree) -> dict[str, float]:
         """What `validate` returns, of any network."""
         arrays = self.held_out
         bits = evaluator.bits(
@@ -223,7 +222,7 @@ class Trainer:
             def apply(variables: PyTree, x: Images, net: base.Net = net) -> Logits:
                 return net.predict(*variables)(x)
 
-            evaluator = robust.Evaluator(apply, self.run.threat, batch_size=512)
+            evaluator = Evaluator(apply, self.run.threat, batch_size=512)
             scores = self.scores(evaluator, network.init(role))
             found[role] = {"source": network.source, **scores}
         return found
@@ -340,7 +339,7 @@ def _claim(config: Mapping[str, Any], workdir: pathlib.Path) -> None:
     path = workdir / "config.json"
     text = json.dumps(config, indent=1, sort_keys=True) + "\n"
     if not path.exists():
-        records.write_text(path, text)
+        files.write_text(path, text)
         return
     there = json.loads(path.read_text())
     if there != json.loads(text):
@@ -357,7 +356,7 @@ def train(
     """Trains what a config describes, or goes on with it.
 
     Args:
-      config: plain values, see `jaxdefense.train.run`.
+      config: plain values, see `jaxdefense.runs.run`.
       workdir: its own folder; made if it is not there.
       progress: show a bar with rate and time left.
 
@@ -375,7 +374,7 @@ def train(
     workdir.mkdir(parents=True, exist_ok=True)
     _claim(config, workdir)
     if jax.process_index() == 0:
-        run.keep_sources(workdir)
+        sources.keep(run.sources, workdir)
     trainer = Trainer(run, workdir)
     try:
         return trainer.go(progress=progress)

@@ -20,10 +20,8 @@ import inspect
 import json
 import os
 import pathlib
-import shutil
-import tempfile
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.errors
 import flax.linen as nn
@@ -32,7 +30,8 @@ import jax.numpy as jnp
 
 from jaxdefense import attacks, data, defenses, models, registry, threat
 from jaxdefense.defenses import base
-from jaxdefense.train import checkpoint
+from jaxdefense.runs import checkpoint, sources
+from jaxdefense.runs.sources import Source
 from jaxdefense.types import Attack, HostArray, Images, Logits, PyTree, Threat
 
 # What `train` may hold, and its value where a config leaves it out.
@@ -59,14 +58,6 @@ _SECTIONS = (
     "evaluation",
     "reported",
 )
-
-
-@dataclasses.dataclass(frozen=True)
-class Source:
-    """A trained run that a config names: its workdir and a kind of checkpoint."""
-
-    workdir: pathlib.Path
-    checkpoint: str
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,22 +95,6 @@ class Run:
         key = jax.random.fold_in(jax.random.key(self.seed), 0x1217)
         return self.defense.init(key, jnp.asarray(images[:1], jnp.float32))
 
-    def keep_sources(self, workdir: pathlib.Path) -> None:
-        """Copies the trained runs that the config names into workdir/given, each whole or not."""
-        for option, source in self.sources.items():
-            target = workdir / "given" / option
-            if target.exists():
-                continue
-            target.parent.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryDirectory(dir=workdir) as folder:
-                copy = pathlib.Path(folder) / option
-                copy.mkdir()
-                shutil.copy(source.workdir / "config.json", copy)
-                for part in (source.checkpoint, "given"):
-                    if (source.workdir / part).is_dir():
-                        shutil.copytree(source.workdir / part, copy / part)
-                os.replace(copy, target)
-
 
 def _section(config: Mapping[str, Any], name: str) -> dict[str, Any]:
     section = config.get(name)
@@ -138,36 +113,7 @@ def _load(dataset: Mapping[str, Any], split: str) -> data.Arrays:
     return data.load(options.pop("name", None), split, **options).take(slice(limit))
 
 
-def _sources(options: Mapping[str, Any], *path: str) -> dict[tuple[str, ...], Mapping[str, Any]]:
-    """{path of an option: its value} of all options, however deep, that name a workdir."""
-    found = {}
-    for name, value in options.items():
-        if isinstance(value, Mapping) and "workdir" in value:
-            found[*path, name] = value
-        elif isinstance(value, Mapping):
-            found |= _sources(value, *path, name)
-    return found
-
-
-def _with(options: Mapping[str, Any], path: tuple[str, ...], value: Any) -> dict[str, Any]:
-    """The options with the one at `path` replaced."""
-    name, *rest = path
-    return {**options, name: _with(options[name], tuple(rest), value) if rest else value}
-
-
-def _source(option: str, spec: Mapping[str, Any], workdir: pathlib.Path | None) -> Source:
-    """Where a named run is: its copy in this run's workdir, if there is one."""
-    for name in spec:
-        if name not in ("workdir", "checkpoint"):
-            registry.unknown(f"key of defense.{option}", name, ("workdir", "checkpoint"))
-    kind = spec.get("checkpoint", "best")
-    if kind not in ("best", "last"):
-        registry.unknown(f"defense.{option}.checkpoint", kind, ("best", "last"))
-    copy = None if workdir is None else workdir / "given" / option
-    return Source(copy if copy and copy.is_dir() else pathlib.Path(spec["workdir"]), kind)
-
-
-def _given(option: str, source: Source, arrays: data.Arrays) -> base.Trained:
+def _trained(option: str, source: Source, arrays: data.Arrays) -> base.Trained:
     """The network of a source, if it fits the run's data."""
     try:
         run, model, _ = restore(source.workdir, kind=source.checkpoint)
@@ -255,11 +201,12 @@ def build(config: Mapping[str, Any], *, workdir: pathlib.Path | None = None) -> 
             raise ValueError(
                 f"{name}: {attack!r} is targeted, and would take the labels for its targets"
             )
-    sources = {}
-    for path, spec in _sources(defense).items():
+    named_runs = {}
+    for path, spec in sources.find(defense).items():
         option = ".".join(path)
-        sources[option] = _source(option, spec, workdir)
-        defense = _with(defense, path, _given(option, sources[option], held_out))
+        named_runs[option] = sources.locate(option, spec, workdir)
+        network = _trained(option, named_runs[option], held_out)
+        defense = sources.replace(defense, path, network)
     return Run(
         config=dict(config),
         seed=seed,
@@ -269,13 +216,25 @@ def build(config: Mapping[str, Any], *, workdir: pathlib.Path | None = None) -> 
         train=options,
         validation=judge,
         attacks={**named},
-        sources=sources,
+        sources=named_runs,
     )
 
 
-def restore(
-    workdir: str | os.PathLike, *, kind: str = "best"
-) -> tuple[Run, dict[str, Any], dict[str, Any]]:
+class Restored(NamedTuple):
+    """A trained run from its workdir.
+
+    Attributes:
+      run: what its config describes.
+      variables: {"params", "carry"} of a checkpoint.
+      meta: the checkpoint's metadata with its "step".
+    """
+
+    run: Run
+    variables: dict[str, Any]
+    meta: dict[str, Any]
+
+
+def restore(workdir: str | os.PathLike, *, kind: str = "best") -> Restored:
     """A trained run from its workdir.
 
     Args:
@@ -283,7 +242,7 @@ def restore(
       kind: "best" or "last".
 
     Returns:
-      (run, {"params", "carry"}, the checkpoint's metadata with its "step").
+      The run, its variables and the checkpoint's metadata.
 
     Raises:
       ValueError: no run there, no checkpoint, or a damaged one.
@@ -302,7 +261,7 @@ def restore(
         model = read_model(store, run.defense, params, carry)
     finally:
         store.close()
-    return run, model, meta
+    return Restored(run, model, meta)
 
 
 def read_model(

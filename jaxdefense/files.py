@@ -1,0 +1,37 @@
+"""Files are written whole or not at all: under a temporary name, then renamed."""
+
+import os
+import pathlib
+import tempfile
+from collections.abc import Callable
+from typing import IO, Any
+
+import numpy as np
+
+
+def write_text(path: str | os.PathLike, text: str) -> None:
+    """Writes a text file and the folders above it.
+
+    Args:
+      path: of the file; one that is there is replaced.
+      text: all of it.
+    """
+    _write(pathlib.Path(path), lambda file: file.write(text.encode()))
+
+
+def write_arrays(path: str | os.PathLike, **arrays: Any) -> None:
+    """Writes a NumPy archive and the folders above it.
+
+    Args:
+      path: of the file, ending in .npz; one that is there is replaced.
+      **arrays: by name.
+    """
+    _write(pathlib.Path(path), lambda file: np.savez(file, **arrays))
+
+
+def _write(path: pathlib.Path, fill: Callable[[IO[bytes]], Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile("wb", dir=path.parent, delete=False, suffix=".tmp") as file:
+        fill(file)
+    pathlib.Path(file.name).chmod(0o644)
+    os.replace(file.name, path)
