@@ -1,0 +1,96 @@
+"""The trained runs that a config names: where they lie, and copies of them in the workdir.
+
+Wherever an option of the defence is {"workdir": ..., "checkpoint": "best"}, the classifier of that
+run is meant. Training copies it into its own workdir, so that a workdir is all that its run needs.
+"""
+
+import dataclasses
+import os
+import pathlib
+import shutil
+import tempfile
+from collections.abc import Mapping
+from typing import Any
+
+from jaxdefense import registry
+
+_COPIES = "given"  # the folder of the copies in a workdir
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """A trained run that a config names: its workdir and a kind of checkpoint."""
+
+    workdir: pathlib.Path
+    checkpoint: str
+
+
+def find(options: Mapping[str, Any], *path: str) -> dict[tuple[str, ...], Mapping[str, Any]]:
+    """{path of an option: its value} of all options, however deep, that name a workdir.
+
+    Args:
+      options: of the defence.
+      *path: where they stand.
+    """
+    found = {}
+    for name, value in options.items():
+        if isinstance(value, Mapping) and "workdir" in value:
+            found[*path, name] = value
+        elif isinstance(value, Mapping):
+            found |= find(value, *path, name)
+    return found
+
+
+def replace(options: Mapping[str, Any], path: tuple[str, ...], value: Any) -> dict[str, Any]:
+    """The options with the one at `path` replaced.
+
+    Args:
+      options: of the defence.
+      path: of `find`.
+      value: what comes there.
+    """
+    name, *rest = path
+    return {**options, name: replace(options[name], tuple(rest), value) if rest else value}
+
+
+def locate(option: str, spec: Mapping[str, Any], workdir: pathlib.Path | None) -> Source:
+    """Where a named run is: its copy in this run's workdir, if there is one.
+
+    Args:
+      option: its path in the section "defense", with dots.
+      spec: {"workdir": ..., "checkpoint": "best" or "last"}.
+      workdir: of the run whose config names it.
+
+    Raises:
+      ValueError: an unknown key or kind of checkpoint.
+    """
+    for name in spec:
+        if name not in ("workdir", "checkpoint"):
+            registry.unknown(f"key of defense.{option}", name, ("workdir", "checkpoint"))
+    kind = spec.get("checkpoint", "best")
+    if kind not in ("best", "last"):
+        registry.unknown(f"defense.{option}.checkpoint", kind, ("best", "last"))
+    copy = None if workdir is None else workdir / _COPIES / option
+    return Source(copy if copy and copy.is_dir() else pathlib.Path(spec["workdir"]), kind)
+
+
+def keep(sources: Mapping[str, Source], workdir: pathlib.Path) -> None:
+    """Copies trained runs into a workdir, each whole or not at all.
+
+    Args:
+      sources: by option.
+      workdir: of the run whose config names them.
+    """
+    for option, source in sources.items():
+        target = workdir / _COPIES / option
+        if target.exists():
+            continue
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=workdir) as folder:
+            copy = pathlib.Path(folder) / option
+            copy.mkdir()
+            shutil.copy(source.workdir / "config.json", copy)
+            for part in (source.checkpoint, _COPIES):
+                if (source.workdir / part).is_dir():
+                    shutil.copytree(source.workdir / part, copy / part)
+            os.replace(copy, target)
