@@ -67,7 +67,7 @@ def test_train_evaluate_and_tables(tmp_path, tfds_dir):
     result = script("tables", str(tmp_path / "run"))
     assert "| trades-digits-debug |" in result.stdout
     result = script("tables", "--per_class=pgd20", str(tmp_path / "run"))
-    assert "| pgd20, % | 0 | 1 |" in result.stdout
+    assert "| pgd20, % | threat | n | 0 | 1 |" in result.stdout
 
 
 def test_scripts_answer_bad_input_without_a_traceback(tmp_path):
