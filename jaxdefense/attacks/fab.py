@@ -21,8 +21,8 @@ from jaxdefense.attacks.outcome import (
     of_rows,
     pick,
     radii,
+    required_lead,
     rivals,
-    rounding,
     runner_up,
 )
 from jaxdefense.types import (
@@ -133,8 +133,8 @@ def _face(
     normal = finite(pull(cotangent)[0])
     wide = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
     # One rounding of the logits beyond the boundary, an iterate on which would have no way to go;
-    # in half precision one more, since a win has to exceed one.
-    beyond = jnp.finfo(logits.dtype).eps * jnp.max(jnp.abs(wide), -1) + rounding(logits)
+    # and the lead that a win has to exceed.
+    beyond = jnp.finfo(logits.dtype).eps * jnp.max(jnp.abs(wide), -1) + required_lead(logits)
     gap = beyond - jnp.sum(cotangent.astype(wide.dtype) * wide, -1)
     return gap.astype(normal.dtype), normal
 

@@ -8,6 +8,7 @@ found, and an unchanged image says that nothing was found or that it is misclass
 Lengths that an attack starts from are in image units and scale with the threat's bounds.
 """
 
+import functools
 from typing import Any
 
 import jax
@@ -33,6 +34,7 @@ from jaxdefense.types import (
     Images,
     Key,
     Labels,
+    Logits,
     LossFn,
     PerExample,
     Predict,
@@ -54,11 +56,11 @@ def _cosine(first: float, last: float, n: Any, steps: int) -> Array:
 def _value_hit_grad(
     predict: Predict, labels: Labels, loss: LossFn, z: Images, targeted: bool
 ) -> tuple[PerExample, Array, Images]:
-    """The loss (lowered for a target), who is fooled and the loss's gradient, from one pass."""
+    """The loss, who is fooled and the loss's gradient, from one pass."""
 
     def total(z):
         logits = predict(z)
-        values = -loss(logits, labels) if targeted else loss(logits, labels)
+        values = loss(logits, labels)
         return jnp.sum(values), (values, fooled(logits, labels, targeted))
 
     grad, (values, hit) = jax.grad(total, has_aux=True)(z)
@@ -157,9 +159,9 @@ def ddn(
     """DDN: the gradient gives the direction, a radius that shrinks and grows gives the norm (L2).
 
     delta <- delta + alpha g / ||g||_2 with g the gradient of the cross-entropy (in the form that
-    does not saturate, `losses.log_odds`); the radius is multiplied
-    by 1 - gamma where the iterate is misclassified and by 1 + gamma where it is not; delta is
-    scaled to it and clipped to the box. alpha falls along a cosine to a hundredth.
+    does not saturate, `losses.log_odds`); the radius is multiplied by 1 - gamma where the iterate
+    is misclassified and by 1 + gamma where it is not; delta is scaled to it and clipped to the box.
+    alpha falls along a cosine to a hundredth.
 
     Args:
       threat: an L2 threat: bounds, eps for what is returned.
@@ -189,9 +191,12 @@ def ddn(
     def attack(predict: Predict, key: Key, images: Images, labels: Labels) -> Images:
         x = jax.lax.stop_gradient(images)
 
+        def loss(logits: Logits, labels: Labels) -> PerExample:
+            return losses.log_odds(logits, labels) * (-1 if targeted else 1)
+
         def advance(n: Any, state: Any, best: PerExample) -> tuple[Images, Array, Any]:
             z, radius = state
-            _, hit, grad = _value_hit_grad(predict, labels, losses.log_odds, z, targeted)
+            _, hit, grad = _value_hit_grad(predict, labels, loss, z, targeted)
             alpha = _cosine(alpha_0, alpha_0 / 100, n, steps).astype(x.dtype)
             delta = z - x + alpha * _unit(grad)
             radius = radius * jnp.where(hit, 1 - gamma, 1 + gamma).astype(x.dtype)
@@ -250,10 +255,11 @@ def fmn(
 
     def attack(predict: Predict, key: Key, images: Images, labels: Labels) -> Images:
         x = jax.lax.stop_gradient(images)
+        aim = functools.partial(lead, targeted=targeted)
 
         def advance(n: Any, state: Any, best: PerExample) -> tuple[Images, Array, Any]:
             z, radius, found = state
-            value, hit, grad = _value_hit_grad(predict, labels, losses.margin, z, targeted)
+            value, hit, grad = _value_hit_grad(predict, labels, aim, z, targeted)
             distance = threat.distance(z, x)
             found = found | hit
             share = _cosine(gamma, gamma / 1000, n, steps).astype(x.dtype)

@@ -1,7 +1,9 @@
 """What the attacks share about their results: who is fooled, what is kept, what it costs."""
 
+import contextlib
+import contextvars
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -69,8 +71,25 @@ def finite(grad: Array) -> Array:
     return jnp.where(jnp.isfinite(grad), grad, 0)
 
 
-def rounding(logits: Logits) -> PerExample | float:
-    """What a win in half precision has to exceed: one rounding of the largest logit; else 0.
+_REQUIRED: contextvars.ContextVar[Any] = contextvars.ContextVar("required lead", default=0.0)
+
+
+@contextlib.contextmanager
+def require_lead(lead: Array | float) -> Iterator[None]:
+    """Attacks that are traced inside have won only where they lead by more than that.
+
+    Args:
+      lead: in logits, ().
+    """
+    token = _REQUIRED.set(lead)
+    try:
+        yield
+    finally:
+        _REQUIRED.reset(token)
+
+
+def required_lead(logits: Logits) -> PerExample | float:
+    """What a win has to exceed: `require_lead`'s, and in half precision a rounding of the logits.
 
     A compiled attack computes with more precision than it stores, and a plain pass may break the
     tie that it left either way.
@@ -79,12 +98,13 @@ def rounding(logits: Logits) -> PerExample | float:
       logits: (B, K).
 
     Returns:
-      (B,) or 0.
+      (B,) or a number.
     """
     if jnp.finfo(logits.dtype).bits >= 32:
-        return 0.0
+        return _REQUIRED.get()
     size = jnp.max(jnp.abs(logits.astype(jnp.float32)), -1)
-    return jax.lax.stop_gradient(float(jnp.finfo(logits.dtype).eps) * size)
+    rounding = float(jnp.finfo(logits.dtype).eps) * size
+    return jax.lax.stop_gradient(rounding) + _REQUIRED.get()
 
 
 def lead(logits: Logits, labels: Labels, targeted: bool = False) -> PerExample:
@@ -96,17 +116,17 @@ def lead(logits: Logits, labels: Labels, targeted: bool = False) -> PerExample:
       targeted: which of the two.
 
     Returns:
-      (B,): the largest other logit minus the label's; of a target, the other way round; less the
-      rounding of half precision.
+      (B,): the largest other logit minus the label's; of a target, the other way round; less what
+      `required_lead` asks for.
     """
     margin = losses.margin(logits, labels)
-    return (-margin if targeted else margin) - rounding(logits)
+    return (-margin if targeted else margin) - required_lead(logits)
 
 
 def fooled(logits: Logits, labels: Labels, targeted: bool = False) -> Array:
     """(B,) bool: another class is strictly larger; ties and NaN count for the defender.
 
-    In half precision it has to be larger by a rounding, see `rounding`.
+    It has to be larger by `required_lead`, 0 unless in half precision.
 
     Args:
       logits: (B, K).

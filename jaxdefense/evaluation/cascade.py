@@ -302,7 +302,7 @@ def _about_unconfirmed(counts: dict[str, np.ndarray]) -> list[Flag]:
     if not lost:
         return []
     evidence = (
-        f"{lost} wins of an attack, or near ones, were not confirmed by a plain forward pass "
-        f"(rounding); attacked again with a lead to reach, {won} of them are"
+        f"{lost} wins, or near ones, were lost to rounding: a plain forward pass does not confirm "
+        f"them; attacked again with a lead to reach, {won} were won"
     )
     return [Flag("unconfirmed wins", "note" if won == lost else "warning", evidence)]

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxdefense.attacks.method import Method
 from jaxdefense.evaluation.evaluator import Evaluator, attack_keys, check_attack
 from jaxdefense.types import Attack, PyTree, Threat
 
@@ -40,6 +41,7 @@ def grid(
       ValueError: bad images, labels or eps.
     """
     images = evaluator.prepare(images)
+    check_attack("curve", attack(evaluator.threat), evaluator.threat, len(images))
     n = len(images)
     ids = np.arange(n) if ids is None else np.asarray(ids)
     radii = np.asarray(eps, np.float32)
@@ -108,16 +110,20 @@ def distances(
     right = evaluator.check(variables, images, labels).argmax(-1) == labels
     result = np.zeros(len(images))
 
-    def run(variables, data, x, y):
+    own = attack.per_example() if isinstance(attack, Method) else []
+
+    def run(variables, data, x, y, *values):
         def predict(z):
             return evaluator.apply(variables, z)
 
-        x_adv = attack(predict, jax.random.wrap_key_data(data), x, y)
+        made = attack.with_per_example(iter(values)) if isinstance(attack, Method) else attack
+        x_adv = made(predict, jax.random.wrap_key_data(data), x, y)
         wrong = jnp.argmax(predict(x_adv), -1) != y
         return jnp.where(wrong, evaluator.threat.distance(x_adv, x), jnp.inf)
 
     data = np.asarray(jax.random.key_data(attack_keys(seed, "distance", ids)))
     for pack in evaluator.packs(np.flatnonzero(right)):
-        given = (data[pack], images[pack], labels[pack])
+        values = (np.asarray(array)[pack] for array in own)
+        given = (data[pack], images[pack], labels[pack], *values)
         result[pack] = evaluator.call(("distance", attack), run, variables, *given)
     return result

@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from jaxdefense.attacks import checks
 from jaxdefense.attacks.method import Method
-from jaxdefense.attacks.outcome import lead
+from jaxdefense.attacks.outcome import lead, require_lead
 from jaxdefense.evaluation import flags, records
 from jaxdefense.types import (
     Array,
@@ -195,12 +195,12 @@ def check_targets(targets: HostArray, labels: HostArray, num_classes: int) -> np
     try:
         checks.check_labels(targets, len(labels), num_classes)
     except ValueError as error:
-        raise ValueError(f"targets: {error}") from error
+        raise ValueError(str(error).replace("labels", "targets")) from error
     equal = np.flatnonzero(targets == labels)
     if len(equal):
         raise ValueError(
-            f"the target is the label for {len(equal)} images, first {equal[:5].tolist()}: give "
-            f"another class"
+            f"targets are the labels at {equal[:5].tolist()} ({len(equal)} of {len(targets)}): "
+            f"give other classes"
         )
     return targets
 
@@ -227,6 +227,13 @@ def check_grid(images: np.ndarray, threat: Threat, levels: int) -> None:
         )
 
 
+def _exactly(images: np.ndarray, threat: Threat, levels: int) -> np.ndarray:
+    """Images on the grid to the bit, as a file of 8 bits gives them: XLA divides by reciprocals."""
+    low, high = threat.bounds
+    steps = np.rint((images - low) / (high - low) * levels).astype(np.float32)
+    return low + steps / np.float32(levels) * np.float32(high - low)
+
+
 def valid(threat: Threat, x_adv: Images, images: Images) -> Array:
     """(B,) bool: in the box, in the ball but for rounding, and finite.
 
@@ -243,7 +250,7 @@ def valid(threat: Threat, x_adv: Images, images: Images) -> Array:
 
 
 def handicapped(predict: Predict, lead: Array | float) -> Predict:
-    """A model whose largest logit leads by that much less, at least by nothing.
+    """A model whose logits are cut to the largest one less `lead`: what is nearer to it ties.
 
     A tie fools nobody, so an attack on it has won only where it wins on `predict` by more than
     `lead`. Gradients stay.
@@ -254,12 +261,9 @@ def handicapped(predict: Predict, lead: Array | float) -> Predict:
     """
 
     def less(x: Images) -> Logits:
-        logits = predict(x)
-        wide = _wide(logits)
-        top = jax.lax.top_k(wide, 2)[0]
-        cut = jnp.minimum(top[:, 0] - top[:, 1], lead)[:, None]
-        first = wide == top[:, :1]
-        return wide - jax.lax.stop_gradient(jnp.where(first, cut, 0))
+        logits = _wide(predict(x))
+        over = jnp.maximum(logits - (jnp.max(logits, -1, keepdims=True) - lead), 0)
+        return logits - jax.lax.stop_gradient(over)
 
     return less
 
@@ -578,8 +582,14 @@ class Evaluator:
             if isinstance(attack, Method) and own:
                 made = attack.with_per_example(iter(given[len(eps) :]))
             predict = functools.partial(self.apply, variables)
-            aim = handicapped(predict, margin[0]) if strict else predict
-            x_adv = made(aim, jax.random.wrap_key_data(data), x, y)
+            keys = jax.random.wrap_key_data(data)
+            if not strict:
+                x_adv = made(predict, keys, x, y)
+            elif bare(attack):
+                x_adv = made(handicapped(predict, margin[0]), keys, x, y)
+            else:
+                with require_lead(margin[0]):
+                    x_adv = made(predict, keys, x, y)
             _check_images_of(name, x_adv, x)
             wide = _wide(x)
             if x_adv.dtype != wide.dtype:  # half precision leaves the ball by its rounding
@@ -608,6 +618,8 @@ class Evaluator:
                 f"attack {name} left the ball or the box of {self.threat}, or returned NaN, for "
                 f"examples {ids[~inside][:5].tolist()}"
             )
+        if grid is not None:
+            x_adv = _exactly(x_adv, self.threat, grid)
         return x_adv, seen
 
     def attack(

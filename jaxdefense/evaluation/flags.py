@@ -226,6 +226,10 @@ def has_loop(predict: Predict, images: Images) -> bool:
     return search(jax.make_jaxpr(predict)(images).jaxpr)
 
 
+# Of JAX's messages: loops of unknown length, callbacks, functions without a transpose.
+_NO_REVERSE = ("differentiation", "do not support JVP", "ranspos")
+
+
 class NoGradients(ValueError):
     """Reverse-mode differentiation through the model fails."""
 
@@ -253,7 +257,7 @@ def gradient_shares(predict: Predict, images: Images, labels: Labels, threat: Th
         values, pull = jax.vjp(loss, images)
         grad = pull(jnp.ones_like(values))[0]
     except Exception as error:
-        if "differentiation" not in str(error) and "transpose" not in str(error).lower():
+        if not any(words in str(error) for words in _NO_REVERSE):
             raise
         raise NoGradients(
             f"gradients cannot be taken through the model ({str(error).splitlines()[0]})"

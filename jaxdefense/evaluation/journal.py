@@ -133,7 +133,7 @@ class Journal:
 
     def _load(self, path: pathlib.Path) -> dict[str, np.ndarray]:
         try:
-            with np.load(path) as file:
+            with path.open("rb") as raw, np.load(raw) as file:
                 return dict(file)
         except Exception as error:  # zipfile, zlib, pickle and OSError all mean the same here
             raise ValueError(f"{path} is damaged ({error}): remove it to go on") from error
