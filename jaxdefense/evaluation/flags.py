@@ -15,7 +15,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxdefense import losses
-from jaxdefense.attacks.outcome import fooled
 from jaxdefense.types import Array, Images, Labels, Predict, Threat
 
 # From harmless to fatal. A note says what was done; a warning, that another attack may find more;
@@ -358,12 +357,15 @@ def about_survivors(survivors: dict[str, int], examples: int) -> list[Flag]:
 
 
 def wins(logits: np.ndarray, labels: np.ndarray, targeted: bool = False) -> np.ndarray:
-    """(B,) bool: who is fooled by a plain pass; a tie fools nobody, and NaN is no right answer.
+    """(B,) bool: who is fooled by a plain pass: the model's answer, the first of equal logits.
+
+    NaN is no right answer, and reaches no target.
 
     Args:
       logits: (B, K) float32.
       labels: (B,) labels, or targets.
       targeted: which.
     """
-    won = np.array(fooled(jnp.asarray(logits), jnp.asarray(labels), targeted))
-    return won if targeted else won | np.isnan(logits).any(-1)
+    undefined = np.isnan(logits).any(-1)
+    answers = logits.argmax(-1)
+    return (answers == labels) & ~undefined if targeted else (answers != labels) | undefined
