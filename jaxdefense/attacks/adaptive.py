@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxdefense.attacks import checks
-from jaxdefense.attacks.method import method
+from jaxdefense.attacks.method import method, takes_targets
 from jaxdefense.attacks.outcome import lead, pick
 from jaxdefense.types import (
     Array,
@@ -199,7 +199,7 @@ def transfer(attack: Attack, sources: Sequence[Predict]) -> Attack:
         best_x, best = images, jnp.full(images.shape[0], -jnp.inf)
         for n, source in enumerate(sources):
             x_adv = attack(source, fold_in(keys, n), images, labels)
-            value = lead(predict(x_adv), labels, getattr(attack, "targeted", False))
+            value = lead(predict(x_adv), labels, takes_targets(attack))
             better = value > best
             best_x, best = pick(better, x_adv, best_x), jnp.where(better, value, best)
         return best_x

@@ -12,7 +12,7 @@ from jaxdefense.attacks.apgd import RANKED, apgd, apgd_targeted
 from jaxdefense.attacks.apgd import passes as apgd_passes
 from jaxdefense.attacks.fab import fab, fab_targeted
 from jaxdefense.attacks.fab import passes as fab_passes
-from jaxdefense.attacks.method import Method, method
+from jaxdefense.attacks.method import Method, method, takes_targets
 from jaxdefense.attacks.outcome import Passes, fooled, pick
 from jaxdefense.attacks.square import passes as square_passes
 from jaxdefense.attacks.square import square
@@ -39,7 +39,7 @@ def worst_case(*attacks: Attack) -> Attack:
     """
     if not attacks:
         raise ValueError("worst_case needs at least one attack")
-    kinds = {getattr(one, "targeted", False) for one in attacks}
+    kinds = {takes_targets(one) for one in attacks}
     if len(kinds) > 1:
         raise ValueError(f"worst_case of attacks on labels and on targets: {attacks}")
     targeted = kinds.pop()

@@ -223,6 +223,17 @@ def method(*, spatial: bool = False) -> Callable[[Callable[P, Attack]], Callable
     return decorate
 
 
+def takes_targets(attack: Attack) -> bool:
+    """Whether an attack's last argument holds targets; of a bare function, no.
+
+    Args:
+      attack: any, also a `functools.partial` of one.
+    """
+    if isinstance(attack, functools.partial):
+        return takes_targets(attack.func)
+    return isinstance(attack, Method) and attack.targeted
+
+
 def describe(value: Any) -> str:
     """What a value is, in words that another process finds for an equal one.
 

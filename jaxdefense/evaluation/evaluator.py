@@ -18,7 +18,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from tqdm import tqdm
 
 from jaxdefense.attacks import checks
-from jaxdefense.attacks.method import Method
+from jaxdefense.attacks.method import Method, takes_targets
 from jaxdefense.attacks.outcome import lead, require_lead
 from jaxdefense.evaluation import flags, records
 from jaxdefense.types import (
@@ -571,7 +571,7 @@ class Evaluator:
         own = attack.per_example() if isinstance(attack, Method) else []
         many = [np.asarray(array)[rows] for array in own]
         eps = [np.asarray(self.threat.eps, np.float32)[rows]] if jnp.ndim(self.threat.eps) else []
-        targeted = bool(getattr(attack, "targeted", False))
+        targeted = takes_targets(attack)
         keyed = isinstance(attack, Method) and attack.samples is not None
         grid = self.grid
 
@@ -654,7 +654,7 @@ class Evaluator:
           ValueError: the attack left the threat's set.
         """
         rows = np.arange(len(ids)) if rows is None else rows
-        targeted = bool(getattr(attack, "targeted", False))
+        targeted = takes_targets(attack)
 
         def tried(some: np.ndarray, margin: float) -> tuple[np.ndarray, ...]:
             given = (images[some], labels[some], ids[some])
