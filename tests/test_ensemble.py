@@ -159,10 +159,8 @@ def test_worst_case_skips_what_is_left_when_all_are_fooled():
 def test_stages_are_the_references():
     def listed(norm, version, classes=10):
         ball = threat.make(norm, EPS[norm])
-        names = [name for name, _ in ensemble.stages(ball, version, classes)]
-        budgets = ensemble.budgets(ball, version, classes)
-        assert names == list(budgets)
-        return {name: tuple(passes) for name, passes in budgets.items()}
+        found = ensemble.stages(ball, version, classes)
+        return {stage.name: tuple(stage.passes) for stage in found}
 
     standard = listed("linf", "standard")
     assert standard == {
@@ -183,13 +181,19 @@ def test_stages_are_the_references():
 
 def test_few_classes_are_noted():
     ball = threat.Linf(0.1)
-    assert ensemble.notes(ball, "standard", 10) == []
-    three = ensemble.notes(ball, "standard", 3)
+
+    def notes(version, classes):
+        found = ensemble.stages(ball, version, classes)
+        return [stage.note for stage in found if stage.note]
+
+    assert notes("standard", 10) == []
+    three = notes("standard", 3)
     assert len(three) == 2
     assert "targeted DLR" in three[0]
     assert "2 of 9 targets" in three[1]
-    assert any("margin replaces" in note for note in ensemble.notes(ball, "plus", 2))
-    assert ensemble.budgets(ball, "standard", 3)["fab-t"].backward == 200
+    assert any("margin replaces" in note for note in notes("plus", 2))
+    budgets = {stage.name: stage.passes for stage in ensemble.stages(ball, "standard", 3)}
+    assert budgets["fab-t"].backward == 200
     with pytest.raises(ValueError, match="nearest: standard"):
         ensemble.stages(ball, "standart")
     with pytest.raises(ValueError, match="nearest: standard"):
