@@ -202,7 +202,7 @@ def main(argv):
     rows, began = [], time.monotonic()
     for name in argv[1:] or SUITES:
         if name not in SUITES:
-            registry.unknown("suite", name, SUITES)
+            registry.raise_unknown("suite", name, SUITES)
         print(f"{name}: {SUITES[name].__doc__}", flush=True)
         for row in SUITES[name]():
             rows.append(row)

@@ -126,7 +126,7 @@ def rows(workdir, examples, *, norm=None, eps=None, reference=None, golden=None)
     evaluator = Evaluator(run.module.apply, ball)
     stages = cascade.stages(ball, arrays.num_classes)
     verdict, again = (
-        cascade.run(evaluator, variables, images, arrays.labels, stages, progress=True)
+        cascade.run_stages(evaluator, variables, images, arrays.labels, stages, progress=True)
         for _ in range(2)
     )
     work = sum(map(sum, verdict.passes.values())) * _arithmetic(run.module, variables, images)

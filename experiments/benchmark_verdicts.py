@@ -82,7 +82,7 @@ def judge(name, judging, variables, given, stages, targets=None):
     """
     images = data.to_float(given.arrays.images)
     _compile(judging, variables, images[:1], stages, targeted=targets is not None)
-    verdict = cascade.run(
+    verdict = cascade.run_stages(
         judging,
         variables,
         images,
@@ -101,7 +101,7 @@ def judge(name, judging, variables, given, stages, targets=None):
 
 def _compile(judging, variables, image, stages, *, targeted):
     """Compiles each stage on an image whose attack has already won: next to no time else."""
-    variables = judging.place(variables)
+    variables = judging.replicate(variables)
     said = judging.logits(variables, image)
     won = said.argmax(-1) if targeted else said.argmin(-1)
     for size in {judging.small, judging.large}:

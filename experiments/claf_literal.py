@@ -27,7 +27,7 @@ from jaxdefense import attacks, data, runs, threat
 from jaxdefense.data import prepare
 from jaxdefense.defenses import claf
 from jaxdefense.evaluation import records
-from jaxdefense.evaluation.evaluator import Evaluator, attack_keys, summary
+from jaxdefense.evaluation.evaluator import Evaluator, attack_keys, summarize
 
 FOLDER = pathlib.Path(__file__).parent / "records" / "claf_literal"
 
@@ -66,9 +66,9 @@ def literal(evaluator, variables, images, labels, ids, mean, std):
         return attack(lambda z: evaluator.apply(variables, z), jax.random.wrap_key_data(keys), x, y)
 
     keys = np.asarray(jax.random.key_data(attack_keys(0, "literal", ids)))
-    packs = evaluator.packs(np.arange(len(images)))
+    packs = evaluator.split_rows(np.arange(len(images)))
     given = ((keys[rows], images[rows], labels[rows]) for rows in packs)
-    return np.concatenate([evaluator.call("literal", run, variables, *some) for some in given])
+    return np.concatenate([evaluator.dispatch("literal", run, variables, *some) for some in given])
 
 
 def draw(columns, shares, accuracies):
@@ -121,7 +121,7 @@ def main(argv):
     images, labels, ids = data.to_float(arrays.images), arrays.labels, arrays.ids
 
     evaluator = Evaluator(run.apply(run.defense.primary), BALL)
-    variables = evaluator.place(variables)
+    variables = evaluator.replicate(variables)
     clamped, numbers = geometry(images, mean, std)
     attacked = literal(evaluator, variables, images, labels, ids, mean, std)
     pgd = attacks.pgd(BALL, steps=STEPS, step_size=STEP_SIZE)
@@ -131,7 +131,7 @@ def main(argv):
     ).x_adv
     for name, some in (("clamped", clamped), ("literal_pgd10", attacked)):
         bits[name] = evaluator.logits(variables, some).argmax(-1) == labels
-    results = summary(bits, labels, arrays.num_classes)
+    results = summarize(bits, labels, arrays.num_classes)
     distance = 255 * np.abs(attacked - images)
     numbers |= {
         "mean_pixel_movement_of_literal_pgd10": round(float(distance.mean()), 2),

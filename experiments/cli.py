@@ -46,7 +46,7 @@ def _path(value: str) -> str:
             raise ValueError(f"no config file {name}; names: {', '.join(configs.names())}")
         return value
     if name not in configs.names():
-        registry.unknown("config", name, configs.names())
+        registry.raise_unknown("config", name, configs.names())
     configs.load(name, variant)  # an unknown variant is said here, without absl's traceback
     return f"{CONFIGS / name}.py{colon}{variant}"
 

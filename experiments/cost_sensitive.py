@@ -28,7 +28,7 @@ from absl import flags
 from jaxdefense import attacks, data, losses, runs, threat
 from jaxdefense.defenses import cse
 from jaxdefense.evaluation import min_max, records, tables
-from jaxdefense.evaluation.evaluator import Evaluator, summary
+from jaxdefense.evaluation.evaluator import Evaluator, summarize
 
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder of a trained run.", required=True)
 KIND = flags.DEFINE_enum("checkpoint", "last", ["best", "last"], "Which; the paper's is the last.")
@@ -147,7 +147,7 @@ def judge(run, variables, *, eps, pgd=True, examples=None, progress=False):
             everywhere=True,
             progress=progress,
         )
-        results[predictor] = summary(bits, arrays.labels, arrays.num_classes)
+        results[predictor] = summarize(bits, arrays.labels, arrays.num_classes)
     return results
 
 

@@ -31,11 +31,11 @@ def _row(found, label):
     name, predictor = re.fullmatch(r"([^\[\]]*)(?:\[(.*)\])?", label).groups()
     rows = {
         key: same
-        for key, same in tables.group(found).items()
+        for key, same in tables.group_by_row(found).items()
         if key[0] == name and key[1] == (predictor or next(iter(same[0]["results"])))
     }
     if not rows:
-        known = sorted({f"{name}[{predictor}]" for name, predictor in tables.group(found)})
+        known = sorted({f"{name}[{predictor}]" for name, predictor in tables.group_by_row(found)})
         raise ValueError(f"no row {label!r}; known: {', '.join(known)}")
     ((key, same),) = rows.items()
     return key[1], {record["seed"]: record for record in same}
@@ -79,7 +79,7 @@ def table(found, first, second, columns=None):
     lines = []
     for column in columns or shared:
         a, b = ([row[s][column]["accuracy"] for s in seeds] for row in (one, two))
-        n = [tables.count_text(row[s][column] for s in seeds) for row in (one, two)]
+        n = [tables.format_count(row[s][column] for s in seeds) for row in (one, two)]
         _check_images(first, second, examples, n)
         differences = [x - y for x, y in zip(a, b, strict=True)]
         error = statistics.stdev(differences) / math.sqrt(len(seeds))
@@ -89,10 +89,16 @@ def table(found, first, second, columns=None):
         else:
             test = ["–", "–"]  # equal differences: the test is not defined
         mean = statistics.fmean(differences)
-        cells = [tables.number(a), tables.number(b), f"{mean:+.3f}", f"{error:.3f}", *test]
+        cells = [
+            tables.format_mean(a),
+            tables.format_mean(b),
+            f"{mean:+.3f}",
+            f"{error:.3f}",
+            *test,
+        ]
         lines.append([column, n[0], *cells])
     header = ["accuracy, %", "n", first, second, "difference", "standard error", "t", "p"]
-    threats = [tables.threat_text(record) for record in examples]
+    threats = [tables.format_threat(record) for record in examples]
     return (
         f"{tables.markdown(header, lines)}\n\n{len(seeds)} pairs, seeds "
         f"{', '.join(map(str, seeds))}; {first} under {threats[0]}, {second} under {threats[1]}; "

@@ -42,7 +42,7 @@ def main(argv):
         found.append(record)
         workdirs[name] = workdir
     table, source = tables.accuracy_table(found), tables.provenance(found)
-    hardest = tables.columns(found)[-1]
+    hardest = tables.attack_columns(found)[-1]
     page = report.page(
         "jaxdefense on digits",
         [

@@ -428,5 +428,5 @@ def make(name: str) -> LossFn:
       ValueError: unknown name.
     """
     if name not in _NAMED:
-        registry.unknown("loss", name, _NAMED)
+        registry.raise_unknown("loss", name, _NAMED)
     return _NAMED[name]

@@ -8,7 +8,7 @@ from types import ModuleType
 from typing import NoReturn
 
 
-def unknown(kind: str, name: object, known: Iterable[str]) -> NoReturn:
+def raise_unknown(kind: str, name: object, known: Iterable[str]) -> NoReturn:
     """Raises the ValueError for an unknown name: what was asked, the nearest, all known ones."""
     known = sorted(known)
     near = difflib.get_close_matches(str(name), known, n=3, cutoff=0.4)
@@ -33,5 +33,5 @@ def load(package: ModuleType, name: str, kind: str, *, needs: str = "make") -> M
     """
     known = names(package, needs=needs)
     if name not in known:
-        unknown(kind, name, known)
+        raise_unknown(kind, name, known)
     return importlib.import_module(f"{package.__name__}.{name}")

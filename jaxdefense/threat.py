@@ -87,11 +87,11 @@ class _Ball(abc.ABC):
         """The same threat with `factor` times the eps (warm-up of eps, eps grids)."""
         return dataclasses.replace(self, eps=self.eps * factor)
 
-    def resized(self, eps: float | PerExample) -> Self:
+    def with_eps(self, eps: float | PerExample) -> Self:
         """The same norm and bounds with another eps (a ball that an attack grows and shrinks)."""
         return dataclasses.replace(self, eps=eps)
 
-    def reach(self, x: Images, normal: Images, gap: PerExample) -> Images:
+    def step_to_hyperplane(self, x: Images, normal: Images, gap: PerExample) -> Images:
         """The shortest step inside the box with <normal, step> = gap: onto a hyperplane.
 
         The step is sign(gap normal) min(t r, room) with r the norm's rates and the smallest t
@@ -198,7 +198,7 @@ class Linf(_Ball):
         """max |x' - x| per example, (B,)."""
         return jnp.max(jnp.abs(_flat(x_adv - x)), -1)
 
-    def dual(self, grad: Images) -> PerExample:
+    def dual_norm(self, grad: Images) -> PerExample:
         """||grad||_1: what a step of length 1 gains at most, (B,)."""
         return jnp.sum(jnp.abs(_flat(grad)), -1)
 
@@ -269,7 +269,7 @@ class L2(_Ball):
         """||x' - x||_2 per example, (B,)."""
         return jnp.sqrt(jnp.sum(jnp.square(_flat(x_adv - x)), -1))
 
-    def dual(self, grad: Images) -> PerExample:
+    def dual_norm(self, grad: Images) -> PerExample:
         """||grad||_2: what a step of length 1 gains at most, (B,)."""
         scale = jnp.max(jnp.abs(_flat(grad)), -1)
         unit = _flat(grad) / jnp.where(scale > 0, scale, 1)[:, None]
@@ -352,7 +352,7 @@ class L1(_Ball):
         """||x' - x||_1 per example, (B,)."""
         return jnp.sum(jnp.abs(_flat(x_adv - x)), -1)
 
-    def dual(self, grad: Images) -> PerExample:
+    def dual_norm(self, grad: Images) -> PerExample:
         """max |grad|: what a step of length 1 gains at most, (B,)."""
         return jnp.max(jnp.abs(_flat(grad)), -1)
 
@@ -440,6 +440,6 @@ def make(norm: str, eps: float, bounds: tuple[float, float] = (0.0, 1.0)) -> Thr
       ValueError: unknown norm, or an eps of the wrong scale.
     """
     if norm not in _NORMS:
-        registry.unknown("norm", norm, _NORMS)
+        registry.raise_unknown("norm", norm, _NORMS)
     low, high = bounds
     return _NORMS[norm](eps, (low, high))

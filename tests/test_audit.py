@@ -177,19 +177,19 @@ class TestCurves:
     def test_grid(self):
         eps = [0.0, 0.02, 0.05, 0.5]
         made = lambda ball: attacks.pgd(ball, steps=20, random_start=False)  # noqa: E731
-        survives = curves.grid(self.evaluator, (), IMAGES, LABELS, eps, made)
+        survives = curves.survival_over_eps(self.evaluator, (), IMAGES, LABELS, eps, made)
         alone = self.evaluator.bits((), IMAGES, LABELS, np.arange(48), {"pgd": made(BALL)})
         np.testing.assert_array_equal(survives[0], alone["clean"])
         np.testing.assert_array_equal(survives[2], alone["pgd"])
         assert list(survives.sum(-1)) == sorted(survives.sum(-1), reverse=True)
         assert not survives[3].any()
         with pytest.raises(ValueError, match="8/255"):
-            curves.grid(self.evaluator, (), IMAGES, LABELS, [8], made)
+            curves.survival_over_eps(self.evaluator, (), IMAGES, LABELS, [8], made)
 
     def test_one_minimal_norm_run_gives_the_whole_curve(self):
         """On a linear model the exact distance is known: margin over the dual norm."""
         attack = attacks.fab(BALL, steps=30, minimal=True)
-        found = curves.distances(self.evaluator, (), IMAGES, LABELS, attack)
+        found = curves.minimal_distances(self.evaluator, (), IMAGES, LABELS, attack)
         logits = np.asarray(honest(jnp.asarray(IMAGES)))
         w = np.asarray(WEIGHTS)
         exact = np.full(48, np.inf)
@@ -201,6 +201,6 @@ class TestCurves:
         exact = np.maximum(exact, 0)
         np.testing.assert_allclose(found, exact, rtol=0.02, atol=1e-4)
         eps = [0.0, 0.01, 0.03, 0.05]
-        curve = curves.from_distances(found, eps)
+        curve = curves.curve_from_distances(found, eps)
         expected = [(exact > e).mean() for e in eps]
         np.testing.assert_allclose(curve, expected, atol=2 / 48)

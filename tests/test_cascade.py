@@ -26,7 +26,7 @@ STAGES = [
 def run(rows=slice(None), *, batch_size=128, devices=None, stages=STAGES, **options):
     evaluator = Evaluator(NET.apply, BALL, batch_size=batch_size, devices=devices)
     ids = options.pop("ids", np.arange(len(IMAGES)))
-    return cascade.run(
+    return cascade.run_stages(
         evaluator, VARIABLES, IMAGES[rows], LABELS[rows], stages, ids=ids[rows], **options
     )
 
@@ -82,14 +82,14 @@ def test_compiles_once_per_attack_and_shape():
 
     evaluator = Evaluator(counted, BALL, batch_size=128, devices=jax.local_devices()[:1])
     for rows in (300, 250, 129, 64, 3):
-        cascade.run(evaluator, VARIABLES, IMAGES[:rows], LABELS[:rows], STAGES[:1])
+        cascade.run_stages(evaluator, VARIABLES, IMAGES[:rows], LABELS[:rows], STAGES[:1])
     compiled = [
         n for n in shapes if n >= evaluator.small
     ]  # smaller ones are traced for their shapes
     assert set(compiled) == {evaluator.small, evaluator.large}
     before = len(compiled)
     scaled = jax.tree.map(lambda w: 1.1 * w, VARIABLES)
-    cascade.run(evaluator, scaled, IMAGES[:200], LABELS[:200], STAGES[:1])
+    cascade.run_stages(evaluator, scaled, IMAGES[:200], LABELS[:200], STAGES[:1])
     assert len([n for n in shapes if n >= evaluator.small]) == before
 
 

@@ -13,7 +13,7 @@ import pytest
 import scipy.special
 
 from jaxdefense import data, defenses, losses, models, runs, threat, train
-from jaxdefense.defenses import base, teachers
+from jaxdefense.defenses import _teachers, base
 from jaxdefense.runs import run
 from jaxdefense.train import loop
 from jaxdefense.train.step import State, make_step
@@ -261,7 +261,7 @@ class TestTeachers:
     def test_averages_of_a_student_leave_a_given_teacher_out(self):
         options = dict(teacher=teacher(), steps=1, transforms=dict(ema=dict(decay=0.9)))
         defense = defenses.make("add", STUDENT, BALL, **options)
-        assert set(defense.given) == {"teacher"}
+        assert set(defense.pretrained) == {"teacher"}
         _, after, _ = one_step(defense)
         assert set(after.carry["ema"]["params"]) == {"classifier"}
         for name in ("classifier", "teacher", "raw_classifier"):
@@ -393,7 +393,7 @@ class TestGivenByTheirWorkdir:
         with pytest.raises(KeyboardInterrupt):
             train.train(values, tmp_path / "killed", progress=False)
         monkeypatch.setattr(loop.Trainer, "_report", report)
-        network = runs.load(moved)
+        network = runs.load_classifier(moved)
         shutil.rmtree(moved)
         again = train.train(values, tmp_path / "killed", progress=False)
         for a, b in zip(arrays_of(tmp_path / "whole"), arrays_of(tmp_path / "killed"), strict=True):
@@ -414,14 +414,16 @@ class TestGivenByTheirWorkdir:
         assert scores["validation_clean"] == pytest.approx(100 * hits.mean())
 
         # The checkpoint itself holds the student only.
-        own = built.defense.own(jax.eval_shape(built.init, images)[0])
+        own = built.defense.without_pretrained(jax.eval_shape(built.init, images)[0])
         assert set(own) == {"classifier"}
         assert len(list((tmp_path / "killed" / "given").iterdir())) == 1
 
     def test_running_averages_are_the_network(self, taught):
         _, model, _ = runs.restore(taught[0])
         averaged = model["carry"]["ema"]["params"]["classifier"]
-        jax.tree.map(np.testing.assert_array_equal, runs.load(taught[0]).params, averaged)
+        jax.tree.map(
+            np.testing.assert_array_equal, runs.load_classifier(taught[0]).params, averaged
+        )
 
     def test_everywhere_in_the_options(self, taught, tfds_dir):
         spec = taught[1]["defense"]["teacher"]
@@ -432,7 +434,7 @@ class TestGivenByTheirWorkdir:
             "parts.add.teacher",
             "parts.standard.transforms.soft_labels.teacher",
         }
-        assert set(built.defense.given) == {"teacher", "soft_labels"}
+        assert set(built.defense.pretrained) == {"teacher", "soft_labels"}
         assert isinstance(built.config["defense"]["parts"]["add"]["teacher"], dict)
 
     @pytest.mark.parametrize(
@@ -476,7 +478,7 @@ class TestGivenByTheirWorkdir:
 
 
 def test_a_teacher_is_a_value_of_its_own_role():
-    guide = teachers.make_teacher(teacher(), STUDENT, BALL)
+    guide = _teachers.make_teacher(teacher(), STUDENT, BALL)
     params, carry = guide.init(KEY, IMAGES)
     assert (set(params), set(carry)) == ({"teacher"}, {"teacher"})
     expected = jax.jit(teacher().module.apply)({"params": teacher().params}, IMAGES)

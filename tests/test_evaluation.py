@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from jaxdefense import attacks, losses, threat
-from jaxdefense.evaluation import Evaluator, plots, records, report, summary, tables
+from jaxdefense.evaluation import Evaluator, plots, records, report, summarize, tables
 
 RNG = np.random.default_rng(0)
 IMAGES = RNG.uniform(size=(23, 6, 6, 1)).astype(np.float32)
@@ -149,7 +149,7 @@ def test_batch_norm_in_train_mode_is_refused():
 
 
 def record(name="a", seed=0, shift=0.0, **more):
-    found = summary(bits(), LABELS, 4)
+    found = summarize(bits(), LABELS, 4)
     for result in found.values():
         result["accuracy"] += shift
     return records.make(name, {"seed": seed}, {"main": found}, seed=seed, seconds=1.5, **more)
@@ -158,11 +158,11 @@ def record(name="a", seed=0, shift=0.0, **more):
 class TestRecords:
     def test_summary(self):
         found = bits()
-        result = summary(found, LABELS, 5)["pgd"]
+        result = summarize(found, LABELS, 5)["pgd"]
         assert result["accuracy"] == pytest.approx(100 * found["pgd"].mean())
         assert result["per_class"][1] == pytest.approx(100 * found["pgd"][LABELS == 1].mean())
         assert result["per_class"][4] is None
-        np.testing.assert_array_equal(records.unpack(result["bits"], 23), found["pgd"])
+        np.testing.assert_array_equal(records.unpack_bits(result["bits"], 23), found["pgd"])
 
     def test_round_trip_and_provenance(self, tmp_path):
         written = record()
@@ -211,7 +211,7 @@ class TestTables:
 
     def test_per_class(self):
         lines = tables.class_table([record()], "pgd").splitlines()
-        expected = summary(bits(), LABELS, 4)["pgd"]["per_class"]
+        expected = summarize(bits(), LABELS, 4)["pgd"]["per_class"]
         assert lines[0] == "| pgd, % | threat | n | 0 | 1 | 2 | 3 |"
         cells = " | ".join(f"{v:.2f}" for v in expected)
         assert lines[2] == f"| a [main] | – | 23 | {cells} |"

@@ -41,7 +41,7 @@ def test_reach_is_the_shortest_step_onto_a_hyperplane_in_the_box(norm, seed, gap
             assert float(length[0]) == pytest.approx(exact, rel=1e-4)
 
 
-REACH = {norm: jax.jit(threat.make(norm, 0.1).reach) for norm in NORMS}
+REACH = {norm: jax.jit(threat.make(norm, 0.1).step_to_hyperplane) for norm in NORMS}
 
 
 @pytest.mark.parametrize("norm", NORMS)
@@ -57,7 +57,7 @@ def test_dual_is_the_gain_of_the_steepest_unit_step(norm):
     middle = jnp.full_like(grad, 0.5)
     step = ball.ascent(grad, middle, 0.4)
     gain = jnp.sum(grad * step, (1, 2, 3)) / 0.4
-    np.testing.assert_allclose(ball.dual(grad), gain, rtol=1e-5)
+    np.testing.assert_allclose(ball.dual_norm(grad), gain, rtol=1e-5)
 
 
 @pytest.mark.parametrize(

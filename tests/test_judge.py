@@ -18,7 +18,7 @@ from jaxdefense import attacks, evaluation, losses, threat
 from jaxdefense.attacks import ensemble
 from jaxdefense.attacks.fab import boundary_distances
 from jaxdefense.evaluation import Evaluator, Stage, cascade, flags, randomised
-from jaxdefense.evaluation.evaluator import handicapped
+from jaxdefense.evaluation.evaluator import with_margin_to_beat
 from jaxdefense.runs.run import build
 
 X = np.asarray(jax.random.uniform(jax.random.key(0), (64, 8, 8, 1)))
@@ -47,7 +47,7 @@ def judge(model, *stages, images=X, labels=Y, ball=T, evaluator=None, variables=
     stages = [
         Stage(f"{n}-{one.name}", one, 1, one.name != "square") for n, one in enumerate(stages)
     ]
-    return cascade.run(evaluator, variables, images, labels, stages, **options)
+    return cascade.run_stages(evaluator, variables, images, labels, stages, **options)
 
 
 def bits(model, attack, *, images=X, labels=Y, ball=None, evaluator=None, **options):
@@ -94,7 +94,9 @@ class TestAnAttackIsAValue:
         evaluator = Evaluator(apply, T)
 
         def run(attack):
-            return cascade.run(evaluator, W, X, Y, [Stage("pgd", attack, 1, 1)], folder=tmp_path)
+            return cascade.run_stages(
+                evaluator, W, X, Y, [Stage("pgd", attack, 1, 1)], folder=tmp_path
+            )
 
         assert run(WEAK).robust.all()
         with pytest.raises(ValueError, match=r"stages was .*steps=1,.*, is .*steps=20,"):
@@ -136,7 +138,7 @@ class TestAnAttackIsAValue:
         assert len({STRONG, attacks.pgd(threat.Linf(0.1), steps=20)}) == 1
         assert STRONG not in (WEAK, attacks.bim(T, steps=20), STRONG.replace(threat=threat.L2(0.1)))
         first, second = (threat.Linf(np.linspace(0, top, 64)) for top in (0.1, 0.2))
-        assert attacks.pgd(first) == attacks.pgd(first.resized(np.linspace(0, 0.1, 64)))
+        assert attacks.pgd(first) == attacks.pgd(first.with_eps(np.linspace(0, 0.1, 64)))
         assert attacks.pgd(first) != attacks.pgd(second)
 
         def scaled(factor):
@@ -177,7 +179,7 @@ class TestAnAttackIsAValue:
         def bare(predict, key, images, labels):
             return STRONG(predict, key, images, labels)
 
-        found = cascade.run(Evaluator(apply, T), W, X, Y, [Stage("pgd", bare, 1, 1)])
+        found = cascade.run_stages(Evaluator(apply, T), W, X, Y, [Stage("pgd", bare, 1, 1)])
         same = Evaluator(apply, T).bits(W, X, Y, IDS, {"pgd": STRONG})["pgd"]
         np.testing.assert_array_equal(found.robust, same)
         assert named(found)["attack without its threat"][0] == "note"
@@ -469,7 +471,7 @@ class TestARandomModelProperly:
     )
 
     def run(self, **options):
-        return randomised.run(
+        return randomised.run_stages(
             self.evaluator, (), SMALL, YS, self.stages, 5, **(dict(draws=20) | options)
         )
 
@@ -571,11 +573,11 @@ class TestNoGradient:
 
     def test_a_few_images_without_one_are_a_warning(self):
         shares = np.zeros((100, 3))
-        assert flags.about_gradients(shares) == []
+        assert flags.gradient_flags(shares) == []
         shares[:4, 0] = 1
-        assert [flag.severity for flag in flags.about_gradients(shares)] == ["warning"]
+        assert [flag.severity for flag in flags.gradient_flags(shares)] == ["warning"]
         shares[:5, 0] = 1
-        assert [flag.severity for flag in flags.about_gradients(shares)] == ["error"]
+        assert [flag.severity for flag in flags.gradient_flags(shares)] == ["error"]
 
 
 # Case 8: half precision.
@@ -641,7 +643,9 @@ class TestHalfPrecision:
         def run(ahead):
             gap = np.array([ahead, 0], np.float32)
             evaluator.logits = lambda *given: program(*given) + gap
-            return cascade.run(evaluator, weights, images, zeros, [Stage("it", attack, 1, 1)])
+            return cascade.run_stages(
+                evaluator, weights, images, zeros, [Stage("it", attack, 1, 1)]
+            )
 
         honest = run(0.0)
         assert "unconfirmed wins" not in named(honest)
@@ -664,7 +668,7 @@ class TestHalfPrecision:
             return x * jnp.array([[1.0, 2.0, 3.0]])
 
         x = jnp.array([[1.0, 1.0, 1.3], [1.0, 3.0, 1.0], [2.0, 1.0, 0.0], [0.5, 3.0, 2.2]])
-        less = handicapped(model, 2.0)
+        less = with_margin_to_beat(model, 2.0)
         for label in range(3):
             labels = jnp.full(4, label)
             ahead = losses.margin(model(x), labels) > 2.0
@@ -1056,7 +1060,9 @@ class TestWhatIsGiven:
         x_adv = run(net, KEY, X, labels)
         bare = attacked(attack, lambda x: forward(net, x), KEY, jnp.asarray(X), labels)
         np.testing.assert_allclose(x_adv, bare, atol=1e-5)
-        found = cascade.run(Evaluator(forward, T), net, X, labels, [Stage("pgd", attack, 1, 1)])
+        found = cascade.run_stages(
+            Evaluator(forward, T), net, X, labels, [Stage("pgd", attack, 1, 1)]
+        )
         assert found.clean.all()
         assert found.robust.mean() < 0.9
 
@@ -1140,7 +1146,7 @@ PLACES = {
 
 
 def long_run(name="two devices", images=LONG, labels=LONG_LABELS, weights=W, **options):
-    return cascade.run(PLACES[name], weights, images, labels, STAGES, **options)
+    return cascade.run_stages(PLACES[name], weights, images, labels, STAGES, **options)
 
 
 @pytest.fixture(scope="module")
@@ -1199,7 +1205,7 @@ class TestJournal:
         ball = threat.Linf(0.2)
         stages = [Stage(s.name, s.attack.replace(threat=ball), 1, 1) for s in STAGES]
         with pytest.raises(ValueError, match=r"threat was .*Linf\(eps=0\.1.* is .*Linf\(eps=0\.2"):
-            cascade.run(Evaluator(apply, ball), W, LONG, LONG_LABELS, stages, folder=folder)
+            cascade.run_stages(Evaluator(apply, ball), W, LONG, LONG_LABELS, stages, folder=folder)
 
     def test_a_damaged_file_is_named(self, killed):
         folder, _ = killed
@@ -1221,7 +1227,7 @@ class TestJournal:
                 return x
 
         with pytest.raises(ValueError, match="cannot be told from another in a later process"):
-            cascade.run(
+            cascade.run_stages(
                 Evaluator(apply, T), W, X, Y, [Stage("bare", Bare(), 1, 1)], folder=tmp_path
             )
 
@@ -1277,7 +1283,7 @@ class TestMemory:
             largest.append(max((array.nbytes for array in new), default=0))
             return result
 
-        monkeypatch.setattr(Evaluator, "call", watched)
+        monkeypatch.setattr(Evaluator, "dispatch", watched)
         judge(predict, WEAK, images=images, labels=labels)
         bits(predict, WEAK, images=images, labels=labels)
         assert max(largest) < images.nbytes / 4
@@ -1427,7 +1433,7 @@ def bare(predict, key, x, y):
 def named_blind():
     blind = Stage("apgd-ce", bare, 1, 1)
     stages = [blind, Stage("square", attacks.square(T, queries=100), 1, 0)]
-    return cascade.run(Evaluator(apply, T), W, X, Y, stages).flags
+    return cascade.run_stages(Evaluator(apply, T), W, X, Y, stages).flags
 
 
 @jax.custom_vjp

@@ -15,7 +15,7 @@ import optax
 import pytest
 
 from jaxdefense import attacks, defenses, losses, models, threat
-from jaxdefense.defenses import base, purifying
+from jaxdefense.defenses import _purifying, base
 from jaxdefense.evaluation import protocols, records, report, tables
 from jaxdefense.runs.run import build
 from jaxdefense.train import train
@@ -120,7 +120,7 @@ def test_a_trained_classifier_is_taken_as_it_is():
     assert [phase.name for phase in defense.phases] == ["oblivious", "end_to_end"]
     assert all(same(params["classifier"], given.params))
     assert all(same(carry["classifier"], given.batch_stats))
-    assert defense.given == {"classifier": given}
+    assert defense.pretrained == {"classifier": given}
     predict = defense.predictors["purified"](params, carry)
     np.testing.assert_allclose(predict(IMAGES), net.apply(variables, IMAGES), rtol=1e-4, atol=1e-5)
     with pytest.raises(ValueError, match="trained network"):
@@ -170,7 +170,7 @@ def test_ipg_loss_by_hand():
 def test_activations_of_a_layer(layer):
     net = base.Net(cnn())
     params, carry = net.init(KEY, IMAGES[:1])
-    logits, got = purifying.activations(net, params, carry, IMAGES, layer)
+    logits, got = _purifying.activations(net, params, carry, IMAGES, layer)
     plain, features = net.predict(params, carry, features=True)(IMAGES)
     np.testing.assert_array_equal(logits, plain)
     shapes = {"logits": (6, 4), "head": (6, 4), "features": (6, 25), "conv2": (6, 2, 2, 8)}
@@ -333,7 +333,7 @@ def test_audit_writes_record_and_page(tmp_path):
     record = records.load(tmp_path / "audit.json")
     assert list(record["audit"]) == ["purified"]
     tiers = record["results"]["purified"]
-    found = {name: records.unpack(tier["bits"], 64) for name, tier in tiers.items()}
+    found = {name: records.unpack_bits(tier["bits"], 64) for name, tier in tiers.items()}
     assert list(found) == [
         "clean",
         "T0 oblivious pgd (not white-box)",

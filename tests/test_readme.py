@@ -39,5 +39,5 @@ def test_every_committed_record_says_where_it_comes_from():
         assert record["date"]
         for results in record["results"].values():
             for name, result in results.items():
-                bits = records.unpack(result["bits"], result["n"])
+                bits = records.unpack_bits(result["bits"], result["n"])
                 assert 100 * bits.mean() == pytest.approx(result["accuracy"]), name

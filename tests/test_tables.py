@@ -54,7 +54,7 @@ def changed(path, value, seed=1):
 
 def refusal(*found):
     with pytest.raises(ValueError, match="do not belong together") as caught:
-        tables.group(found)
+        tables.group_by_row(found)
     message = str(caught.value)
     assert "\n" not in message
     return message
@@ -121,7 +121,7 @@ class TestGroup:
     def test_descriptions_of_attacks(self):
         first, same = record(0, attacks={"pgd": PGD}), record(1, attacks={"pgd": PGD})
         other = record(2, attacks={"pgd": PGD.replace("40", "10")})
-        tables.group([first, same, record(2)])  # an older record says nothing
+        tables.group_by_row([first, same, record(2)])  # an older record says nothing
         assert f"attack pgd is {PGD!r} (seed 0) and" in refusal(first, other)
         message = refusal(record(1), first, other)  # not only the first record is compared
         assert "(seed 0)" in message
@@ -129,21 +129,21 @@ class TestGroup:
 
     def test_where_a_function_lies_in_memory_says_nothing(self):
         texts = [f"pgd(loss=<function margin at {place}>)" for place in ("0x7f01", "0x7f02")]
-        tables.group([record(s, attacks={"pgd": text}) for s, text in enumerate(texts)])
+        tables.group_by_row([record(s, attacks={"pgd": text}) for s, text in enumerate(texts)])
 
     def test_where_a_teacher_lies_says_nothing(self):
-        tables.group([record(0), record(1)])
+        tables.group_by_row([record(0), record(1)])
         several = [record(seed) for seed in (0, 1)]
         for one in several:
             one["config"]["teachers"] = [{"workdir": f"/tmp/{one['seed']}", "weight": 1.0}]
-        tables.group(several)
+        tables.group_by_row(several)
         several[1]["config"]["teachers"][0]["weight"] = 2.0
         assert "teachers.0.weight is 1.0 (seed 0) and 2.0 (seed 1)" in refusal(*several)
 
     def test_a_record_read_from_a_file_equals_one_in_memory(self, tmp_path):
         written = {**record(1), "format": records.FORMAT}
         records.save(written, tmp_path / "r.json")
-        tables.group([record(0), records.load(tmp_path / "r.json")])
+        tables.group_by_row([record(0), records.load(tmp_path / "r.json")])
 
     def test_every_table_refuses(self):
         found = [record(0), changed("config.train.length", "8e")]
@@ -174,11 +174,11 @@ class TestConditions:
         ],
     )
     def test_threat(self, norm, eps, text):
-        assert tables.threat_text({"config": {"threat": {"norm": norm, "eps": eps}}}) == text
+        assert tables.format_threat({"config": {"threat": {"norm": norm, "eps": eps}}}) == text
 
     def test_a_record_s_own_threat_comes_first(self):
         own = record(threat={"norm": "linf", "eps": 0.2, "note": "normalised"})
-        assert tables.threat_text(own) == "L∞ 0.2 (normalised)"
+        assert tables.format_threat(own) == "L∞ 0.2 (normalised)"
         assert "| a | L∞ 0.2 (normalised) | 500 |" in tables.accuracy_table([own])
 
     def test_no_threat_and_no_n_are_dashes(self):
@@ -215,7 +215,7 @@ class TestConditions:
 
     def test_figures(self):
         found = [record(), record(name="b", threat={"norm": "l2", "eps": 0.5})]
-        assert tables.conditions(found) == "L∞ 0.3, L2 0.5, n 500"
+        assert tables.format_conditions(found) == "L∞ 0.3, L2 0.5, n 500"
         for figure in (plots.accuracy_bars(found), plots.class_bars(found, "pgd")):
             assert "L∞ 0.3, L2 0.5, n 500" in figure.axes[0].get_title(loc="left")
 
@@ -252,7 +252,7 @@ class TestCommitted:
             header, _, *rows = script.render([folder], protected=protected).splitlines()[:-2]
             assert " | threat | n" in header
             assert all(re.search(r" \| L∞ [^|]+ \| \d+ \| ", row) for row in rows)
-        for column in tables.columns(found):
+        for column in tables.attack_columns(found):
             assert "| threat | n |" in script.render([folder], per_class=column)
 
     def test_what_attacks_outside_the_config_s_threat_say(self):
@@ -260,9 +260,9 @@ class TestCommitted:
         for folder in ("cost_sensitive", "cost_sensitive_fashion", "cost_sensitive_cifar10"):
             for one in records.load_all([RECORDS / folder]):
                 assert one["threat"]["eps"] == one["eps"]
-                assert "normalised" in tables.threat_text(one)
+                assert "normalised" in tables.format_threat(one)
         for one in records.load_all([RECORDS / "claf_literal"]):
-            assert tables.threat_text(one).startswith("L∞ 8/255 (literal: ")
+            assert tables.format_threat(one).startswith("L∞ 8/255 (literal: ")
 
     def test_an_audit_s_page_says_threat_and_n(self):
         (one,) = records.load_all([RECORDS / "purifiers" / "ipg-mnist.json"])

@@ -18,7 +18,7 @@ def names() -> list[str]:
 
 def _module(name: str):
     if name not in names():
-        registry.unknown("config", name, names())
+        registry.raise_unknown("config", name, names())
     return importlib.import_module(f"configs.{name}")
 
 

@@ -172,7 +172,7 @@ def make(
     """
     variant = {"debug": "digits_debug", None: "digits", "": "digits"}.get(variant, variant)
     if variant not in variants(defense):
-        registry.unknown(f"variant of config {name}", variant, variants(defense))
+        registry.raise_unknown(f"variant of config {name}", variant, variants(defense))
     row = variant.removesuffix("_debug")
     dataset = max((d for d in _RECIPES if f"{row}_".startswith(f"{d}_")), key=len)
     config = ConfigDict(_RECIPES[dataset](), convert_dict=True)

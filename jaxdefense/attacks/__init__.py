@@ -95,12 +95,12 @@ def make(name: str, threat: Threat, **options: Any) -> Method:
       ValueError: unknown attack or option.
     """
     if name not in _FACTORIES:
-        registry.unknown("attack", name, _FACTORIES)
+        registry.raise_unknown("attack", name, _FACTORIES)
     factory = _FACTORIES[name]
     known = list(inspect.signature(factory).parameters)[1:]
     for option in options:
         if option not in known:
-            registry.unknown(f"option of attack {name}", option, known)
+            registry.raise_unknown(f"option of attack {name}", option, known)
     return factory(threat, **options)
 
 
@@ -150,7 +150,7 @@ def jitted(
             images = checks.check_images(images, bounds)
             if images.shape not in classes:
                 given = (key, images) if keyed else (images,)
-                checks.num_classes(functools.partial(apply, variables), images, keyed=keyed)
+                checks.count_classes(functools.partial(apply, variables), images, keyed=keyed)
                 logits = forward(rest, arrays, *given)
                 checks.check_logits(logits, images.shape[0])
                 classes[images.shape] = logits.shape[1]

@@ -8,7 +8,7 @@ import numpy as np
 
 from jaxdefense.attacks import checks
 from jaxdefense.attacks.method import method, takes_targets
-from jaxdefense.attacks.outcome import lead, pick
+from jaxdefense.attacks.outcome import select_rows, success_margin
 from jaxdefense.types import (
     Array,
     Attack,
@@ -199,9 +199,9 @@ def transfer(attack: Attack, sources: Sequence[Predict]) -> Attack:
         best_x, best = images, jnp.full(images.shape[0], -jnp.inf)
         for n, source in enumerate(sources):
             x_adv = attack(source, fold_in(keys, n), images, labels)
-            value = lead(predict(x_adv), labels, takes_targets(attack))
+            value = success_margin(predict(x_adv), labels, takes_targets(attack))
             better = value > best
-            best_x, best = pick(better, x_adv, best_x), jnp.where(better, value, best)
+            best_x, best = select_rows(better, x_adv, best_x), jnp.where(better, value, best)
         return best_x
 
     return run

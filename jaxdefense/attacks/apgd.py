@@ -16,13 +16,13 @@ from jaxdefense.attacks.outcome import (
     Passes,
     attack_loss,
     best_of_runs,
-    few_classes,
-    finite,
     fooled,
     mean_over_draws,
-    of_rows,
-    pick,
-    rivals,
+    runner_up_classes,
+    select_rows,
+    threat_of_rows,
+    warn_few_classes,
+    zero_non_finite,
 )
 from jaxdefense.types import (
     Array,
@@ -125,8 +125,8 @@ class _Halving(NamedTuple):
         halve = oscillates | stalled
         memory = {"rises": jnp.zeros_like(c.memory["rises"]), "halved": halve, "best": c.best}
         step = jnp.where(halve, c.step / 2, c.step)
-        climb = c._replace(x=pick(halve, c.best_x, c.x), step=step, memory=memory)
-        return climb, pick(halve, c.best_grad, grad)
+        climb = c._replace(x=select_rows(halve, c.best_x, c.x), step=step, memory=memory)
+        return climb, select_rows(halve, c.best_grad, grad)
 
     def move(self, c, grad, x, threat, first):
         share = jnp.where(first, 1.0, self.momentum).astype(x.dtype)
@@ -173,8 +173,8 @@ class _Sparse(NamedTuple):
         sparser = held < 0.95 * c.memory["held"]
         step = jnp.clip(jnp.where(sparser, eps, c.step / 1.5), eps / 10, eps)
         memory = {"share": held / x[0].size / 1.5, "held": held}
-        climb = c._replace(x=pick(sparser, c.best_x, c.x), step=step, memory=memory)
-        return climb, pick(sparser, c.best_grad, grad)
+        climb = c._replace(x=select_rows(sparser, c.best_x, c.x), step=step, memory=memory)
+        return climb, select_rows(sparser, c.best_grad, grad)
 
     def move(self, c, grad, x, threat, first):
         sign = jnp.sign(_largest(grad, c.memory["share"]))
@@ -262,8 +262,8 @@ def _climb(
         # A fooled example is finished: nothing replaces its point any more.
         better = hit | ((value > c.best) & ~won)
         return c._replace(
-            best_x=pick(better, c.x, c.best_x),
-            best_grad=pick(better, grad, c.best_grad),
+            best_x=select_rows(better, c.x, c.best_x),
+            best_grad=select_rows(better, grad, c.best_grad),
             best=jnp.where(better, value, c.best),
             last=value,
             memory=rule.seen(c.memory, value > c.last),
@@ -326,7 +326,7 @@ def _runs(
             look(numbers, rows),
             x[rows],
             fold_in(keys[rows], numbers),
-            of_rows(threat, rows),
+            threat_of_rows(threat, rows),
             rule,
             plan,
             idle,
@@ -348,7 +348,7 @@ def _looking(predict: Predict, labels: Labels, loss: LossFn, targeted: bool = Fa
             return jnp.sum(values), (values, fooled(logits, labels, targeted))
 
         grad, (values, wrong) = jax.grad(total, has_aux=True)(x_adv)
-        return values, wrong, finite(grad)
+        return values, wrong, zero_non_finite(grad)
 
     return look
 
@@ -388,7 +388,7 @@ def _untargeted_loss(loss: LossFn | str, num_classes: int) -> LossFn:
     """The loss, or the margin where the DLR ratio has too few logits."""
     loss = attack_loss(loss)
     if loss is losses.dlr and num_classes < 3:
-        few_classes("the DLR loss", num_classes, "the margin is maximised")
+        warn_few_classes("the DLR loss", num_classes, "the margin is maximised")
         return losses.margin
     return loss
 
@@ -397,7 +397,9 @@ def _targeted_loss(loss: TargetedLoss | str, num_classes: int) -> TargetedLoss:
     if isinstance(loss, str):
         loss = _TARGETED[loss]
     if loss is losses.dlr_targeted and num_classes < 4:
-        few_classes("the targeted DLR loss", num_classes, "the logits' difference is maximised")
+        warn_few_classes(
+            "the targeted DLR loss", num_classes, "the logits' difference is maximised"
+        )
         return _difference
     return loss
 
@@ -504,7 +506,7 @@ def apgd(
 
     def attack(predict: Any, key: Key, images: Images, labels: Labels) -> Images:
         x = jax.lax.stop_gradient(images)
-        classes = checks.num_classes(predict, x, keyed=samples is not None)
+        classes = checks.count_classes(predict, x, keyed=samples is not None)
         chosen = _untargeted_loss(loss, classes)
         keys = example_keys(key, x.shape[0])
 
@@ -572,9 +574,9 @@ def apgd_targeted(
     _check_options(steps, restarts, rho, momentum, warm_eps)
     checks.check_count("targets", targets)
     if isinstance(loss, str) and loss not in _TARGETED:
-        registry.unknown("targeted loss", loss, _TARGETED)
+        registry.raise_unknown("targeted loss", loss, _TARGETED)
     if rank not in ("logit", "distance"):
-        registry.unknown("rank", rank, ("logit", "distance"))
+        registry.raise_unknown("rank", rank, ("logit", "distance"))
     rule = _rule(threat, rho, momentum)
     plan = _Plan.make(rule, steps, warm_eps)
 
@@ -583,15 +585,15 @@ def apgd_targeted(
         clean = predict(x)
         num_classes = clean.shape[-1]
         if num_classes <= targets:
-            few_classes(f"{targets} targets", num_classes, f"{num_classes - 1} are tried")
+            warn_few_classes(f"{targets} targets", num_classes, f"{num_classes - 1} are tried")
         chosen = _targeted_loss(loss, num_classes)
         if rank == "distance":
-            likely = rivals(clean, labels, max(targets, RANKED))
+            likely = runner_up_classes(clean, labels, max(targets, RANKED))
             far = boundary_distances(predict, x, labels, likely, threat)
             order = jnp.argsort(far, -1)[:, :targets]
             ranked = jnp.take_along_axis(likely, order, -1)
         else:
-            ranked = rivals(clean, labels, targets)
+            ranked = runner_up_classes(clean, labels, targets)
 
         def look(numbers: Array, rows: Array) -> _Look:
             aim = ranked[rows, numbers // restarts]

@@ -206,7 +206,7 @@ def check_count(name: str, value: Any, least: int = 1) -> None:
         raise ValueError(f"{name} must be an integer >= {least}, got {value!r}")
 
 
-def num_classes(predict: Any, images: HostArray, *, keyed: bool = False) -> int:
+def count_classes(predict: Any, images: HostArray, *, keyed: bool = False) -> int:
     """K, from the shape of predict's output; nothing is computed.
 
     Args:

@@ -13,7 +13,7 @@ from jaxdefense.attacks.apgd import passes as apgd_passes
 from jaxdefense.attacks.fab import fab, fab_targeted
 from jaxdefense.attacks.fab import passes as fab_passes
 from jaxdefense.attacks.method import Method, method, takes_targets
-from jaxdefense.attacks.outcome import Passes, fooled, pick
+from jaxdefense.attacks.outcome import Passes, fooled, select_rows
 from jaxdefense.attacks.square import passes as square_passes
 from jaxdefense.attacks.square import square
 from jaxdefense.types import Attack, Images, Key, Labels, Predict, Threat, example_keys, fold_in
@@ -51,8 +51,8 @@ def worst_case(*attacks: Attack) -> Attack:
         for n, one in enumerate(attacks):
 
             def run(x_adv, done, one=one, n=n):
-                found = one(predict, fold_in(keys, n), pick(done, x_adv, x), labels)
-                found = pick(done, x_adv, found)
+                found = one(predict, fold_in(keys, n), select_rows(done, x_adv, x), labels)
+                found = select_rows(done, x_adv, found)
                 return found, done | fooled(predict(found), labels, targeted)
 
             x_adv, done = jax.lax.cond(jnp.all(done), lambda *kept: kept, run, x_adv, done)
@@ -187,7 +187,7 @@ _PLANS: dict[str, Callable[[_Kind], list[_Stage]]] = {
 
 def _check_version(version: str) -> None:
     if version not in _PLANS:
-        registry.unknown("AutoAttack version", version, _PLANS)
+        registry.raise_unknown("AutoAttack version", version, _PLANS)
 
 
 def stages(
@@ -256,7 +256,7 @@ def autoattack(threat: Threat, *, version: str = "standard", layout: str | None 
     _check_version(version)
 
     def attack(predict: Predict, key: Key, images: Images, labels: Labels) -> Images:
-        classes = checks.num_classes(predict, images)
+        classes = checks.count_classes(predict, images)
         attacks = [stage.attack for stage in stages(threat, version, classes, layout=layout)]
         return worst_case(*attacks)(predict, key, images, labels)
 

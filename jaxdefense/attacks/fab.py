@@ -11,19 +11,19 @@ from jaxdefense.attacks.method import method
 from jaxdefense.attacks.outcome import (
     Passes,
     best_of_runs,
-    between,
-    few_classes,
-    finite,
     fooled,
-    keep_inside,
-    lead,
-    nearest,
-    of_rows,
-    pick,
-    radii,
-    required_lead,
-    rivals,
-    runner_up,
+    initial_radii,
+    interpolate,
+    keep_in_ball,
+    minimize_distance,
+    required_margin,
+    runner_up_class,
+    runner_up_classes,
+    select_rows,
+    success_margin,
+    threat_of_rows,
+    warn_few_classes,
+    zero_non_finite,
 )
 from jaxdefense.types import (
     Array,
@@ -57,7 +57,7 @@ def target_boundary(predict: Predict, targets: Labels) -> Boundary:
 
     def linearise(x):
         logits, pull = jax.vjp(predict, x)
-        return _face(logits, pull, runner_up(logits, targets), targets)
+        return _face(logits, pull, runner_up_class(logits, targets), targets)
 
     return linearise
 
@@ -80,7 +80,7 @@ def boundary_distances(
 
     def one(others: Labels) -> PerExample:
         gap, normal = _face(logits, pull, labels, others)
-        dual = threat.dual(normal)
+        dual = threat.dual_norm(normal)
         return jnp.where(dual > 0, jnp.abs(gap) / jnp.where(dual > 0, dual, 1), jnp.inf)
 
     return jax.lax.map(one, candidates.T).T
@@ -114,7 +114,7 @@ def nearest_boundary(
             return (
                 jnp.where(closer, distance, least),
                 jnp.where(closer, new_gap, gap),
-                pick(closer, new_normal, normal),
+                select_rows(closer, new_normal, normal),
             )
 
         far = jnp.full(x.shape[0], jnp.inf, x.dtype)
@@ -130,11 +130,11 @@ def _face(
     classes = logits.shape[-1]
     cotangent = jax.nn.one_hot(targets, classes, dtype=logits.dtype)
     cotangent -= jax.nn.one_hot(labels, classes, dtype=logits.dtype)
-    normal = finite(pull(cotangent)[0])
+    normal = zero_non_finite(pull(cotangent)[0])
     wide = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
     # One rounding of the logits beyond the boundary, an iterate on which would have no way to go;
     # and the lead that a win has to exceed.
-    beyond = jnp.finfo(logits.dtype).eps * jnp.max(jnp.abs(wide), -1) + required_lead(logits)
+    beyond = jnp.finfo(logits.dtype).eps * jnp.max(jnp.abs(wide), -1) + required_margin(logits)
     gap = beyond - jnp.sum(cotangent.astype(wide.dtype) * wide, -1)
     return gap.astype(normal.dtype), normal
 
@@ -145,10 +145,10 @@ def _depth(threat: Threat, x: Images, gap: PerExample, normal: Images) -> PerExa
     One that the box does not meet, or without a normal, comes behind all others, in the order of
     the distances that the norm alone would give.
     """
-    step = threat.reach(x, normal, gap)
+    step = threat.step_to_hyperplane(x, normal, gap)
     gained = jnp.abs(jnp.sum(normal * step, range(1, x.ndim)))
     met = (gained > 0) & (gained >= 0.999 * jnp.abs(gap))
-    behind = threat.diameter(x[0].size) + jnp.abs(gap) / (threat.dual(normal) + 1e-12)
+    behind = threat.diameter(x[0].size) + jnp.abs(gap) / (threat.dual_norm(normal) + 1e-12)
     return jnp.where(met, _length(threat, step), behind)
 
 
@@ -177,16 +177,16 @@ def _walk(
     def advance(_: Any, z: Images, best: PerExample) -> tuple[Images, Array, Images]:
         gap, normal = linearise(z)
         lead = jnp.sum(normal * (z - x), range(1, x.ndim))
-        from_z = threat.reach(z, normal, gap)
-        from_x = threat.reach(x, normal, gap + lead)
+        from_z = threat.step_to_hyperplane(z, normal, gap)
+        from_x = threat.step_to_hyperplane(x, normal, gap + lead)
         near, far = (jnp.maximum(_length(threat, d), 1e-8) for d in (from_z, from_x))
         alpha = per_example(jnp.minimum(near / (near + far), alpha_max), x)
         z = (1 - alpha) * (z + eta * from_z) + alpha * (x + eta * from_x)
         z = jnp.clip(z, *threat.bounds).astype(x.dtype)
         hit = fooled(predict(z), labels, targeted)
-        return z, hit, pick(hit, x + beta * (z - x), z)
+        return z, hit, select_rows(hit, x + beta * (z - x), z)
 
-    return nearest(advance, start, x, x, best, threat, steps=steps, enough=enough)[1:]
+    return minimize_distance(advance, start, x, x, best, threat, steps=steps, enough=enough)[1:]
 
 
 def refine(
@@ -206,13 +206,13 @@ def refine(
     """
 
     def margin(z: Images) -> PerExample:
-        return lead(predict(z), labels, targeted).astype(x.dtype)
+        return success_margin(predict(z), labels, targeted).astype(x.dtype)
 
     def step(_: Any, carry: Any) -> Any:
         low, low_margin, high, high_margin = carry
         share = -low_margin / jnp.maximum(high_margin - low_margin, 1e-12)
         middle = low + (high - low) * (1 + jnp.clip(share, 0, 1)) / 2
-        value = margin(between(x, x_adv, middle))
+        value = margin(interpolate(x, x_adv, middle))
         hit = value > 0
         return (
             jnp.where(hit, low, middle),
@@ -227,7 +227,7 @@ def refine(
     start = (zeros, margin(x), zeros + 1, margin(x_adv))
     high = jax.lax.fori_loop(0, steps, step, start)[2]
     able = (start[1] <= 0) & (start[3] > 0) & (high < 1)
-    return pick(able, between(x, x_adv, high), x_adv)
+    return select_rows(able, interpolate(x, x_adv, high), x_adv)
 
 
 def passes(
@@ -290,12 +290,12 @@ def _runs(
     keys = example_keys(key, x.shape[0])
 
     def run(numbers: Array, rows: Array, idle: Array) -> tuple[Images, PerExample]:
-        image, ball = x[rows], of_rows(threat, rows)
-        best, enough = radii(~idle, image, ball, minimal)
+        image, ball = x[rows], threat_of_rows(threat, rows)
+        best, enough = initial_radii(~idle, image, ball, minimal)
         start = image
         if restarts > 1:
             noisy = ball.scaled(0.5).sample(fold_in(keys[rows], numbers), image)
-            start = pick(numbers % restarts > 0, noisy, image)
+            start = select_rows(numbers % restarts > 0, noisy, image)
         best_x, best = _walk(
             linearise(numbers, rows),
             predict,
@@ -312,7 +312,7 @@ def _runs(
 
     best_x = best_of_runs(run, x, ~right, runs)
     best_x = refine(predict, x, labels, best_x, steps=search, targeted=targeted)
-    best_x = best_x if minimal else keep_inside(best_x, x, threat)
+    best_x = best_x if minimal else keep_in_ball(best_x, x, threat)
     return jax.lax.stop_gradient(best_x)
 
 
@@ -376,7 +376,7 @@ def fab(
         def linearise(numbers: Array, rows: Array) -> Boundary:
             if targeted:
                 return target_boundary(predict, labels[rows])
-            return nearest_boundary(predict, labels[rows], of_rows(threat, rows))
+            return nearest_boundary(predict, labels[rows], threat_of_rows(threat, rows))
 
         return _runs(
             linearise,
@@ -446,8 +446,8 @@ def fab_targeted(
         clean = predict(x)
         if clean.shape[-1] <= targets:
             tried = clean.shape[-1] - 1
-            few_classes(f"{targets} targets", clean.shape[-1], f"{tried} are tried")
-        ranked = rivals(clean, labels, targets)
+            warn_few_classes(f"{targets} targets", clean.shape[-1], f"{tried} are tried")
+        ranked = runner_up_classes(clean, labels, targets)
         return _runs(
             lambda numbers, rows: boundary(
                 predict, labels[rows], ranked[rows, numbers // restarts]

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jaxdefense import losses, registry
 from jaxdefense.attacks import checks
 from jaxdefense.attacks.method import method
-from jaxdefense.attacks.outcome import attack_loss, finite
+from jaxdefense.attacks.outcome import attack_loss, zero_non_finite
 from jaxdefense.types import (
     Attack,
     Images,
@@ -34,7 +34,7 @@ def value_and_grad(objective: Objective, x: Images) -> tuple[PerExample, Images]
         return jnp.sum(values), values
 
     grad, values = jax.grad(total, has_aux=True)(x)
-    return values, finite(grad)
+    return values, zero_non_finite(grad)
 
 
 def _better(value: PerExample, than: PerExample, x: Images, y: Images) -> tuple[PerExample, Images]:
@@ -292,7 +292,7 @@ def mi_fgsm(
     Reference: Dong et al., Boosting adversarial attacks with momentum, arXiv 1710.06081, eq. 6-7.
     """
     if accumulate not in ("gradient", "direction"):
-        registry.unknown("accumulate", accumulate, ("gradient", "direction"))
+        registry.raise_unknown("accumulate", accumulate, ("gradient", "direction"))
     checks.check_step("decay", decay)
     return _ascent_attack(
         threat,

@@ -170,7 +170,7 @@ class Method:
         images = checks.check_images(images, self.threat.bounds)
         checks.check_eps(self.threat, images)
         checks.check_keys(key, images.shape[0])
-        classes = checks.num_classes(predict, images, keyed=self.samples is not None)
+        classes = checks.count_classes(predict, images, keyed=self.samples is not None)
         checks.check_labels(labels, images.shape[0], classes)
         shape = images.shape if self.spatial else (len(images), math.prod(images.shape[1:]))
         # In half precision a projection leaves the ball by its own rounding.
@@ -318,7 +318,7 @@ def _map_per_example(
             inside = _map_per_example(function, value.arguments)
             return dataclasses.replace(value, arguments=inside)
         if hasattr(value, "project") and jnp.ndim(value.eps) == 1:
-            return value.resized(function(value.eps))
+            return value.with_eps(function(value.eps))
         if isinstance(value, np.ndarray | jax.Array) and value.ndim == 1:
             return function(value)
         if isinstance(value, list | tuple):

@@ -20,13 +20,13 @@ from jaxdefense.attacks import checks
 from jaxdefense.attacks.fab import nearest_boundary
 from jaxdefense.attacks.method import method
 from jaxdefense.attacks.outcome import (
-    finite,
     fooled,
-    keep_inside,
-    lead,
-    nearest,
-    radii,
-    rivals,
+    initial_radii,
+    keep_in_ball,
+    minimize_distance,
+    runner_up_classes,
+    success_margin,
+    zero_non_finite,
 )
 from jaxdefense.types import (
     Array,
@@ -64,7 +64,7 @@ def _value_hit_grad(
         return jnp.sum(values), (values, fooled(logits, labels, targeted))
 
     grad, (values, hit) = jax.grad(total, has_aux=True)(z)
-    return values.astype(z.dtype), hit, finite(grad).astype(z.dtype)
+    return values.astype(z.dtype), hit, zero_non_finite(grad).astype(z.dtype)
 
 
 def _width(threat: Threat) -> float:
@@ -86,7 +86,7 @@ def _unit(grad: Images) -> Images:
 
 
 def _finish(best_x: Images, x: Images, threat: Threat, minimal: bool) -> Images:
-    return jax.lax.stop_gradient(best_x if minimal else keep_inside(best_x, x, threat))
+    return jax.lax.stop_gradient(best_x if minimal else keep_in_ball(best_x, x, threat))
 
 
 @method()
@@ -128,18 +128,20 @@ def deepfool(
     def attack(predict: Predict, key: Key, images: Images, labels: Labels) -> Images:
         x = jax.lax.stop_gradient(images)
         clean = predict(x)
-        linearise = nearest_boundary(predict, labels, threat, rivals(clean, labels, candidates))
+        linearise = nearest_boundary(
+            predict, labels, threat, runner_up_classes(clean, labels, candidates)
+        )
 
         def advance(_: Any, z: Images, best: PerExample) -> tuple[Images, Array, Images]:
             gap, normal = linearise(z)
-            z = z + (1 + overshoot) * threat.reach(z, normal, gap)
+            z = z + (1 + overshoot) * threat.step_to_hyperplane(z, normal, gap)
             z = jnp.clip(z, *threat.bounds).astype(x.dtype)
             return z, fooled(predict(z), labels), z
 
-        best, _ = radii(~fooled(clean, labels), x, threat, minimal)
+        best, _ = initial_radii(~fooled(clean, labels), x, threat, minimal)
         # The first fooling point ends the method, near or far.
         anywhere = jnp.full_like(best, jnp.finfo(best.dtype).max)
-        best_x = nearest(advance, x, x, x, best, threat, steps=steps, enough=anywhere)[1]
+        best_x = minimize_distance(advance, x, x, x, best, threat, steps=steps, enough=anywhere)[1]
         return _finish(best_x, x, threat, minimal)
 
     return attack
@@ -203,9 +205,11 @@ def ddn(
             moved = x + delta * per_example(radius / _length2(delta), x)
             return z, hit, (jnp.clip(moved, *threat.bounds), radius)
 
-        best, enough = radii(~fooled(predict(x), labels, targeted), x, threat, minimal)
+        best, enough = initial_radii(~fooled(predict(x), labels, targeted), x, threat, minimal)
         start = (x, jnp.full_like(best, radius_0))
-        best_x = nearest(advance, start, x, x, best, threat, steps=steps, enough=enough)[1]
+        best_x = minimize_distance(advance, start, x, x, best, threat, steps=steps, enough=enough)[
+            1
+        ]
         return _finish(best_x, x, threat, minimal)
 
     return attack
@@ -255,7 +259,7 @@ def fmn(
 
     def attack(predict: Predict, key: Key, images: Images, labels: Labels) -> Images:
         x = jax.lax.stop_gradient(images)
-        aim = functools.partial(lead, targeted=targeted)
+        aim = functools.partial(success_margin, targeted=targeted)
 
         def advance(n: Any, state: Any, best: PerExample) -> tuple[Images, Array, Any]:
             z, radius, found = state
@@ -263,19 +267,21 @@ def fmn(
             distance = threat.distance(z, x)
             found = found | hit
             share = _cosine(gamma, gamma / 1000, n, steps).astype(x.dtype)
-            dual = threat.dual(grad)
+            dual = threat.dual_norm(grad)
             guess = (1 + share) * (distance - value / jnp.where(dual > 0, dual, 1))
             outside = jnp.where(found, radius * (1 + share), guess)
             inside = jnp.minimum(radius * (1 - share), jnp.minimum(best, distance))
             radius = jnp.where(hit, inside, outside)
             alpha = _cosine(alpha_0, alpha_0 / 100, n, steps).astype(x.dtype)
-            moved = threat.resized(radius).project(z + alpha * _unit(grad), x)
+            moved = threat.with_eps(radius).project(z + alpha * _unit(grad), x)
             return z, hit, (moved, radius, found)
 
         right = ~fooled(predict(x), labels, targeted)
-        best, enough = radii(right, x, threat, minimal)
+        best, enough = initial_radii(right, x, threat, minimal)
         start = (x, jnp.full_like(best, jnp.inf), ~right)
-        best_x = nearest(advance, start, x, x, best, threat, steps=steps, enough=enough)[1]
+        best_x = minimize_distance(advance, start, x, x, best, threat, steps=steps, enough=enough)[
+            1
+        ]
         return _finish(best_x, x, threat, minimal)
 
     return attack
@@ -346,20 +352,20 @@ def cw(
 
             def total(w):
                 z = to_box(w)
-                margin = lead(predict(z), labels, targeted)
+                margin = success_margin(predict(z), labels, targeted)
                 far = jnp.sum(jnp.square((z - x) / (high - low)), range(1, x.ndim))
                 cost = far + const * jnp.maximum(confidence - margin, 0).astype(x.dtype)
                 return jnp.sum(cost), (z, margin > confidence)
 
             grad, (z, hit) = jax.grad(total, has_aux=True)(w)
-            moves, memory = adam.update(finite(grad), memory)
+            moves, memory = adam.update(zero_non_finite(grad), memory)
             return z, hit, (optax.apply_updates(w, moves), memory, const, ever | hit)
 
         def search(_: Any, carry: Any) -> Any:
             const, least, most, best_x, best = carry
             never = jnp.zeros(x.shape[0], bool)
             state = (origin, adam.init(origin), const, never)
-            state, best_x, best = nearest(
+            state, best_x, best = minimize_distance(
                 advance, state, x, best_x, best, threat, steps=steps, enough=enough
             )
             ever = state[3]
@@ -367,7 +373,7 @@ def cw(
             const = jnp.where(jnp.isinf(most), 10 * const, (least + most) / 2)
             return const, least, most, best_x, best
 
-        best, enough = radii(~fooled(predict(x), labels, targeted), x, threat, minimal)
+        best, enough = initial_radii(~fooled(predict(x), labels, targeted), x, threat, minimal)
         zeros = jnp.zeros_like(best)
         start = (zeros + initial_const, zeros, zeros + jnp.inf, x, best)
         best_x = jax.lax.fori_loop(0, searches, search, start)[3]

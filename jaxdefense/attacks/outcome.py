@@ -41,7 +41,7 @@ class FewClassesWarning(UserWarning):
     """The model has fewer classes than the attack was written for, and a fallback runs."""
 
 
-def few_classes(attack: str, num_classes: int, instead: str) -> None:
+def warn_few_classes(attack: str, num_classes: int, instead: str) -> None:
     """Says at trace time that `attack` does not exist for so few classes, and what runs."""
     warnings.warn(
         f"{attack} needs more than {num_classes} classes: {instead}",
@@ -63,7 +63,7 @@ def attack_loss(loss: LossFn | str) -> LossFn:
     return losses.log_odds if loss is losses.cross_entropy else loss
 
 
-def finite(grad: Array) -> Array:
+def zero_non_finite(grad: Array) -> Array:
     """`grad` with 0 for every entry that is NaN or infinite.
 
     One such entry would spoil its image's step for good: sign(NaN) is NaN, and momentum keeps it.
@@ -75,7 +75,7 @@ _REQUIRED: contextvars.ContextVar[Any] = contextvars.ContextVar("required lead",
 
 
 @contextlib.contextmanager
-def require_lead(lead: Array | float) -> Iterator[None]:
+def require_margin(lead: Array | float) -> Iterator[None]:
     """Attacks that are traced inside have won only where they lead by more than that.
 
     Args:
@@ -88,8 +88,8 @@ def require_lead(lead: Array | float) -> Iterator[None]:
         _REQUIRED.reset(token)
 
 
-def required_lead(logits: Logits) -> PerExample | float:
-    """What a win has to exceed: `require_lead`'s, and in half precision a rounding of the logits.
+def required_margin(logits: Logits) -> PerExample | float:
+    """What a win has to exceed: `require_margin`'s, and in half precision a rounding of the logits.
 
     A compiled attack computes with more precision than it stores, and a plain pass may break the
     tie that it left either way.
@@ -107,7 +107,7 @@ def required_lead(logits: Logits) -> PerExample | float:
     return jax.lax.stop_gradient(rounding) + _REQUIRED.get()
 
 
-def lead(logits: Logits, labels: Labels, targeted: bool = False) -> PerExample:
+def success_margin(logits: Logits, labels: Labels, targeted: bool = False) -> PerExample:
     """How far an attack has come in logits, positive exactly where it has succeeded.
 
     Args:
@@ -117,23 +117,23 @@ def lead(logits: Logits, labels: Labels, targeted: bool = False) -> PerExample:
 
     Returns:
       (B,): the largest other logit minus the label's; of a target, the other way round; less what
-      `required_lead` asks for.
+      `required_margin` asks for.
     """
     margin = losses.margin(logits, labels)
-    return (-margin if targeted else margin) - required_lead(logits)
+    return (-margin if targeted else margin) - required_margin(logits)
 
 
 def fooled(logits: Logits, labels: Labels, targeted: bool = False) -> Array:
     """(B,) bool: another class is strictly larger; ties and NaN count for the defender.
 
-    It has to be larger by `required_lead`, 0 unless in half precision.
+    It has to be larger by `required_margin`, 0 unless in half precision.
 
     Args:
       logits: (B, K).
       labels: (B,) labels, or targets.
       targeted: whether they are targets; then the target is strictly larger than all others.
     """
-    return lead(logits, labels, targeted) > 0
+    return success_margin(logits, labels, targeted) > 0
 
 
 def mean_over_draws(
@@ -163,12 +163,12 @@ def mean_over_draws(
     return jax.tree.map(lambda value: value / samples, total)
 
 
-def pick(mask: Array, x: Array, y: Array) -> Array:
+def select_rows(mask: Array, x: Array, y: Array) -> Array:
     """x (B, ...) where mask (B,), else y."""
     return jnp.where(mask.reshape(mask.shape + (1,) * (x.ndim - 1)), x, y)
 
 
-def rivals(logits: Logits, labels: Labels, count: int) -> Array:
+def runner_up_classes(logits: Logits, labels: Labels, count: int) -> Array:
     """(B, count) classes other than the label, the largest logit first.
 
     `count` is cut to K - 1.
@@ -178,22 +178,22 @@ def rivals(logits: Logits, labels: Labels, count: int) -> Array:
     return jax.lax.top_k(others, min(count, logits.shape[-1] - 1))[1]
 
 
-def runner_up(logits: Logits, labels: Labels) -> Labels:
+def runner_up_class(logits: Logits, labels: Labels) -> Labels:
     """(B,) the class other than the label with the largest logit."""
-    return rivals(logits, labels, 1)[:, 0]
+    return runner_up_classes(logits, labels, 1)[:, 0]
 
 
-def keep_inside(x_adv: Images, x: Images, threat: Threat) -> Images:
+def keep_in_ball(x_adv: Images, x: Images, threat: Threat) -> Images:
     """x_adv where it lies in the threat's ball, else x."""
-    return pick(threat.distance(x_adv, x) <= threat.eps, x_adv, x)
+    return select_rows(threat.distance(x_adv, x) <= threat.eps, x_adv, x)
 
 
-def between(x: Images, x_adv: Images, fraction: PerExample) -> Images:
+def interpolate(x: Images, x_adv: Images, fraction: PerExample) -> Images:
     """The point at that fraction of the way from x to x_adv."""
     return x + per_example(fraction, x) * (x_adv - x)
 
 
-def nearest(
+def minimize_distance(
     advance: Callable[[Any, Any, PerExample], tuple[Images, Array, Any]],
     state: Any,
     x: Images,
@@ -225,7 +225,7 @@ def nearest(
         z, hit, state = advance(n, state, best)
         distance = threat.distance(z, x)
         closer = hit & (distance < best) & (best > enough)
-        return n + 1, state, pick(closer, z, best_x), jnp.where(closer, distance, best)
+        return n + 1, state, select_rows(closer, z, best_x), jnp.where(closer, distance, best)
 
     def going(carry: Any) -> Array:
         return (carry[0] < steps) & jnp.any(carry[3] > enough)
@@ -233,9 +233,9 @@ def nearest(
     return jax.lax.while_loop(going, step, (jnp.array(0), state, best_x, best))[1:]
 
 
-def of_rows(threat: Threat, rows: Array) -> Threat:
+def threat_of_rows(threat: Threat, rows: Array) -> Threat:
     """The threat of those examples: its eps, where it has one for each."""
-    return threat.resized(jnp.asarray(threat.eps)[rows]) if jnp.ndim(threat.eps) else threat
+    return threat.with_eps(jnp.asarray(threat.eps)[rows]) if jnp.ndim(threat.eps) else threat
 
 
 def best_of_runs(
@@ -266,7 +266,7 @@ def best_of_runs(
     places = jnp.arange(batch)
     if runs == 1:
         points, scores = run(jnp.zeros_like(places), places, done)
-        return pick(~done & (scores > -jnp.inf), points, x)
+        return select_rows(~done & (scores > -jnp.inf), points, x)
 
     def turn(carry: Any) -> Any:
         waiting, kept, best = carry
@@ -277,7 +277,7 @@ def best_of_runs(
         scores = jnp.where(idle | jnp.isnan(scores), -jnp.inf, scores)
         top = jax.ops.segment_max(scores, rows, batch)
         first = jax.ops.segment_min(jnp.where(scores == top[rows], places, batch), rows, batch)
-        kept = pick(top > best, points[jnp.minimum(first, batch - 1)], kept)
+        kept = select_rows(top > best, points[jnp.minimum(first, batch - 1)], kept)
         best = jnp.maximum(best, top)
         waiting = waiting.ravel().at[chosen].set(False, mode="drop").reshape(waiting.shape)
         return waiting & (best < jnp.inf)[None], kept, best
@@ -287,7 +287,9 @@ def best_of_runs(
     return jax.lax.while_loop(lambda carry: jnp.any(carry[0]), turn, start)[1]
 
 
-def radii(right: Array, x: Images, threat: Threat, minimal: bool) -> tuple[PerExample, PerExample]:
+def initial_radii(
+    right: Array, x: Images, threat: Threat, minimal: bool
+) -> tuple[PerExample, PerExample]:
     """Where a minimal-norm attack starts and ends: best distances so far, and what is enough.
 
     What is misclassified already is at distance 0. Inside the ball is enough, unless `minimal`.

@@ -10,7 +10,7 @@ import numpy as np
 from jaxdefense import registry
 from jaxdefense.attacks import checks
 from jaxdefense.attacks.method import method
-from jaxdefense.attacks.outcome import DRAWS, Passes, lead, mean_over_draws, pick
+from jaxdefense.attacks.outcome import DRAWS, Passes, mean_over_draws, select_rows, success_margin
 from jaxdefense.types import (
     Array,
     Attack,
@@ -235,7 +235,7 @@ def check_layout(shape: tuple[int, ...], layout: str | None) -> None:
         first without a word about it.
     """
     if layout not in (None, "NHWC", "NCHW"):
-        registry.unknown("layout", layout, ("NHWC", "NCHW"))
+        registry.raise_unknown("layout", layout, ("NHWC", "NCHW"))
     if len(shape) not in (2, 3, 4):
         raise ValueError(f"square needs images (B, H, W, C) or vectors (B, D), got shape {shape}")
     if layout is None and len(shape) == 4 and shape[1] in (1, 3) and shape[3] > 4:
@@ -339,7 +339,7 @@ def square(
 
         def score(x_adv: Images, n: Any) -> PerExample:
             def values(fixed: Predict) -> PerExample:
-                return lead(fixed(form.back(x_adv)), labels, targeted)
+                return success_margin(fixed(form.back(x_adv)), labels, targeted)
 
             if samples is None:
                 found = values(predict)
@@ -366,14 +366,14 @@ def square(
             if samples is not None:  # both images under the same draws
                 best = score(x_best, n)
             better = (value > best) & ~finished(best)
-            x_best = pick(better, x_new, x_best)
+            x_best = select_rows(better, x_new, x_best)
             return n + 1, x_best, jnp.where(better, value, best), proposed(n + 1, x_best)
 
         first = proposal.start(x, threat, uniform(0, proposal.starts(x.shape[1:])))
         if samples is None:
             clean = score(x, 0)
             best = jnp.where(clean > 0, clean, score(first, 0))
-            x_best = pick(clean > 0, x, first)
+            x_best = select_rows(clean > 0, x, first)
         else:
             best, x_best = score(first, queries), first
         start = (jnp.array(0), x_best, best, proposed(0, x_best))

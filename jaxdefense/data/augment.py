@@ -223,7 +223,7 @@ def make(name: str, dataset: str) -> Augment:
       ValueError: unknown name or data set.
     """
     if dataset not in _SIZES:
-        registry.unknown("data set", dataset, _SIZES)
+        registry.raise_unknown("data set", dataset, _SIZES)
     digits = dataset in _NO_FLIP
     flip = () if digits else (random_flip(),)
     resized = random_resized_crop(scale=(_LEAST_CROP, 1.0)) if digits else random_resized_crop()
@@ -236,7 +236,7 @@ def make(name: str, dataset: str) -> Augment:
         "strong": compose(resized, *flip, color_jitter(), random_gray()),
     }
     if name not in views:
-        registry.unknown("augmentation", name, views)
+        registry.raise_unknown("augmentation", name, views)
     return views[name]
 
 

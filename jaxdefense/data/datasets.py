@@ -159,7 +159,7 @@ def load(
         that is empty or leaves nothing to train on.
     """
     if split not in SPLITS:
-        registry.unknown("split", split, SPLITS)
+        registry.raise_unknown("split", split, SPLITS)
     builder = _builder(name, prepare.default_data_dir(data_dir))
     read = _decoded if in_memory else _encoded
     arrays = read(builder, "test" if split == "test" else "train")
@@ -181,7 +181,7 @@ def load(
 def _builder(name: str, data_dir: pathlib.Path) -> tfds.core.DatasetBuilder:
     """The builder of a data set that is prepared in `data_dir`; builders of others raise."""
     if name not in _VALIDATION:
-        registry.unknown("data set", name, names())
+        registry.raise_unknown("data set", name, names())
     if name == "digits":
         prepare.prepare_digits(data_dir)
         return prepare.Digits(data_dir=data_dir, file_format=prepare.FORMAT)

@@ -94,7 +94,7 @@ class _Schedule:
         count = len(self.devices) * jax.process_count()
         rows = len(arrays)
         if remainder not in ("drop", "fill"):
-            registry.unknown("remainder", remainder, ("drop", "fill"))
+            registry.raise_unknown("remainder", remainder, ("drop", "fill"))
         if rows == 0:
             raise ValueError(f"{arrays.name}: there are no examples to train on")
         if not 0 < batch_size <= rows:

@@ -190,7 +190,7 @@ def prepare(
       ValueError: unknown name, or an original file that is missing or damaged.
     """
     if name not in _FILES:
-        registry.unknown("data set with original files", name, _FILES)
+        registry.raise_unknown("data set with original files", name, _FILES)
     folder = pathlib.Path(source) / _FOLDERS[name]
     standard: Any = tfds.builder_cls(name)
 

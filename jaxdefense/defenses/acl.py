@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 from jaxdefense import attacks, losses, registry
 from jaxdefense.attacks import checks
-from jaxdefense.defenses import base, contrastive
+from jaxdefense.defenses import _contrastive, base
 from jaxdefense.models import layers
 from jaxdefense.types import Images, Key, PerExample, Threat
 
@@ -59,20 +59,20 @@ def make(
       2010.13337, ACL(DS). Deviation: a linear head instead of fine-tuning the whole network.
       INFERRED: temperature, steps, the deployed branch; the attack runs on running averages.
     """
-    contrastive.check_temperature(temperature)
+    _contrastive.check_temperature(temperature)
     checks.check_count("steps", steps)
     checks.check_step("step_size", step_size)
     if branch not in BRANCHES:
-        registry.unknown("acl branch", branch, BRANCHES)
+        registry.raise_unknown("acl branch", branch, BRANCHES)
     if head not in ("clean", "adv"):
-        registry.unknown("acl head", head, ("clean", "adv"))
-    length = base.quarter(threat, step_size)
+        registry.raise_unknown("acl head", head, ("clean", "adv"))
+    length = base.default_step_size(threat, step_size)
     dual = layers.has_bn_sets(model)
     clean: dict[str, Any] = {"bn_set": 0} if dual else {}
     adversarial: dict[str, Any] = {"bn_set": 1} if dual else {}
     deployed = clean if branch == "clean" else adversarial
-    parts = contrastive.Parts(model.clone(bn_sets=2) if dual else model, projection=projection)
-    view = contrastive.views(dataset)
+    parts = _contrastive.Parts(model.clone(bn_sets=2) if dual else model, projection=projection)
+    view = _contrastive.views(dataset)
 
     def contrast(z: Any) -> PerExample:
         return losses.supcon(z, temperature=temperature, axis_name=base.AXIS)
@@ -98,9 +98,9 @@ def make(
         return parts.predict(params, carry, **deployed)
 
     contrast_phase = base.Phase(
-        "contrast", (base.Update(loss, contrastive.CONTRAST, craft),), view=view
+        "contrast", (base.Update(loss, _contrastive.CONTRAST, craft),), view=view
     )
-    head_phase = contrastive.head_phase(
+    head_phase = _contrastive.head_phase(
         "head",
         parts,
         view,

@@ -6,7 +6,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 
 from jaxdefense import losses
-from jaxdefense.defenses import base, teachers
+from jaxdefense.defenses import _teachers, base
 from jaxdefense.types import Images, Objective, PerExample, Threat
 
 
@@ -14,7 +14,7 @@ def make(
     model: nn.Module,
     threat: Threat,
     *,
-    teacher: teachers.Spec = None,
+    teacher: _teachers.Spec = None,
     alpha: float = 1.0,
     scale: float = 1.0,
     steps: int = 10,
@@ -30,7 +30,7 @@ def make(
       model: the student S, images (B, H, W, C) -> logits (B, K).
       threat: the set that x' is searched in.
       teacher: T, a trained network (in a config {"workdir": ..., "checkpoint": "best"}), or how
-        the run's first phase trains one (`teachers.make_teacher`).
+        the run's first phase trains one (`_teachers.make_teacher`).
       alpha: share of the adversarial examples.
       scale: of the whole loss.
       steps, step_size: of the inner maximisation; step_size in image units, by default eps / 4.
@@ -48,9 +48,9 @@ def make(
       adversarial distillation, CVPR 2023. The attack runs on the eval-mode student; x', then x,
       pass BatchNorm as two batches, also where alpha = 1.
     """
-    teachers.check(1.0, alpha=alpha)
-    teachers.check_scale(scale)
-    student, guide = base.Net(model), teachers.make_teacher(teacher, model, threat)
+    _teachers.check_distillation(1.0, alpha=alpha)
+    _teachers.check_temperature_scale(scale)
+    student, guide = base.Net(model), _teachers.make_teacher(teacher, model, threat)
 
     def objective(params: Any, carry: Any, batch: base.Batch) -> Objective:
         teach, learn = guide.predict(params, carry), student.predict(params, carry)
@@ -60,7 +60,7 @@ def make(
 
         return disagreement
 
-    climb = base.climb_craft(
+    climb = base.objective_craft(
         objective, threat, steps=steps, step_size=step_size, noise=noise, ramp_epochs=ramp_epochs
     )
 
@@ -74,6 +74,6 @@ def make(
         clean, carry = student.train(params, carry, batch["image"])
         robust, natural = losses.kl(batch["soft_moved"], moved), losses.kl(batch["soft"], clean)
         value = scale * jnp.mean(alpha * robust + (1 - alpha) * natural)
-        return value, (carry, teachers.metrics(batch, clean, moved))
+        return value, (carry, _teachers.metrics(batch, clean, moved))
 
     return guide.defense(student, loss, craft=craft)

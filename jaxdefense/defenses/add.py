@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 from jaxdefense import losses
 from jaxdefense.attacks import checks
-from jaxdefense.defenses import base, teachers
+from jaxdefense.defenses import _teachers, base
 from jaxdefense.types import Objective, Threat
 
 
@@ -15,7 +15,7 @@ def make(
     model: nn.Module,
     threat: Threat,
     *,
-    teacher: teachers.Spec = None,
+    teacher: _teachers.Spec = None,
     temperature: float = 1.0,
     robust_weight: float = 5 / 6,
     clean_weight: float = 1 / 6,
@@ -35,7 +35,7 @@ def make(
       model: the student S, images (B, H, W, C) -> logits (B, K).
       threat: the set that x' is searched in.
       teacher: T, a trained network (in a config {"workdir": ..., "checkpoint": "best"}), or how
-        the run's first phase trains one (`teachers.make_teacher`).
+        the run's first phase trains one (`_teachers.make_teacher`).
       temperature: tau, INFERRED; at 1 this is RSLAD.
       robust_weight, clean_weight: RSLAD's 5/6 and 1/6.
       scale: of the whole loss. RSLAD's code averages the KL over the classes too: .1 is its loss on
@@ -57,17 +57,17 @@ def make(
       in its code the attack runs on the eval-mode student, and x', then x, pass BatchNorm as two
       batches. RSLAD's cross-entropy against soft labels differs from the KL by a constant.
     """
-    teachers.check(temperature)
-    teachers.check_scale(scale)
+    _teachers.check_distillation(temperature)
+    _teachers.check_temperature_scale(scale)
     for name, weight in (("robust_weight", robust_weight), ("clean_weight", clean_weight)):
         checks.check_step(name, weight)
-    student, guide = base.Net(model), teachers.make_teacher(teacher, model, threat)
+    student, guide = base.Net(model), _teachers.make_teacher(teacher, model, threat)
 
     def objective(params: Any, carry: Any, batch: base.Batch) -> Objective:
         predict = student.predict(params, carry)
         return lambda z: losses.distillation(batch["soft"], predict(z), temperature=temperature)
 
-    climb = base.climb_craft(
+    climb = base.objective_craft(
         objective, threat, steps=steps, step_size=step_size, noise=noise, ramp_epochs=ramp_epochs
     )
 
@@ -81,6 +81,6 @@ def make(
         robust = losses.distillation(batch["soft"], moved, temperature=temperature)
         natural = losses.distillation(batch["soft"], clean, temperature=temperature)
         value = scale * jnp.mean(robust_weight * robust + clean_weight * natural)
-        return value, (carry, teachers.metrics(batch, clean, moved))
+        return value, (carry, _teachers.metrics(batch, clean, moved))
 
     return guide.defense(student, loss, craft=craft)

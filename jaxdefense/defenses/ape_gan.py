@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from jaxdefense import losses
 from jaxdefense.attacks import checks
-from jaxdefense.defenses import base, purifying
+from jaxdefense.defenses import _purifying, base
 from jaxdefense.types import Threat
 
 
@@ -62,9 +62,9 @@ def make(
     Reference: Shen et al., APE-GAN: adversarial perturbation elimination with GAN,
       arXiv 1707.05474. Deviation: x' is crafted anew for every update, not once for all.
     """
-    purifying.check_weights(pixel_weight=pixel_weight, adversarial_weight=adversarial_weight)
+    _purifying.check_weights(pixel_weight=pixel_weight, adversarial_weight=adversarial_weight)
     checks.check_count("generator_updates", generator_updates)
-    system = purifying.make_system(
+    system = _purifying.make_system(
         model,
         generator,
         generator_options,
@@ -85,10 +85,10 @@ def make(
         metrics = {"pixels": (jnp.sum(pixels), jnp.float32(pixels.size))}
         return jnp.mean(value), (carry, metrics)
 
-    craft = purifying.mixture(
+    craft = _purifying.mixture_craft(
         threat, system.classifier.predict, kinds=attacks, steps=steps, step_size=step_size
     )
-    spec = dict(optimizer or purifying.OPTIMIZER)
+    spec = dict(optimizer or _purifying.OPTIMIZER)
     updates = [system.discriminate(craft)]
     updates += [base.Update(loss, ("generator",), craft)] * generator_updates
     roles = {"generator": spec, "discriminator": spec}

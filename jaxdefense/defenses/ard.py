@@ -6,7 +6,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 
 from jaxdefense import losses
-from jaxdefense.defenses import base, teachers
+from jaxdefense.defenses import _teachers, base
 from jaxdefense.types import Threat
 
 
@@ -14,7 +14,7 @@ def make(
     model: nn.Module,
     threat: Threat,
     *,
-    teacher: teachers.Spec = None,
+    teacher: _teachers.Spec = None,
     temperature: float = 30.0,
     alpha: float = 1.0,
     scale: float = 1.0,
@@ -30,7 +30,7 @@ def make(
       model: the student S, images (B, H, W, C) -> logits (B, K).
       threat: the set that x' is searched in.
       teacher: T, a trained network (in a config {"workdir": ..., "checkpoint": "best"}), or how
-        the run's first phase trains one (`teachers.make_teacher`).
+        the run's first phase trains one (`_teachers.make_teacher`).
       temperature: tau; the authors' 30 on CIFAR-10.
       alpha: the teacher's share of the loss.
       scale: of the KL. The authors' code averages it over the classes too: .1 is its loss on ten.
@@ -47,9 +47,9 @@ def make(
       authors' code S(x) passes BatchNorm even where alpha = 1. Deviation: BatchNorm uses its
       running averages inside the attack.
     """
-    teachers.check(temperature, alpha=alpha)
-    teachers.check_scale(scale)
-    student, guide = base.Net(model), teachers.make_teacher(teacher, model, threat)
+    _teachers.check_distillation(temperature, alpha=alpha)
+    _teachers.check_temperature_scale(scale)
+    student, guide = base.Net(model), _teachers.make_teacher(teacher, model, threat)
     attack = base.pgd_craft(
         student, threat, steps=steps, step_size=step_size, ramp_epochs=ramp_epochs
     )
@@ -64,6 +64,6 @@ def make(
         taught = losses.distillation(batch["soft"], moved, temperature=temperature)
         natural = losses.cross_entropy(clean, base.targets(batch, clean))
         value = jnp.mean(scale * alpha * taught + (1 - alpha) * natural)
-        return value, (carry, teachers.metrics(batch, clean, moved))
+        return value, (carry, _teachers.metrics(batch, clean, moved))
 
     return guide.defense(student, loss, craft=craft)

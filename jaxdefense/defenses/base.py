@@ -146,24 +146,24 @@ class Defense:
       phases: run in order; the same Phase may stand in the list several times.
       predictors: {name: (params, carry) -> Predict}; the first is the deployed classifier.
       purifiers: {name of a predictor that cleans images first: its Purifier}.
-      given: {role: the trained network that `init` puts there}. No update trains such a role, and
-        checkpoints leave it out.
+      pretrained: {role: the trained network that `init` puts there}. No update trains such a role,
+        and checkpoints leave it out.
     """
 
     init: Callable[[Key, Images], tuple[Params, Carry]]
     phases: tuple[Phase, ...]
     predictors: Mapping[str, Predictor]
     purifiers: Mapping[str, Purifier] = dataclasses.field(default_factory=dict)
-    given: Mapping[str, Trained] = dataclasses.field(default_factory=dict)
+    pretrained: Mapping[str, Trained] = dataclasses.field(default_factory=dict)
 
     @property
     def primary(self) -> str:
         """The name of the deployed classifier's predictor."""
         return next(iter(self.predictors))
 
-    def own(self, by_role: Mapping[str, PyTree]) -> dict[str, PyTree]:
-        """Parameters or carry without the given roles."""
-        return {role: tree for role, tree in by_role.items() if role not in self.given}
+    def without_pretrained(self, by_role: Mapping[str, PyTree]) -> dict[str, PyTree]:
+        """Parameters or carry without the roles of pretrained networks."""
+        return {role: tree for role, tree in by_role.items() if role not in self.pretrained}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -194,7 +194,9 @@ class Net:
         return out, {**carry, self.role: new.get("batch_stats", {})}
 
 
-def single(net: Net, loss: Loss, *, craft: Craft = unchanged, phase: str = "train") -> Defense:
+def single_phase(
+    net: Net, loss: Loss, *, craft: Craft = unchanged, phase: str = "train"
+) -> Defense:
     """The defence of one network, one phase, one update per batch."""
     update = Update(loss, (net.role,), craft)
     return Defense(net.init, (Phase(phase, (update,)),), {net.role: net.predict})
@@ -226,12 +228,12 @@ def pgd_craft(
     """
     if not ramp_epochs >= 0:
         raise ValueError(f"ramp_epochs must not be negative, got {ramp_epochs!r}")
-    length = quarter(threat, step_size)
+    length = default_step_size(threat, step_size)
     pgd = functools.partial(attacks.pgd, steps=steps, loss=loss, random_start=random_start)
     pgd(threat, step_size=length)  # a wrong option fails here, not in a jit
 
     def craft(params: Params, carry: Carry, batch: Batch, key: Key) -> Batch:
-        factor = ramp(batch, ramp_epochs)
+        factor = eps_ramp(batch, ramp_epochs)
         attack = pgd(threat.scaled(factor), step_size=length * factor)
         x_adv = attack(net.predict(params, carry), key, batch["image"], batch["label"])
         return {**batch, "adversarial": x_adv}
@@ -239,7 +241,7 @@ def pgd_craft(
     return craft
 
 
-def climb_craft(
+def objective_craft(
     objective: Callable[[Params, Carry, Batch], Objective],
     threat: Threat,
     *,
@@ -265,10 +267,10 @@ def climb_craft(
     checks.check_count("steps", steps)
     for name, value in (("step_size", step_size), ("noise", noise), ("ramp_epochs", ramp_epochs)):
         checks.check_step(name, value)
-    length = quarter(threat, step_size)
+    length = default_step_size(threat, step_size)
 
     def craft(params: Params, carry: Carry, batch: Batch, key: Key) -> Batch:
-        x, factor = batch["image"], ramp(batch, ramp_epochs)
+        x, factor = batch["image"], eps_ramp(batch, ramp_epochs)
         if growth is not None:
             factor = factor * growth(carry, batch)
         x_adv = attacks.maximize(
@@ -285,7 +287,7 @@ def climb_craft(
     return craft
 
 
-def away(net: Net) -> Callable[[Params, Carry, Batch], Objective]:
+def kl_objective(net: Net) -> Callable[[Params, Carry, Batch], Objective]:
     """The objective KL(f(x) || f(z)): how far an image z moves what the network says of x."""
 
     def objective(params: Params, carry: Carry, batch: Batch) -> Objective:
@@ -303,12 +305,12 @@ def targets(batch: Batch, logits: Logits, *, smoothing: float = 0.0) -> Array:
     return losses.one_hot(batch["label"], logits.shape[-1], smoothing=smoothing)
 
 
-def quarter(threat: Threat, step_size: float | None) -> float | Array:
+def default_step_size(threat: Threat, step_size: float | None) -> float | Array:
     """A training attack's step size, by default a quarter of eps."""
     return threat.eps / 4 if step_size is None else step_size
 
 
-def ramp(batch: Batch, epochs: float) -> Array | float:
+def eps_ramp(batch: Batch, epochs: float) -> Array | float:
     """The factor of eps that grows from 0 to 1 over the first `epochs` (1 where epochs is 0)."""
     return jnp.minimum(batch["epoch"] / epochs, 1.0) if epochs else 1.0
 

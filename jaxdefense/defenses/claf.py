@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 from jaxdefense import attacks, losses, registry
 from jaxdefense.attacks import checks
-from jaxdefense.defenses import base, contrastive
+from jaxdefense.defenses import _contrastive, base
 from jaxdefense.threat import Linf
 from jaxdefense.types import Array, Attack, Images, Key, Labels, Predict, Threat
 
@@ -58,11 +58,11 @@ def literal_pgd(
 def _attack(
     mode: str, model: nn.Module, threat: Threat, *, steps: int, step_size: float | None
 ) -> Attack:
-    length = base.quarter(threat, step_size)
+    length = base.default_step_size(threat, step_size)
     if mode == "pixel":
         return attacks.pgd(threat, steps=steps, step_size=length)
     if mode != "literal":
-        registry.unknown("claf mode", mode, ("pixel", "literal"))
+        registry.raise_unknown("claf mode", mode, ("pixel", "literal"))
     mean, std = getattr(model, "mean", None), getattr(model, "std", None)
     if mean is None or std is None or not isinstance(threat, Linf):
         raise ValueError(
@@ -142,12 +142,12 @@ def make(
     """
     checks.check_count("cycles", cycles)
     if refresh_bn not in ("train", "eval"):
-        registry.unknown("refresh_bn", refresh_bn, ("train", "eval"))
+        registry.raise_unknown("refresh_bn", refresh_bn, ("train", "eval"))
     if final_head not in ("clean", "adv"):
-        registry.unknown("final_head", final_head, ("clean", "adv"))
+        registry.raise_unknown("final_head", final_head, ("clean", "adv"))
     attack = _attack(mode, model, threat, steps=steps, step_size=step_size)
-    parts = contrastive.Parts(model, projection=projection)
-    view = contrastive.views(dataset)
+    parts = _contrastive.Parts(model, projection=projection)
+    view = _contrastive.views(dataset)
 
     def craft(params: Any, carry: Any, batch: base.Batch, key: Key) -> base.Batch:
         predict = parts.predict(params, carry)
@@ -166,7 +166,7 @@ def make(
         metrics = {"robust_accuracy": base.accuracy(logits[2], batch["label"])}
         return jnp.mean(value), (carry, metrics)
 
-    refresh = contrastive.head_phase(
+    refresh = _contrastive.head_phase(
         "refresh",
         parts,
         view,
@@ -178,11 +178,11 @@ def make(
     )
     encode = base.Phase(
         "encode",
-        (base.Update(loss, contrastive.CONTRAST, craft),),
+        (base.Update(loss, _contrastive.CONTRAST, craft),),
         length=refresh_every,
         view=view,
     )
-    final = contrastive.head_phase(
+    final = _contrastive.head_phase(
         "final head",
         parts,
         view,
@@ -192,6 +192,6 @@ def make(
         attack=attack if final_head == "adv" else None,
         train_bn=refresh_bn == "train",
     )
-    contrast = contrastive.contrast_phase(parts, view, labels=labels, temperature=temperature)
+    contrast = _contrastive.contrast_phase(parts, view, labels=labels, temperature=temperature)
     phases = (contrast, *(refresh, encode) * cycles, final)
     return base.Defense(parts.init, phases, {"classifier": parts.predict})

@@ -61,7 +61,7 @@ def combine(parts: Sequence[tuple[float, base.Defense]]) -> base.Defense:
         return params, carry
 
     first = parts[0][1]
-    given = {role: net for _, part in reversed(parts) for role, net in part.given.items()}
+    given = {role: net for _, part in reversed(parts) for role, net in part.pretrained.items()}
     return base.Defense(init, phases, first.predictors, first.purifiers, given)
 
 

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxdefense import losses
-from jaxdefense.defenses import base, teachers
+from jaxdefense.defenses import _teachers, base
 from jaxdefense.types import Array, Logits, Threat
 
 
@@ -45,7 +45,7 @@ def make(
       1511.04508; broken by Carlini and Wagner, arXiv 1608.04644.
     """
     del threat
-    teachers.check(temperature)
+    _teachers.check_distillation(temperature)
     if teacher is not None and not isinstance(teacher, base.Trained):
         raise ValueError(f"teacher must be a trained network or None, got {teacher!r}")
 
@@ -66,12 +66,12 @@ def make(
         return jax.lax.stop_gradient(jax.nn.softmax(_over(answer, temperature)))
 
     if teacher is None:
-        net = base.Net(model, teachers.ROLE)
+        net = base.Net(model, _teachers.ROLE)
         first = base.Update(at_temperature(net, labels), (net.role,))
         phase = base.Phase(net.role, (first,), teacher_length)
-        guide = teachers.Teacher(net.init, net.predict, (phase,))
+        guide = _teachers.Teacher(net.init, net.predict, (phase,))
     else:
-        guide = teachers.trained(teacher)
+        guide = _teachers.frozen_teacher(teacher)
     student = base.Net(model)
     return guide.defense(student, at_temperature(student, softened))
 

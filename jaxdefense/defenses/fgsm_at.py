@@ -89,7 +89,7 @@ def updates(
     length = threat.eps if step_size is None else step_size
 
     def craft(params: Any, carry: Any, batch: base.Batch, key: Any) -> base.Batch:
-        factor = base.ramp(batch, ramp_epochs)
+        factor = base.eps_ramp(batch, ramp_epochs)
         attack = attacks.fgsm(
             threat.scaled(factor),
             step_size=length * factor,
@@ -137,7 +137,7 @@ def warm_start(
     """
     counts = {"normal": 1, "adv": 2}
     if start not in counts:
-        registry.unknown("start", start, counts)
+        registry.raise_unknown("start", start, counts)
     if length == 0:
         return (phase,)
     first = base.Phase(start, updates[: counts[start]], length, common=True)

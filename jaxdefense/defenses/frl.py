@@ -91,8 +91,8 @@ def make(
     def growth(carry: Any, batch: base.Batch) -> Array:
         return jnp.exp(carry["frl"]["multipliers"][2])[batch["label"]]
 
-    craft = base.climb_craft(
-        base.away(net),
+    craft = base.objective_craft(
+        base.kl_objective(net),
         threat,
         steps=steps,
         step_size=step_size,

@@ -112,7 +112,7 @@ def make(
     )
     for option, chosen, known in choices:
         if chosen not in known:
-            registry.unknown(f"{option} of gssl", chosen, known)
+            registry.raise_unknown(f"{option} of gssl", chosen, known)
     weights = {
         "screened_weight": screened_weight,
         "kl_weight": kl_weight,
@@ -307,7 +307,7 @@ def _lengths(stages: Mapping[str, Any], screen: str) -> dict[str, Any]:
     """The stages' lengths in their order, which a config's JSON does not keep."""
     for stage in stages:
         if stage not in STAGES:
-            registry.unknown("stage of gssl", stage, STAGES)
+            registry.raise_unknown("stage of gssl", stage, STAGES)
     chosen = {stage: stages[stage] for stage in STAGES if stage in stages}
     trains_generator = {"self_supervised", "joint"} & set(chosen)
     if screen == "none" and trains_generator:

@@ -7,7 +7,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 
 from jaxdefense.attacks import bpda
-from jaxdefense.defenses import base, purifying
+from jaxdefense.defenses import _purifying, base
 from jaxdefense.types import Images, Predict, Threat
 
 
@@ -20,7 +20,7 @@ def make(
     generator_options: Mapping[str, Any] | None = None,
     lengths: Mapping[str, float | str] | None = None,
     optimizer: Mapping[str, Any] | None = None,
-    attacks: Sequence[str] = purifying.ATTACKS,
+    attacks: Sequence[str] = _purifying.ATTACKS,
     steps: int = 10,
     step_size: float | None = None,
     layer: str = "logits",
@@ -58,7 +58,7 @@ def make(
     def finish(x: Images, out: Images) -> Images:
         return jnp.clip(x + out, low, high)
 
-    system = purifying.make_system(
+    system = _purifying.make_system(
         model, generator, generator_options, finish, classifier=classifier
     )
 
@@ -70,19 +70,19 @@ def make(
 
     def loss(params: Any, carry: Any, batch: base.Batch, key: Any) -> Any:
         cleaned, carry = system.clean(params, carry, batch["adversarial"])
-        logits, distance = purifying.feature_distance(
+        logits, distance = _purifying.feature_distance(
             system.classifier, params, carry, cleaned, batch["image"], layer
         )
         metrics = {"restored_accuracy": base.accuracy(logits, batch["label"])}
         return jnp.mean(distance), (carry, metrics)
 
-    craft = purifying.mixture(
+    craft = _purifying.mixture_craft(
         threat, system.classifier.predict, kinds=attacks, steps=steps, step_size=step_size
     )
     phase = base.Phase(
         "denoise",
         (base.Update(loss, ("generator",), craft),),
-        optimizers={"generator": dict(optimizer or purifying.OPTIMIZER)},
+        optimizers={"generator": dict(optimizer or _purifying.OPTIMIZER)},
     )
     detours = {"around clip": straight_through}
     return system.defense(threat, lengths, [phase], layer=layer, detours=detours)

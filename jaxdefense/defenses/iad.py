@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 from jaxdefense import losses
 from jaxdefense.attacks import checks
-from jaxdefense.defenses import base, teachers
+from jaxdefense.defenses import _teachers, base
 from jaxdefense.types import Threat
 
 
@@ -15,7 +15,7 @@ def make(
     model: nn.Module,
     threat: Threat,
     *,
-    teacher: teachers.Spec = None,
+    teacher: _teachers.Spec = None,
     temperature: float = 1.0,
     beta: float = 0.1,
     begin_epochs: float = 60.0,
@@ -34,7 +34,7 @@ def make(
       model: the student S, images (B, H, W, C) -> logits (B, K).
       threat: the set that x' is searched in.
       teacher: T, a trained network (in a config {"workdir": ..., "checkpoint": "best"}), or how
-        the run's first phase trains one (`teachers.make_teacher`).
+        the run's first phase trains one (`_teachers.make_teacher`).
       temperature: tau.
       beta: how sharply trust falls with the teacher's probability of the label.
       begin_epochs: epochs of the run before the student listens to itself (the authors: 60 of 200).
@@ -53,11 +53,11 @@ def make(
       gradient goes through S(x) too. Deviation: BatchNorm uses its running averages inside the
       attack.
     """
-    teachers.check(temperature)
-    teachers.check_scale(scale)
+    _teachers.check_distillation(temperature)
+    _teachers.check_temperature_scale(scale)
     for name, value in (("beta", beta), ("begin_epochs", begin_epochs)):
         checks.check_step(name, value)
-    student, guide = base.Net(model), teachers.make_teacher(teacher, model, threat)
+    student, guide = base.Net(model), _teachers.make_teacher(teacher, model, threat)
     attack = base.pgd_craft(
         student, threat, steps=steps, step_size=step_size, ramp_epochs=ramp_epochs
     )
@@ -76,7 +76,7 @@ def make(
         taught = losses.distillation(batch["soft"], moved, temperature=temperature)
         trust = batch["trust"]
         value = scale * jnp.mean(taught + (1 - trust) * losses.kl(clean, moved))
-        metrics = teachers.metrics(batch, clean, moved)
+        metrics = _teachers.metrics(batch, clean, moved)
         return value, (carry, {**metrics, "trust": (jnp.sum(trust), jnp.float32(trust.size))})
 
     return guide.defense(student, loss, craft=craft)

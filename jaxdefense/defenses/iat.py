@@ -75,4 +75,4 @@ def make(
             metrics[f"mixed_{metric}"] = base.accuracy(logits, jnp.argmax(target, -1))
         return total, (carry, metrics)
 
-    return base.single(net, loss, craft=craft)
+    return base.single_phase(net, loss, craft=craft)

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from jaxdefense import losses, registry
 from jaxdefense.attacks import bpda
-from jaxdefense.defenses import base, purifying
+from jaxdefense.defenses import _purifying, base
 from jaxdefense.types import Images, Predict, Threat
 
 PHASES = ("oblivious", "end_to_end")
@@ -25,7 +25,7 @@ def make(
     phases: Sequence[str] = PHASES,
     lengths: Mapping[str, float | str] | None = None,
     optimizer: Mapping[str, Any] | None = None,
-    attacks: Sequence[str] = purifying.ATTACKS,
+    attacks: Sequence[str] = _purifying.ATTACKS,
     steps: int = 10,
     step_size: float | None = None,
     clean_weight: float = 1.0,
@@ -72,7 +72,7 @@ def make(
       lineage (APE-GAN, arXiv 1707.05474; HGD, arXiv 1712.02976; JATP, arXiv 2106.05453), phase
       'end_to_end' is our addition, and D is an ablation.
     """
-    purifying.check_weights(
+    _purifying.check_weights(
         clean_weight=clean_weight,
         feature_weight=feature_weight,
         pixel_weight=pixel_weight,
@@ -82,7 +82,7 @@ def make(
         raise ValueError(f"reach must be positive, got {reach}")
     for name in phases:
         if name not in PHASES:
-            registry.unknown("phase", name, PHASES)
+            registry.raise_unknown("phase", name, PHASES)
     if list(phases) not in ([*PHASES], [PHASES[0]], [PHASES[1]]):
         raise ValueError(f"phases must be {' then '.join(PHASES)}, or one of them, got {phases}")
     eps_d, (low, high) = reach * threat.eps, threat.bounds
@@ -90,7 +90,7 @@ def make(
     def finish(x: Images, out: Images) -> Images:
         return jnp.clip(x + eps_d * jnp.tanh(out), low, high)
 
-    system = purifying.make_system(
+    system = _purifying.make_system(
         model,
         generator,
         generator_options,
@@ -109,7 +109,7 @@ def make(
         x, labels = batch["image"], batch["label"]
         both = jnp.concatenate((batch["adversarial"], x))
         cleaned, carry = system.clean(params, carry, both)
-        logits, features = purifying.feature_distance(
+        logits, features = _purifying.feature_distance(
             system.classifier, params, carry, cleaned, x, layer
         )
         restored, kept = logits[: len(x)], logits[len(x) :]
@@ -129,11 +129,13 @@ def make(
         return jnp.mean(value), (carry, metrics)
 
     def phase(name: str, target: base.Predictor) -> base.Phase:
-        craft = purifying.mixture(threat, target, kinds=attacks, steps=steps, step_size=step_size)
+        craft = _purifying.mixture_craft(
+            threat, target, kinds=attacks, steps=steps, step_size=step_size
+        )
         updates = [base.Update(loss, ("generator",), craft)]
         if system.discriminator is not None:
             updates.insert(0, system.discriminate(craft))
-        spec = dict(optimizer or purifying.OPTIMIZER)
+        spec = dict(optimizer or _purifying.OPTIMIZER)
         roles = {role: spec for update in updates for role in update.roles}
         return base.Phase(name, tuple(updates), optimizers=roles)
 

@@ -74,9 +74,9 @@ def make(
       arXiv 2302.08066 (for what is not from there, see the module's docstring).
     """
     if pairing not in PAIRINGS:
-        registry.unknown("pairing", pairing, PAIRINGS)
+        registry.raise_unknown("pairing", pairing, PAIRINGS)
     if labels not in LABELS:
-        registry.unknown("labels", labels, LABELS)
+        registry.raise_unknown("labels", labels, LABELS)
     mixing.check_positive("gamma", gamma)
     mixing.check_positive("mask_alpha", mask_alpha)
     mixing.check_positive("lam_alpha", lam_alpha)
@@ -110,4 +110,4 @@ def make(
         metrics = {"mixed_accuracy": base.accuracy(logits, jnp.argmax(target, -1))}
         return value, (carry, metrics)
 
-    return base.single(net, loss, craft=craft)
+    return base.single_phase(net, loss, craft=craft)

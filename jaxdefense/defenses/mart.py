@@ -59,4 +59,4 @@ def make(
         }
         return jnp.mean(value), (carry, metrics)
 
-    return base.single(net, loss, craft=craft)
+    return base.single_phase(net, loss, craft=craft)

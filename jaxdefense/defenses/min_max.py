@@ -95,7 +95,7 @@ def penalty(layers: Mapping[str, float], kurtosis: Mapping[str, float]) -> Any:
         ):
             for name, weight in weights.items():
                 if name not in found:
-                    registry.unknown("convolution", name, found)
+                    registry.raise_unknown("convolution", name, found)
                 value = value + sign * weight * term(found[name])
         return value
 

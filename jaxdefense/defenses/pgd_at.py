@@ -58,4 +58,4 @@ def make(
         value = jnp.mean(losses.cross_entropy(logits, target))
         return value, (carry, {"robust_accuracy": base.accuracy(logits, batch["label"])})
 
-    return base.single(net, loss, craft=craft)
+    return base.single_phase(net, loss, craft=craft)

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 from jaxdefense import attacks, losses, registry
 from jaxdefense.attacks import checks
-from jaxdefense.defenses import base, contrastive
+from jaxdefense.defenses import _contrastive, base
 from jaxdefense.types import Images, Key, PerExample, Threat
 
 
@@ -53,14 +53,14 @@ def make(
       2006.07589. INFERRED: the three views pass BatchNorm as one batch, the attack runs on its
       running averages, the head's optimiser is Adam.
     """
-    contrastive.check_temperature(temperature)
+    _contrastive.check_temperature(temperature)
     checks.check_count("steps", steps)
     checks.check_step("step_size", step_size)
     if head not in ("clean", "adv"):
-        registry.unknown("rocl head", head, ("clean", "adv"))
-    length = base.quarter(threat, step_size)
-    parts = contrastive.Parts(model, projection=projection)
-    view = contrastive.views(dataset)
+        registry.raise_unknown("rocl head", head, ("clean", "adv"))
+    length = base.default_step_size(threat, step_size)
+    parts = _contrastive.Parts(model, projection=projection)
+    view = _contrastive.views(dataset)
 
     def contrast(z: Any) -> PerExample:
         return losses.supcon(z, temperature=temperature, axis_name=base.AXIS)
@@ -80,9 +80,9 @@ def make(
         return jnp.mean(value), (carry, {})
 
     contrast_phase = base.Phase(
-        "contrast", (base.Update(loss, contrastive.CONTRAST, craft),), view=view
+        "contrast", (base.Update(loss, _contrastive.CONTRAST, craft),), view=view
     )
-    head_phase = contrastive.head_phase(
+    head_phase = _contrastive.head_phase(
         "head",
         parts,
         view,

@@ -30,4 +30,4 @@ def make(model: nn.Module, threat: Threat, *, smoothing: float = 0.0) -> base.De
         value = jnp.mean(losses.cross_entropy(logits, target))
         return value, (carry, {"accuracy": base.accuracy(logits, batch["label"])})
 
-    return base.single(net, loss)
+    return base.single_phase(net, loss)

@@ -2,7 +2,7 @@
 
 import flax.linen as nn
 
-from jaxdefense.defenses import base, contrastive
+from jaxdefense.defenses import _contrastive, base
 from jaxdefense.types import Threat
 
 
@@ -42,10 +42,10 @@ def make(
     Reference: Khosla et al., Supervised contrastive learning, arXiv 2004.11362.
     """
     del threat
-    parts = contrastive.Parts(model, projection=projection)
-    view = contrastive.views(dataset)
+    parts = _contrastive.Parts(model, projection=projection)
+    view = _contrastive.views(dataset)
     phases = (
-        contrastive.contrast_phase(parts, view, labels=labels, temperature=temperature),
-        contrastive.head_phase("head", parts, view, length=head_epochs, lr=head_lr, fresh=True),
+        _contrastive.contrast_phase(parts, view, labels=labels, temperature=temperature),
+        _contrastive.head_phase("head", parts, view, length=head_epochs, lr=head_lr, fresh=True),
     )
     return base.Defense(parts.init, phases, {"classifier": parts.predict})

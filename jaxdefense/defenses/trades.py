@@ -40,8 +40,8 @@ def make(
       and clean and adversarial images pass BatchNorm as two batches, clean first.
     """
     net = base.Net(model)
-    craft = base.climb_craft(
-        base.away(net),
+    craft = base.objective_craft(
+        base.kl_objective(net),
         threat,
         steps=steps,
         step_size=step_size,
@@ -62,4 +62,4 @@ def make(
         }
         return jnp.mean(natural + beta * robust), (carry, metrics)
 
-    return base.single(net, loss, craft=craft)
+    return base.single_phase(net, loss, craft=craft)

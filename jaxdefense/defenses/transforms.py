@@ -43,7 +43,10 @@ def with_ema(defense: base.Defense, *, decay: float = 0.9995) -> base.Defense:
 
     def init(key: Key, images: Any) -> tuple[base.Params, base.Carry]:
         params, carry = defense.init(key, images)
-        now = {"params": defense.own(params), "carry": defense.own(carry)}
+        now = {
+            "params": defense.without_pretrained(params),
+            "carry": defense.without_pretrained(carry),
+        }
         # Copies: two names for one buffer cannot both be donated to the step.
         return params, {**carry, "ema": jax.tree.map(jnp.copy, now)}
 
@@ -51,7 +54,10 @@ def with_ema(defense: base.Defense, *, decay: float = 0.9995) -> base.Defense:
         t = batch["step"].astype(jnp.float32)
         d = jnp.minimum(decay, (1 + t) / (10 + t))
         rest = {role: tree for role, tree in carry.items() if role != "ema"}
-        now = {"params": defense.own(params), "carry": defense.own(rest)}
+        now = {
+            "params": defense.without_pretrained(params),
+            "carry": defense.without_pretrained(rest),
+        }
 
         def average(old, new):
             if not jnp.issubdtype(new.dtype, jnp.floating):
@@ -78,7 +84,7 @@ def with_ema(defense: base.Defense, *, decay: float = 0.9995) -> base.Defense:
     raw = {f"raw_{name}": p for name, p in defense.predictors.items()}
     purifiers = {name: averaged_purifier(p) for name, p in defense.purifiers.items()}
     phases = _map_phases(defense, change)
-    return base.Defense(init, phases, {**predictors, **raw}, purifiers, defense.given)
+    return base.Defense(init, phases, {**predictors, **raw}, purifiers, defense.pretrained)
 
 
 def with_weight_perturbation(
@@ -252,7 +258,7 @@ def stacked(
     predictors = {label(i, n): of(i, p) for i in every for n, p in defense.predictors.items()}
     purifiers = {label(i, n): purifier(i, p) for i in every for n, p in defense.purifiers.items()}
     phases = _map_phases(defense, change)
-    return base.Defense(init, phases, predictors, purifiers, defense.given)
+    return base.Defense(init, phases, predictors, purifiers, defense.pretrained)
 
 
 def _equal(stack: Any) -> Any:
@@ -324,7 +330,7 @@ def with_soft_labels(
         defense,
         init=init,
         phases=_map_phases(defense, change),
-        given={**defense.given, net.role: teacher},
+        pretrained={**defense.pretrained, net.role: teacher},
     )
 
 
@@ -348,5 +354,5 @@ def apply(defense: base.Defense, name: str, **options: Any) -> base.Defense:
       ValueError: unknown name or options out of range.
     """
     if name not in _NAMED:
-        registry.unknown("transform", name, _NAMED)
+        registry.raise_unknown("transform", name, _NAMED)
     return _NAMED[name](defense, **options)

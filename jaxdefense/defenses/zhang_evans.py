@@ -82,4 +82,4 @@ def make(
         }
         return jnp.mean(natural) + alpha * jnp.sum(margin / count), (carry, metrics)
 
-    return base.single(net, loss, craft=craft)
+    return base.single_phase(net, loss, craft=craft)

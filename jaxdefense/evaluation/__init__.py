@@ -2,7 +2,7 @@
 
 from jaxdefense.evaluation.audit import Audit, Check, audit
 from jaxdefense.evaluation.cascade import autoattack
-from jaxdefense.evaluation.evaluator import Evaluator, summary
+from jaxdefense.evaluation.evaluator import Evaluator, summarize
 from jaxdefense.evaluation.flags import Flag
 from jaxdefense.evaluation.verdict import RandomVerdict, Stage, Verdict
 
@@ -16,5 +16,5 @@ __all__ = [
     "Verdict",
     "audit",
     "autoattack",
-    "summary",
+    "summarize",
 ]

@@ -23,7 +23,7 @@ from tqdm import tqdm
 from jaxdefense import attacks
 from jaxdefense.attacks import checks as inputs
 from jaxdefense.evaluation import cascade, curves, flags, randomised, tables
-from jaxdefense.evaluation.evaluator import LEAST, Evaluator, check_attack, summary
+from jaxdefense.evaluation.evaluator import LEAST, Evaluator, check_attack, summarize
 from jaxdefense.types import Attack, HostArray, Images, Key, Labels, Logits, Predict, Threat
 
 OBLIVIOUS = "T0 oblivious pgd (not white-box)"
@@ -89,7 +89,7 @@ class Audit:
         """
         bits = {**self.tiers, "worst": self.worst}
         return {
-            "tiers": summary(bits, labels, num_classes),
+            "tiers": summarize(bits, labels, num_classes),
             "checks": [{**dataclasses.asdict(c), "passed": bool(c.passed)} for c in self.checks],
             "attacks": self.attacks,
             "curve": [list(point) for point in self.curve],
@@ -115,10 +115,10 @@ def _basics(judge: Evaluator, images: np.ndarray, labels: np.ndarray) -> tuple[l
     def predict(z: Images) -> Logits:
         return judge.apply((), z)
 
-    noise = judge.noise((), x)
+    noise = judge.measure_noise((), x)
     ask("deterministic", not noise.random, noise.evidence())
     logits = judge.logits((), x)
-    beside = flags.nearby(x, judge.threat)
+    beside = flags.random_points(x, judge.threat)
     answers = np.concatenate([logits, judge.logits((), beside)])
     rows = (~np.isfinite(answers)).any(-1).mean()
     ask("finite logits", rows == 0, f"{rows:.1%} of images and points beside them are not")
@@ -136,11 +136,11 @@ def _basics(judge: Evaluator, images: np.ndarray, labels: np.ndarray) -> tuple[l
     eps = np.broadcast_to(np.asarray(judge.threat.eps, np.float32), len(images))[some]
 
     def shares(_: Any, x: Images, y: Labels, eps: Any) -> Any:
-        return flags.gradient_shares(predict, x, y, judge.threat.resized(eps))
+        return flags.gradient_shares(predict, x, y, judge.threat.with_eps(eps))
 
     try:
         twice = [np.concatenate([a, b]) for a, b in ((x, beside), (y, y), (eps, eps))]
-        zero, broken, _ = judge.over("gradients", shares, (), *twice).T
+        zero, broken, _ = judge.map_rows("gradients", shares, (), *twice).T
     except flags.NoGradients as error:
         ask("gradients are there", False, str(error))
         ask("gradients are finite", False, "there are none")
@@ -209,7 +209,7 @@ def audit(
     if random is not None:
         predict = attacks.eot(random, jax.random.key(seed), samples=samples)
     survey = _Survey(predict, images, labels, threat, seed, batch_size, progress)
-    classes = inputs.num_classes(predict, survey.images[:1])
+    classes = inputs.count_classes(predict, survey.images[:1])
     labels = survey.labels
     inputs.check_labels(labels, len(survey.images), classes)
     checks, gradients = _basics(survey.judge, survey.images, labels)
@@ -275,7 +275,7 @@ class _Survey:
     ):
         self.threat, self.seed, self.batch_size = threat, seed, batch_size
         self.judge = _evaluator(predict, threat, batch_size)
-        self.images = self.judge.prepare(images)
+        self.images = self.judge.check_images(images)
         if labels is None:
             labels = self.judge.logits((), self.images).argmax(-1)
         self.labels = np.asarray(labels)
@@ -297,7 +297,7 @@ class _Survey:
         self.bar.set_postfix_str(name)
         right = self.tiers["clean"].copy()
         crafter = self.judge if on is None else _evaluator(on, self.threat, self.batch_size)
-        for pack in crafter.packs(np.flatnonzero(right)):
+        for pack in crafter.split_rows(np.flatnonzero(right)):
             given = (self.images[pack], self.labels[pack], self.ids[pack])
             if on is None:
                 found, wrong, *_ = crafter.attack(
@@ -306,7 +306,7 @@ class _Survey:
             else:
                 found, _ = crafter.craft(name, attack, (), *given, rows=pack, seed=self.seed)
                 logits = self.judge.logits((), found.astype(self.images.dtype))
-                wrong = flags.wins(logits, self.labels[pack])
+                wrong = flags.is_fooled(logits, self.labels[pack])
             right[pack[wrong]] = False
             if counts:
                 self.x_adv[pack[wrong]] = found[wrong]
@@ -325,7 +325,7 @@ class _Survey:
         wide = _WIDE * self.threat.diameter(self.images[0].size)
         eps = [*(share * np.max(self.threat.eps) for share in (0.0, 0.25, 0.5, 1.0, 2.0)), wide]
         eps = sorted({float(e) for e in eps if e <= wide})
-        survives = curves.grid(
+        survives = curves.survival_over_eps(
             self.judge,
             (),
             self.images,

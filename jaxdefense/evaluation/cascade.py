@@ -24,7 +24,7 @@ from jaxdefense.attacks.square import check_layout
 from jaxdefense.evaluation import examine, flags, randomised
 from jaxdefense.evaluation.evaluator import Apply, Evaluator, check_attack, check_ids, check_targets
 from jaxdefense.evaluation.flags import Flag
-from jaxdefense.evaluation.journal import Journal, digest
+from jaxdefense.evaluation.journal import Journal, hash_arrays
 from jaxdefense.evaluation.verdict import Stage, Verdict
 from jaxdefense.types import HostArray, PredictWithKey, PyTree, Threat
 
@@ -55,7 +55,7 @@ def stages(
     known = [stage.name for stage in found]
     for name in attacks or ():
         if name not in known:
-            registry.unknown(f"stage of {version}", name, known)
+            registry.raise_unknown(f"stage of {version}", name, known)
     return [
         Stage(stage.name, stage.attack, *stage.passes, stage.note)
         for stage in found
@@ -156,8 +156,8 @@ def autoattack(
         version = "targeted"
     apply = _with_variables(predict or random, with_variables=variables is not None)
     evaluator = Evaluator(apply, threat, batch_size=batch_size, grid=grid)
-    images = evaluator.prepare(images)
-    classes = checks.num_classes(
+    images = evaluator.check_images(images)
+    classes = checks.count_classes(
         lambda *given: apply(variables, *given), images[:1], keyed=random is not None
     )
     chosen = stages(
@@ -179,10 +179,10 @@ def autoattack(
     if random is not None:
         if targets is not None or grid is not None or labels is None:
             raise ValueError("a randomised model is judged with labels, without targets or grid")
-        return randomised.run(
+        return randomised.run_stages(
             evaluator, variables, images, labels, chosen, classes, draws=draws, **options
         )
-    return run(evaluator, variables, images, labels, chosen, targets=targets, **options)
+    return run_stages(evaluator, variables, images, labels, chosen, targets=targets, **options)
 
 
 def _with_variables(function: Any, *, with_variables: bool) -> Apply:
@@ -190,7 +190,7 @@ def _with_variables(function: Any, *, with_variables: bool) -> Apply:
     return function if with_variables else lambda _, *given: function(*given)
 
 
-def run(
+def run_stages(
     evaluator: Evaluator,
     variables: PyTree,
     images: HostArray,
@@ -221,19 +221,19 @@ def run(
       ValueError: bad images or labels, probabilities or NaN instead of logits, a random model,
         BatchNorm in train mode, an attack of another threat, or a folder of another evaluation.
     """
-    images = evaluator.prepare(images)
+    images = evaluator.check_images(images)
     for stage in stages:
         check_attack(
             stage.name, stage.attack, evaluator.threat, len(images), targets=targets is not None
         )
-    examine.check_names(stages)
+    examine.check_stage_names(stages)
     ids = check_ids(ids, len(images))
-    variables = evaluator.place(variables)
+    variables = evaluator.replicate(variables)
     own = labels is None
     if own:
         labels = evaluator.logits(variables, images).argmax(-1)
     labels = np.asarray(labels)
-    logits = evaluator.check(variables, images, labels)
+    logits = evaluator.check_model(variables, images, labels)
     aims = labels
     if targets is not None:
         aims = check_targets(targets, labels, logits.shape[-1])
@@ -245,15 +245,17 @@ def run(
         "stages": {stage.name: describe(stage.attack) for stage in stages},
         "seed": seed,
         "grid": evaluator.grid,
-        "weights": None if folder is None else digest(*evaluator.constants(variables, images)),
-        "images": digest(images),
-        "labels": digest(labels),
-        "targets": None if targets is None else digest(aims),
-        "ids": digest(ids),
+        "weights": None
+        if folder is None
+        else hash_arrays(*evaluator.model_arrays(variables, images)),
+        "images": hash_arrays(images),
+        "labels": hash_arrays(labels),
+        "targets": None if targets is None else hash_arrays(aims),
+        "ids": hash_arrays(ids),
     }
     journal = Journal(folder, told, logits)
     clean = logits.argmax(-1) == labels
-    start = clean if targets is None else ~flags.wins(logits, aims, targeted=True)
+    start = clean if targets is None else ~flags.is_fooled(logits, aims, targeted=True)
     left, answers = start.copy(), logits.copy()
     x_adv = images.astype(np.promote_types(images.dtype, np.float32))
     by_attack, passes, seconds, unconfirmed = {}, {}, 0.0, {}
@@ -279,7 +281,7 @@ def run(
             unconfirmed[stage.name] = np.zeros(2, int)
             bar.set_postfix_str(f"{stage.name}, {left.mean():.2%} robust")
             dispatch = functools.partial(attacked, stage)
-            for done in journal.finish(stage.name, rows, evaluator.packs, dispatch):
+            for done in journal.finish(stage.name, rows, evaluator.split_rows, dispatch):
                 left[done["rows"]] = False
                 x_adv[done["rows"]] = done["x_adv"]
                 answers[done["asked"]] = done["logits"]
@@ -289,10 +291,10 @@ def run(
                 bar.update(len(done["asked"]))
             by_attack[stage.name] = left.copy()
     survivors = {"clean": start, **by_attack}
-    found += flags.about_survivors({n: int(b.sum()) for n, b in survivors.items()}, len(images))
+    found += flags.survivor_flags({n: int(b.sum()) for n, b in survivors.items()}, len(images))
     if stages:
         found += _about_unconfirmed(unconfirmed)
-        found += flags.about_answers(answers[start], int(start.sum()), "images after the attacks")
+        found += flags.answer_flags(answers[start], int(start.sum()), "images after the attacks")
     return Verdict(clean, left, by_attack, x_adv, passes, tuple(found), seconds)
 
 

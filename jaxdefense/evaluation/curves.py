@@ -12,7 +12,7 @@ from jaxdefense.evaluation.evaluator import Evaluator, attack_keys, check_attack
 from jaxdefense.types import Attack, PyTree, Threat
 
 
-def grid(
+def survival_over_eps(
     evaluator: Evaluator,
     variables: PyTree,
     images: np.ndarray,
@@ -40,15 +40,15 @@ def grid(
     Raises:
       ValueError: bad images, labels or eps.
     """
-    images = evaluator.prepare(images)
+    images = evaluator.check_images(images)
     check_attack("curve", attack(evaluator.threat), evaluator.threat, len(images))
     n = len(images)
     ids = np.arange(n) if ids is None else np.asarray(ids)
     radii = np.asarray(eps, np.float32)
     for radius in radii:
         dataclasses.replace(evaluator.threat, eps=float(radius))  # its checks
-    variables = evaluator.place(variables)
-    right = evaluator.check(variables, images, labels).argmax(-1) == labels
+    variables = evaluator.replicate(variables)
+    right = evaluator.check_model(variables, images, labels).argmax(-1) == labels
     survives = np.tile(right, (len(radii), 1))
     pairs = np.flatnonzero(survives)  # row eps_index * n + example
 
@@ -59,14 +59,14 @@ def grid(
         return jnp.argmax(evaluator.apply(variables, x_adv), -1) == y
 
     data = np.asarray(jax.random.key_data(attack_keys(seed, "curve", ids)))
-    for pack in evaluator.packs(pairs):
+    for pack in evaluator.split_rows(pairs):
         radius, row = np.divmod(pack, n)
         given = (data[row], images[row], labels[row], radii[radius])
-        survives[radius, row] = evaluator.call(("curve", attack), run, variables, *given)
+        survives[radius, row] = evaluator.dispatch(("curve", attack), run, variables, *given)
     return survives
 
 
-def from_distances(distances: np.ndarray, eps: Sequence[float]) -> np.ndarray:
+def curve_from_distances(distances: np.ndarray, eps: Sequence[float]) -> np.ndarray:
     """The whole curve from one minimal-norm run: the share of examples whose distance exceeds eps.
 
     Args:
@@ -80,7 +80,7 @@ def from_distances(distances: np.ndarray, eps: Sequence[float]) -> np.ndarray:
     return np.asarray([(np.asarray(distances) > radius).mean() for radius in eps])
 
 
-def distances(
+def minimal_distances(
     evaluator: Evaluator,
     variables: PyTree,
     images: np.ndarray,
@@ -103,11 +103,11 @@ def distances(
     Returns:
       0 where the example is misclassified, infinity where nothing was found.
     """
-    images = evaluator.prepare(images)
+    images = evaluator.check_images(images)
     check_attack("distance", attack, evaluator.threat, len(images), minimal=True)
     ids = np.arange(len(images)) if ids is None else np.asarray(ids)
-    variables = evaluator.place(variables)
-    right = evaluator.check(variables, images, labels).argmax(-1) == labels
+    variables = evaluator.replicate(variables)
+    right = evaluator.check_model(variables, images, labels).argmax(-1) == labels
     result = np.zeros(len(images))
 
     own = attack.per_example() if isinstance(attack, Method) else []
@@ -122,8 +122,8 @@ def distances(
         return jnp.where(wrong, evaluator.threat.distance(x_adv, x), jnp.inf)
 
     data = np.asarray(jax.random.key_data(attack_keys(seed, "distance", ids)))
-    for pack in evaluator.packs(np.flatnonzero(right)):
+    for pack in evaluator.split_rows(np.flatnonzero(right)):
         values = (np.asarray(array)[pack] for array in own)
         given = (data[pack], images[pack], labels[pack], *values)
-        result[pack] = evaluator.call(("distance", attack), run, variables, *given)
+        result[pack] = evaluator.dispatch(("distance", attack), run, variables, *given)
     return result

@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from jaxdefense.attacks import checks
 from jaxdefense.attacks.method import Method, takes_targets
-from jaxdefense.attacks.outcome import lead, require_lead
+from jaxdefense.attacks.outcome import require_margin, success_margin
 from jaxdefense.evaluation import flags, records
 from jaxdefense.types import (
     Array,
@@ -68,7 +68,7 @@ def attack_keys(seed: int, attack: str, ids: HostArray) -> Key:
     return jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.asarray(ids))
 
 
-def check_some(images: np.ndarray) -> None:
+def check_not_empty(images: np.ndarray) -> None:
     """There is something to evaluate on.
 
     Raises:
@@ -96,19 +96,19 @@ def check_ids(ids: HostArray | None, examples: int) -> np.ndarray:
     return ids
 
 
-def bare(attack: Attack) -> bool:
+def has_unknown_threat(attack: Attack) -> bool:
     """Whether an attack, or a part of it, is a bare function, of which no threat is known.
 
     Args:
       attack: any.
     """
     if isinstance(attack, functools.partial):
-        return bare(attack.func)
+        return has_unknown_threat(attack.func)
     if not isinstance(attack, Method):
         return True
     if "threat" in attack.arguments:
         return False
-    return any(bare(part) for part in attack.combined)
+    return any(has_unknown_threat(part) for part in attack.combined)
 
 
 def check_attack(
@@ -234,7 +234,7 @@ def _exactly(images: np.ndarray, threat: Threat, levels: int) -> np.ndarray:
     return low + steps / np.float32(levels) * np.float32(high - low)
 
 
-def valid(threat: Threat, x_adv: Images, images: Images) -> Array:
+def in_threat_set(threat: Threat, x_adv: Images, images: Images) -> Array:
     """(B,) bool: in the box, in the ball but for rounding, and finite.
 
     Args:
@@ -249,7 +249,7 @@ def valid(threat: Threat, x_adv: Images, images: Images) -> Array:
     return inside & (threat.distance(x_adv, images) <= limit)  # NaN compares false
 
 
-def handicapped(predict: Predict, lead: Array | float) -> Predict:
+def with_margin_to_beat(predict: Predict, lead: Array | float) -> Predict:
     """A model whose logits are cut to the largest one less `lead`: what is nearer to it ties.
 
     A tie fools nobody, so an attack on it has won only where it wins on `predict` by more than
@@ -345,7 +345,7 @@ class Evaluator:
         self._compiled: dict[Hashable, Callable] = {}
         self._programs: dict[Hashable, Any] = {}  # the model's, by what it is given
 
-    def of(self, apply: Apply) -> "Evaluator":
+    def with_model(self, apply: Apply) -> "Evaluator":
         """An evaluator of another model, of the same threat, devices and batches.
 
         Args:
@@ -355,7 +355,7 @@ class Evaluator:
         other.apply, other._compiled, other._programs = apply, {}, {}
         return other
 
-    def place(self, variables: PyTree) -> PyTree:
+    def replicate(self, variables: PyTree) -> PyTree:
         """The weights on every device, once for many calls.
 
         Args:
@@ -364,7 +364,7 @@ class Evaluator:
         arrays, rest = partition(variables)
         return rest.join(jax.device_put(arrays, self._whole))
 
-    def packs(self, rows: np.ndarray) -> Iterator[np.ndarray]:
+    def split_rows(self, rows: np.ndarray) -> Iterator[np.ndarray]:
         """The rows in groups that fit the two static shapes with little padding.
 
         Args:
@@ -383,7 +383,7 @@ class Evaluator:
         size = self.small if n <= self.small else self.large
         return array[np.pad(np.arange(n), (0, size - n), "edge")]
 
-    def call(self, key: Hashable, function: Callable, variables: PyTree, *arrays: Any) -> Any:
+    def dispatch(self, key: Hashable, function: Callable, variables: PyTree, *arrays: Any) -> Any:
         """function(variables, *arrays), compiled under `key`; the arrays are padded.
 
         Args:
@@ -416,20 +416,20 @@ class Evaluator:
         result = self._compiled[key, rest](weights, *batched)
         return jax.tree.map(lambda leaf: np.asarray(leaf)[:n], result)
 
-    def over(
+    def map_rows(
         self, key: Hashable, function: Callable, variables: PyTree, *arrays: np.ndarray
     ) -> np.ndarray:
-        """As `call`, for any number of rows.
+        """As `dispatch`, for any number of rows.
 
         Args:
-          key: see `call`.
-          function: see `call`; it returns one array.
-          variables: see `call`.
+          key: see `dispatch`.
+          function: see `dispatch`; it returns one array.
+          variables: see `dispatch`.
           *arrays: NumPy arrays of N rows.
         """
         parts = [
-            self.call(key, function, variables, *(array[rows] for array in arrays))
-            for rows in self.packs(np.arange(len(arrays[0])))
+            self.dispatch(key, function, variables, *(array[rows] for array in arrays))
+            for rows in self.split_rows(np.arange(len(arrays[0])))
         ]
         return np.concatenate(parts)
 
@@ -440,10 +440,10 @@ class Evaluator:
           variables: `apply`'s first argument.
           images: (N, H, W, C).
         """
-        return self.over("logits", self.apply, variables, images).astype(np.float32)
+        return self.map_rows("logits", self.apply, variables, images).astype(np.float32)
 
-    def noise(self, variables: PyTree, images: np.ndarray) -> flags.Noise:
-        """Whether the model answers alike twice, and in other company; see `flags.noise`.
+    def measure_noise(self, variables: PyTree, images: np.ndarray) -> flags.Noise:
+        """Whether the model answers alike twice, and in other company; see `flags.measure_noise`.
 
         Args:
           variables: `apply`'s first argument.
@@ -455,9 +455,11 @@ class Evaluator:
         """
 
         def forward(x: np.ndarray) -> np.ndarray:
-            return self.over("logits", self.apply, variables, x)
+            return self.map_rows("logits", self.apply, variables, x)
 
-        return flags.noise(forward, images, self.threat, self._traces_differ(variables, images[:1]))
+        return flags.measure_noise(
+            forward, images, self.threat, self._traces_differ(variables, images[:1])
+        )
 
     def _traces_differ(self, variables: PyTree, image: np.ndarray) -> bool:
         """Whether two traces are different programs; a third one later has to be the same."""
@@ -468,7 +470,7 @@ class Evaluator:
             def program(arrays: Any, x: Array) -> Logits:
                 return self.apply(rest.join(arrays), x)
 
-            return flags.program(jax.make_jaxpr(program)(arrays, image))
+            return flags.program_text(jax.make_jaxpr(program)(arrays, image))
 
         if given not in self._programs:
             self._programs[given] = trace()
@@ -480,7 +482,9 @@ class Evaluator:
             )
         return False
 
-    def constants(self, variables: PyTree, images: np.ndarray, *, keyed: bool = False) -> list[Any]:
+    def model_arrays(
+        self, variables: PyTree, images: np.ndarray, *, keyed: bool = False
+    ) -> list[Any]:
         """The model's numbers: its weights, and the arrays that it closes over.
 
         Args:
@@ -496,10 +500,10 @@ class Evaluator:
 
         return [
             *map(np.asarray, arrays),
-            *flags.program(jax.make_jaxpr(program)(arrays, *given))[1],
+            *flags.program_text(jax.make_jaxpr(program)(arrays, *given))[1],
         ]
 
-    def prepare(self, images: HostArray) -> np.ndarray:
+    def check_images(self, images: HostArray) -> np.ndarray:
         """The images on the host, checked; rounding at the box's edge is clipped.
 
         Args:
@@ -511,30 +515,30 @@ class Evaluator:
         """
         if isinstance(images, jax.Array):
             images = np.asarray(images)
-        check_some(images)
+        check_not_empty(images)
         images = np.asarray(checks.check_images(images, self.threat.bounds))
         checks.check_eps(self.threat, images)
         if self.grid is not None:
             check_grid(images, self.threat, self.grid)
         return images
 
-    def check(self, variables: PyTree, images: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    def check_model(self, variables: PyTree, images: np.ndarray, labels: np.ndarray) -> np.ndarray:
         """The checks that need values; returns the clean logits (N, K).
 
         Args:
           variables: `apply`'s first argument.
-          images: (N, H, W, C) of `prepare`.
+          images: (N, H, W, C) of `check_images`.
           labels: (N,) integers.
 
         Raises:
           ValueError: bad labels, probabilities, NaN, a random model, or one whose logits of an
             image depend on its batch (BatchNorm in train mode).
         """
-        checks.num_classes(lambda x: self.apply(variables, x), images[:1])
+        checks.count_classes(lambda x: self.apply(variables, x), images[:1])
         logits = self.logits(variables, images)
         checks.check_logits(logits, len(images))
         checks.check_labels(labels, len(images), logits.shape[-1])
-        self.noise(variables, images).check()
+        self.measure_noise(variables, images).check()
         return logits
 
     def craft(
@@ -577,7 +581,7 @@ class Evaluator:
 
         def run(variables, data, x, y, *given):
             *given, margin = given
-            ball = self.threat.resized(given[0]) if eps else self.threat
+            ball = self.threat.with_eps(given[0]) if eps else self.threat
             made = attack
             if isinstance(attack, Method) and own:
                 made = attack.with_per_example(iter(given[len(eps) :]))
@@ -585,10 +589,10 @@ class Evaluator:
             keys = jax.random.wrap_key_data(data)
             if not strict:
                 x_adv = made(predict, keys, x, y)
-            elif bare(attack):
-                x_adv = made(handicapped(predict, margin[0]), keys, x, y)
+            elif has_unknown_threat(attack):
+                x_adv = made(with_margin_to_beat(predict, margin[0]), keys, x, y)
             else:
-                with require_lead(margin[0]):
+                with require_margin(margin[0]):
                     x_adv = made(predict, keys, x, y)
             _check_images_of(name, x_adv, x)
             wide = _wide(x)
@@ -596,10 +600,10 @@ class Evaluator:
                 x_adv = ball.project(x_adv.astype(wide.dtype), wide)
             seen = jnp.zeros(len(x))
             if not keyed:
-                seen = lead(_wide(predict(x_adv.astype(x.dtype))), y, targeted)
+                seen = success_margin(_wide(predict(x_adv.astype(x.dtype))), y, targeted)
             if grid is not None:
                 x_adv = ball.rounded(x_adv, wide, grid)
-            return x_adv, valid(ball, x_adv, wide), seen
+            return x_adv, in_threat_set(ball, x_adv, wide), seen
 
         strict = margin > 0
         data = np.asarray(jax.random.key_data(attack_keys(seed, name, ids)))
@@ -610,7 +614,7 @@ class Evaluator:
         padded = self._padded(labels)
         if not targeted and not keyed:
             padded[len(ids) :] = padded[len(ids) :] == 0
-        x_adv, inside, seen = self.call(
+        x_adv, inside, seen = self.dispatch(
             key, run, variables, data, images, padded, *eps, *many, margins
         )
         if not inside.all():
@@ -662,8 +666,10 @@ class Evaluator:
                 name, attack, variables, *given, rows=rows[some], seed=seed, margin=margin
             )
             logits = self.logits(variables, found.astype(images.dtype))
-            plain = np.asarray(lead(jnp.asarray(logits), jnp.asarray(labels[some]), targeted))
-            won = flags.wins(logits, labels[some], targeted)
+            plain = np.asarray(
+                success_margin(jnp.asarray(logits), jnp.asarray(labels[some]), targeted)
+            )
+            won = flags.is_fooled(logits, labels[some], targeted)
             return found, won, logits, np.abs(seen - plain), seen
 
         found, fooled, logits, lost, seen = tried(np.arange(len(ids)), 0.0)
@@ -712,23 +718,23 @@ class Evaluator:
 
         Raises:
           ValueError: an attack of another threat, a targeted one without targets, and what
-            `prepare`, `check` and `attack` raise.
+            `check_images`, `check_model` and `attack` raise.
         """
-        images, labels = self.prepare(images), np.asarray(labels)
+        images, labels = self.check_images(images), np.asarray(labels)
         ids = check_ids(ids, len(images))
         for name, attack in attacks.items():
             check_attack(name, attack, self.threat, len(images), targets=targets is not None)
-        variables = self.place(variables)
-        logits = self.check(variables, images, labels)
+        variables = self.replicate(variables)
+        logits = self.check_model(variables, images, labels)
         clean = logits.argmax(-1) == labels
         aims = labels if targets is None else check_targets(targets, labels, logits.shape[-1])
-        withstood = clean if targets is None else ~flags.wins(logits, aims, targeted=True)
+        withstood = clean if targets is None else ~flags.is_fooled(logits, aims, targeted=True)
         result = {"clean": clean, **{name: withstood.copy() for name in attacks}}
         rows = np.arange(len(clean)) if everywhere else np.flatnonzero(withstood)
         with tqdm(total=len(rows) * len(attacks), disable=not progress, unit="image") as bar:
             for name, attack in attacks.items():
                 bar.set_postfix_str(name)
-                for pack in self.packs(rows):
+                for pack in self.split_rows(rows):
                     given = (images[pack], aims[pack], ids[pack])
                     found = self.attack(name, attack, variables, *given, rows=pack, seed=seed)
                     result[name][pack] = ~found.fooled
@@ -736,7 +742,9 @@ class Evaluator:
         return result
 
 
-def summary(bits: Mapping[str, np.ndarray], labels: np.ndarray, num_classes: int) -> dict[str, Any]:
+def summarize(
+    bits: Mapping[str, np.ndarray], labels: np.ndarray, num_classes: int
+) -> dict[str, Any]:
     """What a record keeps of bits, accuracies in percent.
 
     Args:
@@ -756,7 +764,7 @@ def summary(bits: Mapping[str, np.ndarray], labels: np.ndarray, num_classes: int
             "accuracy": percent(right),
             "per_class": [percent(right[labels == k]) for k in range(num_classes)],
             "n": len(right),
-            "bits": records.pack(right),
+            "bits": records.pack_bits(right),
         }
         for name, right in bits.items()
     }

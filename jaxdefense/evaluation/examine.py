@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxdefense.evaluation import flags
-from jaxdefense.evaluation.evaluator import Evaluator, bare
+from jaxdefense.evaluation.evaluator import Evaluator, has_unknown_threat
 from jaxdefense.evaluation.flags import Flag
 from jaxdefense.evaluation.verdict import Stage
 from jaxdefense.types import Images, Labels, PyTree
@@ -15,7 +15,7 @@ from jaxdefense.types import Images, Labels, PyTree
 _ASKED = 128  # images of which, with points beside them, a gradient is asked before any attack
 
 
-def check_names(stages: Sequence[Stage]) -> None:
+def check_stage_names(stages: Sequence[Stage]) -> None:
     """Stages are told apart by their names, in the random keys and in a journal.
 
     Args:
@@ -51,26 +51,29 @@ def examine(
     Raises:
       ValueError: a stage needs gradients, and there are none to be had.
     """
-    found = flags.about_logits(logits, labels)
+    found = flags.logit_flags(logits, labels)
     some = slice(_ASKED)
     eps = np.broadcast_to(np.asarray(evaluator.threat.eps, np.float32), len(images))[some]
     x = np.concatenate(
-        [images[some], flags.nearby(images[some], evaluator.threat.resized(jnp.asarray(eps)))]
+        [
+            images[some],
+            flags.random_points(images[some], evaluator.threat.with_eps(jnp.asarray(eps))),
+        ]
     )
     y = np.concatenate([labels[some]] * 2)
     answers = evaluator.logits(variables, x[len(x) // 2 :])
-    found += flags.about_answers(answers, len(answers), "points of the balls, drawn at random")
+    found += flags.answer_flags(answers, len(answers), "points of the balls, drawn at random")
 
     def shares(variables: PyTree, x: Images, y: Labels, eps: Any) -> Any:
         def predict(z: Images) -> Any:
             return evaluator.apply(variables, z)
 
-        return flags.gradient_shares(predict, x, y, evaluator.threat.resized(eps))
+        return flags.gradient_shares(predict, x, y, evaluator.threat.with_eps(eps))
 
     try:
         given = (x, y, np.concatenate([eps, eps]))
-        asked = evaluator.over("gradients", shares, variables, *given)
-        found += flags.about_gradients(asked)
+        asked = evaluator.map_rows("gradients", shares, variables, *given)
+        found += flags.gradient_flags(asked)
     except flags.NoGradients as error:
         if any(stage.backward for stage in stages):
             raise ValueError(
@@ -84,7 +87,7 @@ def examine(
     if flags.has_loop(predict, jnp.asarray(images[:1])):
         evidence = "the model iterates (while or scan): attack what it optimises, too"
         found.append(Flag("loop in the forward pass", "warning", evidence))
-    if unknown := [stage.name for stage in stages if bare(stage.attack)]:
+    if unknown := [stage.name for stage in stages if has_unknown_threat(stage.attack)]:
         evidence = f"{', '.join(unknown)}: bare functions, of which no eps is known"
         found.append(Flag("attack without its threat", "note", evidence))
     found += [Flag("few classes", "note", stage.note) for stage in stages if stage.note]

@@ -124,7 +124,7 @@ class Noise:
 _SHOWN = 32  # images that the questions of noise are asked about
 
 
-def difference(first: np.ndarray, second: np.ndarray) -> float:
+def logit_difference(first: np.ndarray, second: np.ndarray) -> float:
     """How far two models' logits lie apart, over the spread of the logits.
 
     The spread is the median over the images of the logits' median distance from their median, so
@@ -144,7 +144,7 @@ def difference(first: np.ndarray, second: np.ndarray) -> float:
     return float(max(far.max(initial=0), 0) / max(np.median(spread), np.finfo(np.float32).tiny))
 
 
-def nearby(images: np.ndarray, threat: Threat, seed: int = 0) -> np.ndarray:
+def random_points(images: np.ndarray, threat: Threat, seed: int = 0) -> np.ndarray:
     """Random points of the ball around each image, and of the box, on the host.
 
     Args:
@@ -162,7 +162,7 @@ def nearby(images: np.ndarray, threat: Threat, seed: int = 0) -> np.ndarray:
     return np.clip(images.astype(np.float32) + eps * noise, low, high).astype(images.dtype)
 
 
-def noise(
+def measure_noise(
     forward: Callable[[np.ndarray], np.ndarray],
     images: np.ndarray,
     threat: Threat,
@@ -178,7 +178,7 @@ def noise(
     """
     x = images[:_SHOWN]
     n = len(x)
-    beside = nearby(x, threat)
+    beside = random_points(x, threat)
     grey = np.full_like(x, sum(threat.bounds) / 2)
     batch = np.concatenate([x, beside])
     first, again = (np.asarray(forward(batch)) for _ in range(2))
@@ -186,14 +186,14 @@ def noise(
     besides = np.asarray(forward(np.concatenate([beside[::-1], grey])))[:n][::-1]
     exact = 1e-4 if jax.default_backend() == "cpu" else 1e-2  # matrix units round to 10 bits
     return Noise(
-        repeat=difference(first, again),
-        company=difference(first, np.concatenate([others, besides])),
+        repeat=logit_difference(first, again),
+        company=logit_difference(first, np.concatenate([others, besides])),
         traced=traced,
         tolerance=max(4 * float(jnp.finfo(first.dtype).eps), exact),
     )
 
 
-def program(jaxpr: Any) -> tuple[str, list[bytes]]:
+def program_text(jaxpr: Any) -> tuple[str, list[bytes]]:
     """A traced program and its constants, without the addresses of Python's objects."""
     constants = [_bytes(constant) for constant in jaxpr.consts if hasattr(constant, "dtype")]
     return re.sub(r"0x[0-9a-f]+", "", str(jaxpr.jaxpr)), constants
@@ -270,7 +270,7 @@ def gradient_shares(predict: Predict, images: Images, labels: Labels, threat: Th
     return jnp.stack([zero.astype(jnp.float32), share, lower.astype(jnp.float32)], -1)
 
 
-def about_gradients(shares: np.ndarray) -> list[Flag]:
+def gradient_flags(shares: np.ndarray) -> list[Flag]:
     """The flags of `gradient_shares`.
 
     Args:
@@ -296,7 +296,7 @@ def about_gradients(shares: np.ndarray) -> list[Flag]:
     return found
 
 
-def about_answers(logits: np.ndarray, examples: int, where: str) -> list[Flag]:
+def answer_flags(logits: np.ndarray, examples: int, where: str) -> list[Flag]:
     """The flags of what a model says of images in the ball: NaN, and ties.
 
     Args:
@@ -318,14 +318,14 @@ def about_answers(logits: np.ndarray, examples: int, where: str) -> list[Flag]:
     return found
 
 
-def about_logits(logits: np.ndarray, labels: np.ndarray) -> list[Flag]:
+def logit_flags(logits: np.ndarray, labels: np.ndarray) -> list[Flag]:
     """The flags of clean logits: ties, and a model that answers one class.
 
     Args:
       logits: (N, K).
       labels: (N,).
     """
-    found = about_answers(logits, len(logits), "clean images")
+    found = answer_flags(logits, len(logits), "clean images")
     answers = np.unique(logits.argmax(-1))
     if len(answers) == 1 and len(np.unique(labels)) > 1:
         found.append(Flag("one class", "error", f"every image is class {answers[0]} to the model"))
@@ -336,7 +336,7 @@ def about_logits(logits: np.ndarray, labels: np.ndarray) -> list[Flag]:
     return found
 
 
-def about_survivors(survivors: dict[str, int], examples: int) -> list[Flag]:
+def survivor_flags(survivors: dict[str, int], examples: int) -> list[Flag]:
     """The masking alarm: what gradient attacks on the loss left and others took.
 
     Args:
@@ -356,7 +356,7 @@ def about_survivors(survivors: dict[str, int], examples: int) -> list[Flag]:
     return found
 
 
-def wins(logits: np.ndarray, labels: np.ndarray, targeted: bool = False) -> np.ndarray:
+def is_fooled(logits: np.ndarray, labels: np.ndarray, targeted: bool = False) -> np.ndarray:
     """(B,) bool: who is fooled by a plain pass: the model's answer, the first of equal logits.
 
     NaN is no right answer, and reaches no target.

@@ -15,12 +15,12 @@ from typing import Any
 import numpy as np
 
 from jaxdefense import files
-from jaxdefense.evaluation.flags import difference
+from jaxdefense.evaluation.flags import logit_difference
 
 FORMAT = 2
 
 
-def digest(*arrays: np.ndarray | bytes) -> str:
+def hash_arrays(*arrays: np.ndarray | bytes) -> str:
     """A short hash of the arrays' values, shapes and dtypes.
 
     Args:
@@ -83,7 +83,7 @@ class Journal:
     def _compare_logits(self, path: pathlib.Path, logits: np.ndarray) -> None:
         """The same model, but for the rounding of other devices and batch sizes."""
         before = self._load(path)["logits"]
-        if before.shape != logits.shape or difference(before, logits) > 0.02:
+        if before.shape != logits.shape or logit_difference(before, logits) > 0.02:
             raise ValueError(
                 f"{self.folder} holds an evaluation of another model (its clean logits differ); "
                 f"choose another folder, or remove it"

@@ -12,7 +12,12 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from jaxdefense.evaluation.records import Record, unpack_images
-from jaxdefense.evaluation.tables import columns, conditions, group, threat
+from jaxdefense.evaluation.tables import (
+    attack_columns,
+    format_conditions,
+    group_by_row,
+    record_threat,
+)
 
 
 def _axes(width: float, height: float, title: str) -> tuple[Figure, Axes]:
@@ -28,10 +33,10 @@ def _axes(width: float, height: float, title: str) -> tuple[Figure, Axes]:
 def accuracy_bars(records: Sequence[Record]) -> Figure:
     """Accuracy of each row's deployed predictor: a group of bars per row, a bar per attack."""
     rows: dict[str, tuple[str, list[Record]]] = {}
-    for (name, predictor), same in group(records).items():
+    for (name, predictor), same in group_by_row(records).items():
         rows.setdefault(name, (predictor, same))
-    names = columns(records)
-    title = f"accuracy, clean and under attack\n{conditions(records)}"
+    names = attack_columns(records)
+    title = f"accuracy, clean and under attack\n{format_conditions(records)}"
     figure, axes = _axes(1.5 + 1.1 * len(rows), 3.2, title)
     width = 0.8 / len(names)
     for i, column in enumerate(names):
@@ -51,10 +56,10 @@ def accuracy_bars(records: Sequence[Record]) -> Figure:
 
 def class_bars(records: Sequence[Record], *names: str) -> Figure:
     """Accuracy per class, a line for each of the named attacks and row's deployed predictor."""
-    title = f"accuracy per class, {', '.join(names)}\n{conditions(records)}"
+    title = f"accuracy per class, {', '.join(names)}\n{format_conditions(records)}"
     figure, axes = _axes(6.5, 3.2, title)
     seen = set()
-    for (name, predictor), same in group(records).items():
+    for (name, predictor), same in group_by_row(records).items():
         if name in seen:
             continue
         for column in names:
@@ -78,7 +83,7 @@ def class_bars(records: Sequence[Record], *names: str) -> Figure:
 
 def audit_curve(records: Sequence[Record]) -> Figure:
     """PGD's accuracy over eps of each audited predictor; dashed, the threat's own eps."""
-    title = f"accuracy over eps, PGD through the whole defence\n{conditions(records)}"
+    title = f"accuracy over eps, PGD through the whole defence\n{format_conditions(records)}"
     figure, axes = _axes(6.5, 3.2, title)
     eps = set()
     for record in records:
@@ -86,7 +91,7 @@ def audit_curve(records: Sequence[Record]) -> Figure:
             if found["curve"]:
                 radii, values = zip(*found["curve"], strict=True)
                 axes.plot(radii, values, "o-", label=f"{record['name']}, {predictor}", markersize=4)
-                eps.add(threat(record)["eps"])
+                eps.add(record_threat(record)["eps"])
     for radius in eps:
         axes.axvline(radius, color="0.5", linestyle="--", linewidth=1)
     axes.set_xlabel("eps")

@@ -15,7 +15,7 @@ from jaxdefense import attacks, data, registry
 from jaxdefense.evaluation import cascade, records
 from jaxdefense.evaluation.audit import Audit
 from jaxdefense.evaluation.audit import audit as judge
-from jaxdefense.evaluation.evaluator import Evaluator, summary
+from jaxdefense.evaluation.evaluator import Evaluator, summarize
 from jaxdefense.runs.run import Run
 from jaxdefense.types import Images, Predict, PyTree
 
@@ -55,7 +55,7 @@ def configured(
       progress: show bars.
 
     Raises:
-      ValueError: see `Evaluator.check`.
+      ValueError: see `Evaluator.check_model`.
     """
     began = time.monotonic()
     arrays = run.arrays("test").take(slice(examples))
@@ -71,7 +71,7 @@ def configured(
             seed=run.seed,
             progress=progress,
         )
-        results[predictor] = summary(bits, arrays.labels, arrays.num_classes)
+        results[predictor] = summarize(bits, arrays.labels, arrays.num_classes)
     seconds = time.monotonic() - began
     made = {name: repr(attack) for name, attack in run.attacks.items()}
     return _record(run, results, seconds, protocol="configured", training=training, attacks=made)
@@ -100,7 +100,7 @@ def autoattack(
       "cascade" the flags and, for each predictor, the survivors after each attack and the passes.
 
     Raises:
-      ValueError: see `cascade.run`.
+      ValueError: see `cascade.run_stages`.
     """
     arrays = run.arrays("test").take(slice(examples))
     stages = cascade.stages(run.threat, arrays.num_classes)
@@ -113,7 +113,7 @@ def autoattack(
     flags: list[dict[str, str]] = []
     seconds = 0.0
     for name, (weights, own) in judged.items():
-        verdict = cascade.run(
+        verdict = cascade.run_stages(
             evaluator,
             weights,
             data.to_float(own.images),
@@ -125,7 +125,7 @@ def autoattack(
             progress=progress,
         )
         bits = {"clean": verdict.clean, "aa-fast": verdict.fast, "autoattack": verdict.robust}
-        results[name] = summary(bits, own.labels, arrays.num_classes)
+        results[name] = summarize(bits, own.labels, arrays.num_classes)
         survivors = {stage: int(left.sum()) for stage, left in verdict.by_attack.items()}
         told[name] = {"survivors": survivors, "passes": verdict.passes}
         flags += [{"predictor": name, **dataclasses.asdict(flag)} for flag in verdict.flags]
@@ -183,7 +183,7 @@ def audit(
     options = dict(run.config["evaluation"].get("audit", {}))
     for option in options:
         if option not in _AUDIT_OPTIONS:
-            registry.unknown("option of evaluation.audit", option, _AUDIT_OPTIONS)
+            registry.raise_unknown("option of evaluation.audit", option, _AUDIT_OPTIONS)
     arrays = run.arrays("test").take(slice(examples))
     images, labels = data.to_float(arrays.images), arrays.labels
     params, carry = jax.tree.map(jnp.asarray, (variables["params"], variables["carry"]))

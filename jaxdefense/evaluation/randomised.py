@@ -23,12 +23,12 @@ from jaxdefense.attacks.outcome import mean_over_draws
 from jaxdefense.evaluation import examine, flags
 from jaxdefense.evaluation.evaluator import Evaluator, attack_keys, check_attack, check_ids
 from jaxdefense.evaluation.flags import Flag
-from jaxdefense.evaluation.journal import Journal, digest
+from jaxdefense.evaluation.journal import Journal, hash_arrays
 from jaxdefense.evaluation.verdict import RandomVerdict, Stage
 from jaxdefense.types import HostArray, Images, Labels, Predict, PyTree
 
 
-def run(
+def run_stages(
     evaluator: Evaluator,
     variables: PyTree,
     images: np.ndarray,
@@ -47,7 +47,7 @@ def run(
     Args:
       evaluator: its `apply` is (variables, key, images) -> logits.
       variables: the model's weights.
-      images: (N, H, W, C) of `Evaluator.prepare`.
+      images: (N, H, W, C) of `Evaluator.check_images`.
       labels: (N,) integers.
       stages: attacks with `samples`, in order.
       classes: K.
@@ -66,9 +66,9 @@ def run(
     checks.check_labels(labels, len(images), classes)
     for stage in stages:
         check_attack(stage.name, stage.attack, evaluator.threat, len(images))
-    examine.check_names(stages)
+    examine.check_stage_names(stages)
     ids = check_ids(ids, len(images))
-    variables = evaluator.place(variables)
+    variables = evaluator.replicate(variables)
     judge = Draws(evaluator, variables, labels, ids, draws, seed)
     first, second = judge.logits("first", images), judge.logits("second", images)
     checks.check_logits(first, len(images))
@@ -77,7 +77,7 @@ def run(
         key = jax.random.fold_in(jax.random.key(seed), 1)
         return jax.vmap(lambda z: evaluator.apply(variables, key, z[None])[0])(x)
 
-    fixed = evaluator.of(one_draw)
+    fixed = evaluator.with_model(one_draw)
     found = examine.examine(
         fixed, variables, images, labels, fixed.logits(variables, images), stages
     )
@@ -86,7 +86,7 @@ def run(
         found.append(Flag("not random", "warning", evidence))
 
     def constants() -> str:
-        return digest(*evaluator.constants(variables, images, keyed=True))
+        return hash_arrays(*evaluator.model_arrays(variables, images, keyed=True))
 
     told = {
         "threat": describe(evaluator.threat),
@@ -94,9 +94,9 @@ def run(
         "seed": seed,
         "draws": draws,
         "weights": None if folder is None else constants(),
-        "images": digest(images),
-        "labels": digest(labels),
-        "ids": digest(ids),
+        "images": hash_arrays(images),
+        "labels": hash_arrays(labels),
+        "ids": hash_arrays(ids),
     }
     journal = Journal(folder, told, first)
     clean_share = judge.share("clean", images)
@@ -116,7 +116,7 @@ def run(
         for stage in stages:
             passes[stage.name] = (stage.forward * len(images), stage.backward * len(images))
             craft = functools.partial(crafted, stage)
-            for done in journal.finish(stage.name, everything, evaluator.packs, craft):
+            for done in journal.finish(stage.name, everything, evaluator.split_rows, craft):
                 rows = done["asked"]
                 share = judge.share("choice", done["x_adv"], rows)
                 better = share < worst[rows]
@@ -127,7 +127,7 @@ def run(
                 bar.update(len(rows))
             by_attack[stage.name] = worst >= 0.5
     counts = {name: int(bits.sum()) for name, bits in {"clean": start, **by_attack}.items()}
-    found += flags.about_survivors(counts, len(images))
+    found += flags.survivor_flags(counts, len(images))
     share = judge.share("verdict", x_adv)
     return RandomVerdict(
         clean=clean_share >= 0.5,
@@ -183,7 +183,7 @@ class Draws:
         keys = attack_keys(self.seed, f"draws for the {purpose}", self.ids[rows])
         data = np.asarray(jax.random.key_data(keys))
         given = (data, x, self.labels[rows])
-        return self.evaluator.over((name, samples), run, self.variables, *given)
+        return self.evaluator.map_rows((name, samples), run, self.variables, *given)
 
     def logits(self, purpose: str, x: np.ndarray) -> np.ndarray:
         """(N, K) of one draw.

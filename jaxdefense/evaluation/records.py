@@ -33,13 +33,13 @@ _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "tensorflow-d
 Record = dict[str, Any]
 
 
-def pack(bits: np.ndarray) -> str:
+def pack_bits(bits: np.ndarray) -> str:
     """Booleans (N,) as text."""
     return base64.b64encode(np.packbits(bits).tobytes()).decode()
 
 
-def unpack(text: str, n: int) -> np.ndarray:
-    """The booleans (n,) of `pack`."""
+def unpack_bits(text: str, n: int) -> np.ndarray:
+    """The booleans (n,) of `pack_bits`."""
     return np.unpackbits(np.frombuffer(base64.b64decode(text), np.uint8), count=n).astype(bool)
 
 

@@ -1,7 +1,7 @@
 """Markdown tables from records: mean ± std (seeds), reported beside measured.
 
 Every accuracy stands beside its threat and its number of test images, and only records that
-differ in nothing but the seed are averaged (`group`).
+differ in nothing but the seed are averaged (`group_by_row`).
 """
 
 import math
@@ -24,7 +24,7 @@ def markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-def number(values: Cell) -> str:
+def format_mean(values: Cell) -> str:
     """ "97.31", or "97.31 ± 0.12 (3)": mean, sample standard deviation, number of seeds."""
     if not values:
         return "–"
@@ -34,7 +34,7 @@ def number(values: Cell) -> str:
     return f"{mean:.2f} ± {statistics.stdev(values):.2f} ({len(values)})"
 
 
-def threat(record: Record) -> Mapping[str, Any]:
+def record_threat(record: Record) -> Mapping[str, Any]:
     """What a record's attacks were allowed: its own "threat" if it has one, else its config's.
 
     Returns:
@@ -52,16 +52,16 @@ def _eps_text(eps: float) -> str:
     return digits
 
 
-def threat_text(record: Record) -> str:
+def format_threat(record: Record) -> str:
     """ "L∞ 8/255", with the threat's note in brackets; "–" for a record without a threat."""
-    found = threat(record)
+    found = record_threat(record)
     if not found:
         return "–"
     text = f"{_NORMS.get(found['norm'], found['norm'])} {_eps_text(found['eps'])}"
     return f"{text} ({found['note']})" if "note" in found else text
 
 
-def count_text(results: Iterable[Mapping[str, Any]]) -> str:
+def format_count(results: Iterable[Mapping[str, Any]]) -> str:
     """The number of images of results per attack: "500", or "200 to 500"; "–" if none says so."""
     counts = sorted({result["n"] for result in results if "n" in result})
     return " to ".join(map(str, dict.fromkeys((counts[0], counts[-1])))) if counts else "–"
@@ -70,14 +70,14 @@ def count_text(results: Iterable[Mapping[str, Any]]) -> str:
 def _conditions(same: Sequence[Record], predictor: str) -> list[str]:
     """The cells "threat" and "n" of a row."""
     results = (result for record in same for result in record["results"][predictor].values())
-    return [threat_text(same[0]), count_text(results)]
+    return [format_threat(same[0]), format_count(results)]
 
 
-def conditions(records: Sequence[Record]) -> str:
+def format_conditions(records: Sequence[Record]) -> str:
     """The threats and numbers of images of all records, for a figure's title: "L∞ 0.15, n 500"."""
-    threats = ", ".join(dict.fromkeys(map(threat_text, records)))
+    threats = ", ".join(dict.fromkeys(map(format_threat, records)))
     attacked = (found for record in records for found in record["results"].values())
-    return f"{threats}, n {count_text(r for found in attacked for r in found.values())}"
+    return f"{threats}, n {format_count(r for found in attacked for r in found.values())}"
 
 
 def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
@@ -98,7 +98,7 @@ def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
 def _settings(record: Record, own_threat: bool) -> dict[str, Any]:
     """The config without its seed; on demand also the threat of the measurement."""
     config = {key: value for key, value in record.get("config", {}).items() if key != "seed"}
-    return _flat(config) | (_flat(threat(record), "record.threat") if own_threat else {})
+    return _flat(config) | (_flat(record_threat(record), "record.threat") if own_threat else {})
 
 
 def _measurement(record: Record, predictor: str) -> dict[str, Any]:
@@ -132,7 +132,7 @@ def _differences(one: Record, other: Record, predictor: str) -> dict[str, tuple[
 
 
 def _check_same_row(one: Record, other: Record, predictor: str) -> None:
-    """Refuses two records that may not be averaged; see `group`."""
+    """Refuses two records that may not be averaged; see `group_by_row`."""
     keys: dict[tuple[str, str], list[str]] = {}
     for key, values in _differences(one, other, predictor).items():
         keys.setdefault(values, []).append(key)
@@ -153,7 +153,7 @@ def row_label(record: Record, predictor: str) -> str:
     return record["name"] if predictor == first else f"{record['name']} [{predictor}]"
 
 
-def group(records: Iterable[Record]) -> dict[tuple[str, str], list[Record]]:
+def group_by_row(records: Iterable[Record]) -> dict[tuple[str, str], list[Record]]:
     """{(record name, predictor): records over seeds}, in order of appearance.
 
     Records of one row differ in their seed and in what the seed decides. Compared are the config
@@ -185,7 +185,7 @@ def group(records: Iterable[Record]) -> dict[tuple[str, str], list[Record]]:
     return rows
 
 
-def columns(records: Iterable[Record]) -> list[str]:
+def attack_columns(records: Iterable[Record]) -> list[str]:
     """The attacks that any record holds, in order of appearance."""
     seen: dict[str, None] = {}
     for record in records:
@@ -210,13 +210,13 @@ def accuracy_table(records: Sequence[Record]) -> str:
 
     A cell is the measured mean ± std (seeds), behind it the reported number where one is known.
     """
-    names = columns(records)
+    names = attack_columns(records)
     rows = []
-    for (_, predictor), same in group(records).items():
+    for (_, predictor), same in group_by_row(records).items():
         cells = _conditions(same, predictor)
         for column in names:
             reported = _reported(same[0], column)
-            cell = number(_measured(same, predictor, column))
+            cell = format_mean(_measured(same, predictor, column))
             cells.append(f"{cell}; reported {reported}" if reported else cell)
         rows.append([row_label(same[0], predictor), *cells])
     return markdown(["accuracy, %", "threat", "n", *names], rows)
@@ -226,19 +226,19 @@ def class_table(records: Sequence[Record], column: str) -> str:
     """A row per record name and predictor: threat, images of all classes, then a column per class.
 
     Args:
-      records: see `group`.
+      records: see `group_by_row`.
       column: the attack; the cells are accuracies in percent.
     """
     rows, classes = [], 0
-    for (name, predictor), same in group(records).items():
+    for (name, predictor), same in group_by_row(records).items():
         found = [r["results"][predictor][column] for r in same if column in r["results"][predictor]]
         if not found:
             continue
         lists = [result["per_class"] for result in found]
         classes = max(classes, len(lists[0]))
         cells = [[v for v in values if v is not None] for values in zip(*lists, strict=True)]
-        told = [threat_text(same[0]), count_text(found)]
-        rows.append([f"{name} [{predictor}]", *told, *map(number, cells)])
+        told = [format_threat(same[0]), format_count(found)]
+        rows.append([f"{name} [{predictor}]", *told, *map(format_mean, cells)])
     return markdown([f"{column}, %", "threat", "n", *map(str, range(classes))], rows)
 
 
@@ -274,23 +274,27 @@ def _protected_count(record: Record, prefix: str = "protect") -> str:
     classes = [sum(v is not None for v in result["per_class"]) for result in firsts]
     if firsts and counted and max(classes) == 1:  # each member was judged on its own class alone
         return str(sum(result["n"] for result in firsts))
-    return count_text(next(iter(results.values())).values())
+    return format_count(next(iter(results.values())).values())
 
 
 def protected_table(records: Sequence[Record]) -> str:
     """A row per record name: threat, images, then metric I per attack, percent, mean ± std (seeds).
 
     Args:
-      records: see `group`.
+      records: see `group_by_row`.
     """
-    names = columns(records)
+    names = attack_columns(records)
     rows: dict[str, list[str]] = {}
-    for (name, _), same in group(records).items():
+    for (name, _), same in group_by_row(records).items():
         if name in rows:  # a stack has one row per predictor there
             continue
         means = [protected(record) for record in same]
-        told = [threat_text(same[0]), _protected_count(same[0])]
-        rows[name] = [name, *told, *(number([one[c] for one in means if c in one]) for c in names)]
+        told = [format_threat(same[0]), _protected_count(same[0])]
+        rows[name] = [
+            name,
+            *told,
+            *(format_mean([one[c] for one in means if c in one]) for c in names),
+        ]
     return markdown(["metric I, %", "threat", "n", *names], rows.values())
 
 
@@ -301,7 +305,7 @@ def tier_table(record: Record, predictor: str) -> str:
         classes = {k: v for k, v in enumerate(found["per_class"]) if v is not None}
         worst = min(classes, key=classes.__getitem__)
         label = "worst case per example, T0 left out" if name == "worst" else name
-        told = [threat_text(record), count_text([found])]
+        told = [format_threat(record), format_count([found])]
         cells = [f"{found['accuracy']:.2f}", f"{classes[worst]:.2f} (class {worst})"]
         rows.append([label, *told, *cells])
     return markdown([f"{predictor}, accuracy, %", "threat", "n", "all", "worst class"], rows)

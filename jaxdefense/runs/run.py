@@ -109,7 +109,7 @@ def _load(dataset: Mapping[str, Any], split: str) -> data.Arrays:
     known = [p for p in inspect.signature(data.load).parameters if p != "split"]
     for option in options:
         if option not in known:
-            registry.unknown("option of dataset", option, [*known, "limit"])
+            registry.raise_unknown("option of dataset", option, [*known, "limit"])
     return data.load(options.pop("name", None), split, **options).take(slice(limit))
 
 
@@ -141,7 +141,7 @@ def _classifier(run: Run, model: Mapping[str, Any], source: Source) -> base.Trai
     return base.Trained(run.module, params["classifier"], carry["classifier"], where)
 
 
-def load(workdir: str | os.PathLike, *, kind: str = "best") -> base.Trained:
+def load_classifier(workdir: str | os.PathLike, *, kind: str = "best") -> base.Trained:
     """The classifier of a trained run, as a value that defences take (a teacher, say).
 
     Args:
@@ -171,7 +171,7 @@ def build(config: Mapping[str, Any], *, workdir: pathlib.Path | None = None) -> 
     """
     for name in config:
         if name not in _SECTIONS:
-            registry.unknown("config section", name, _SECTIONS)
+            registry.raise_unknown("config section", name, _SECTIONS)
     seed = config.get("seed", 0)
     if not isinstance(seed, int) or seed < 0:
         raise ValueError(f"seed must be an integer >= 0, got {seed!r}")
@@ -183,9 +183,9 @@ def build(config: Mapping[str, Any], *, workdir: pathlib.Path | None = None) -> 
     options = {**TRAIN_DEFAULTS, **_section(config, "train")}
     for name in options:
         if name not in TRAIN_DEFAULTS:
-            registry.unknown("train option", name, TRAIN_DEFAULTS)
+            registry.raise_unknown("train option", name, TRAIN_DEFAULTS)
     if options["select"] not in ("robust", "clean"):
-        registry.unknown("train.select", options["select"], ("robust", "clean"))
+        registry.raise_unknown("train.select", options["select"], ("robust", "clean"))
     if not isinstance(options["optimizer"], Mapping):
         raise ValueError("train.optimizer must be a mapping, see jaxdefense.train.optim.make")
     named: dict[str, attacks.Method] = {
@@ -202,11 +202,11 @@ def build(config: Mapping[str, Any], *, workdir: pathlib.Path | None = None) -> 
                 f"{name}: {attack!r} is targeted, and would take the labels for its targets"
             )
     named_runs = {}
-    for path, spec in sources.find(defense).items():
+    for path, spec in sources.find_sources(defense).items():
         option = ".".join(path)
-        named_runs[option] = sources.locate(option, spec, workdir)
+        named_runs[option] = sources.locate_source(option, spec, workdir)
         network = _trained(option, named_runs[option], held_out)
-        defense = sources.replace(defense, path, network)
+        defense = sources.replace_option(defense, path, network)
     return Run(
         config=dict(config),
         seed=seed,
@@ -277,9 +277,9 @@ def read_model(
     Raises:
       ValueError: no checkpoint, a damaged one, or one of another model.
     """
-    own = {"params": defense.own(params), "carry": defense.own(carry)}
+    own = {"params": defense.without_pretrained(params), "carry": defense.without_pretrained(carry)}
     model = store.restore("model", own)
-    for role, network in defense.given.items():
+    for role, network in defense.pretrained.items():
         params, carry = network.init(role)
         model = {
             "params": {**model["params"], **params},

@@ -25,7 +25,9 @@ class Source:
     checkpoint: str
 
 
-def find(options: Mapping[str, Any], *path: str) -> dict[tuple[str, ...], Mapping[str, Any]]:
+def find_sources(
+    options: Mapping[str, Any], *path: str
+) -> dict[tuple[str, ...], Mapping[str, Any]]:
     """{path of an option: its value} of all options, however deep, that name a workdir.
 
     Args:
@@ -37,23 +39,23 @@ def find(options: Mapping[str, Any], *path: str) -> dict[tuple[str, ...], Mappin
         if isinstance(value, Mapping) and "workdir" in value:
             found[*path, name] = value
         elif isinstance(value, Mapping):
-            found |= find(value, *path, name)
+            found |= find_sources(value, *path, name)
     return found
 
 
-def replace(options: Mapping[str, Any], path: tuple[str, ...], value: Any) -> dict[str, Any]:
+def replace_option(options: Mapping[str, Any], path: tuple[str, ...], value: Any) -> dict[str, Any]:
     """The options with the one at `path` replaced.
 
     Args:
       options: of the defence.
-      path: of `find`.
+      path: of `find_sources`.
       value: what comes there.
     """
     name, *rest = path
-    return {**options, name: replace(options[name], tuple(rest), value) if rest else value}
+    return {**options, name: replace_option(options[name], tuple(rest), value) if rest else value}
 
 
-def locate(option: str, spec: Mapping[str, Any], workdir: pathlib.Path | None) -> Source:
+def locate_source(option: str, spec: Mapping[str, Any], workdir: pathlib.Path | None) -> Source:
     """Where a named run is: its copy in this run's workdir, if there is one.
 
     Args:
@@ -66,15 +68,15 @@ def locate(option: str, spec: Mapping[str, Any], workdir: pathlib.Path | None) -
     """
     for name in spec:
         if name not in ("workdir", "checkpoint"):
-            registry.unknown(f"key of defense.{option}", name, ("workdir", "checkpoint"))
+            registry.raise_unknown(f"key of defense.{option}", name, ("workdir", "checkpoint"))
     kind = spec.get("checkpoint", "best")
     if kind not in ("best", "last"):
-        registry.unknown(f"defense.{option}.checkpoint", kind, ("best", "last"))
+        registry.raise_unknown(f"defense.{option}.checkpoint", kind, ("best", "last"))
     copy = None if workdir is None else workdir / _COPIES / option
     return Source(copy if copy and copy.is_dir() else pathlib.Path(spec["workdir"]), kind)
 
 
-def keep(sources: Mapping[str, Source], workdir: pathlib.Path) -> None:
+def copy_sources(sources: Mapping[str, Source], workdir: pathlib.Path) -> None:
     """Copies trained runs into a workdir, each whole or not at all.
 
     Args:

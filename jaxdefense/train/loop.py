@@ -117,38 +117,38 @@ class Trainer:
             "best": checkpoint.Store(workdir / "best"),
         }
         self.best: dict[str, Any] = {}
-        self.given: dict[str, Any] = {}
+        self.pretrained: dict[str, Any] = {}
         self.seconds = 0.0
 
-    def every(self, name: str) -> int:
+    def interval(self, name: str) -> int:
         """The steps between two validations or checkpoints."""
         length = self.run.train[name]
         return max(1, optim.steps_of(length, total=self.total, per_epoch=self.per_epoch))
 
-    def view(self, key: Key, images: Images) -> dict[str, Images]:
+    def augment_view(self, key: Key, images: Images) -> dict[str, Images]:
         """The run's augmentation, for phases without a view of their own."""
         return {"image": self.augment(key, images)}
 
-    def chunk(self, segment: plan.Segment) -> Chunk:
+    def compiled_steps(self, segment: plan.Segment) -> Chunk:
         """The compiled steps of a segment; equal phases with equal optimisers share them."""
         name = (segment.phase, tuple(sorted(segment.optimizers.items())))
         if name not in self._chunks:
             step = make_step(
                 segment.phase,
                 segment.build(),
-                segment.phase.view or self.view,
+                segment.phase.view or self.augment_view,
                 seed=self.run.seed,
                 per_epoch=self.per_epoch,
             )
             self._chunks[name] = make_chunk(step, self.batches.gather)
         return self._chunks[name]
 
-    def fresh(self) -> State:
+    def initial_state(self) -> State:
         """The state before the first step, on the host."""
         params, carry = self.run.init(self.examples)
         return State(jnp.zeros((), jnp.int32), params, carry, {})
 
-    def enter(self, state: State, segment: plan.Segment) -> State:
+    def begin_segment(self, state: State, segment: plan.Segment) -> State:
         """The state with what a segment renews: parameters of roles, optimiser states."""
         params, opt = dict(state.params), dict(state.opt)
         if segment.phase.fresh_params:
@@ -159,21 +159,21 @@ class Trainer:
         opt |= {role: built[role].init(params[role]) for role in segment.fresh}
         return State(state.step, params, state.carry, opt)
 
-    def resume(self) -> State:
+    def restore_state(self) -> State:
         """The last checkpoint's state, or a fresh one."""
         last = self.stores["last"]
         if not last.steps():
-            self.given = self.examine()
-            return self.fresh()
+            self.pretrained = self.score_pretrained()
+            return self.initial_state()
         meta = last.meta()
         self.best, self.seconds = meta["best"], meta["seconds"]
-        self.given = meta.get("given", {})
+        self.pretrained = meta.get("given", {})
 
         def passed():
-            state = self.fresh()
+            state = self.initial_state()
             for segment in self.segments:
                 if segment.start < meta["step"]:
-                    state = self.enter(state, segment)
+                    state = self.begin_segment(state, segment)
             return state
 
         like = jax.eval_shape(passed)
@@ -181,26 +181,26 @@ class Trainer:
         opt = last.restore("optimizer", like.opt)
         return State(jnp.int32(meta["step"]), model["params"], model["carry"], opt)
 
-    def save(self, kind: str, state: State) -> None:
+    def save_checkpoint(self, kind: str, state: State) -> None:
         """Writes a checkpoint of the replicated state; `best` needs no optimiser."""
         if jax.process_index() != 0:
             return
         host = unreplicate(state)
-        own = self.run.defense.own
+        own = self.run.defense.without_pretrained
         items = {"model": {"params": own(host.params), "carry": own(host.carry)}}
         if kind == "last":
             items["optimizer"] = host.opt
         meta = {"best": self.best, "seconds": self.seconds}
-        if self.given:
-            meta["given"] = self.given
+        if self.pretrained:
+            meta["given"] = self.pretrained
         self.stores[kind].save(int(host.step), items, meta)
 
     def validate(self, state: State) -> dict[str, float]:
         """Clean and robust accuracy on the validation split, percent."""
         host = unreplicate(state)
-        return self.scores(self.evaluator, {"params": host.params, "carry": host.carry})
+        return self.score_network(self.evaluator, {"params": host.params, "carry": host.carry})
 
-    def scores(self, evaluator: Evaluator, variables: PyTree) -> dict[str, float]:
+    def score_network(self, evaluator: Evaluator, variables: PyTree) -> dict[str, float]:
         """What `validate` returns, of any network."""
         arrays = self.held_out
         bits = evaluator.bits(
@@ -213,21 +213,21 @@ class Trainer:
         )
         return {f"validation_{name}": 100 * float(b.mean()) for name, b in bits.items()}
 
-    def examine(self) -> dict[str, dict[str, Any]]:
+    def score_pretrained(self) -> dict[str, dict[str, Any]]:
         """{role: where a given network comes from, and its accuracy on the validation split}."""
         found = {}
-        for role, network in self.run.defense.given.items():
+        for role, network in self.run.defense.pretrained.items():
             net = base.Net(network.module, role)
 
             def apply(variables: PyTree, x: Images, net: base.Net = net) -> Logits:
                 return net.predict(*variables)(x)
 
             evaluator = Evaluator(apply, self.run.threat, batch_size=512)
-            scores = self.scores(evaluator, network.init(role))
+            scores = self.score_network(evaluator, network.init(role))
             found[role] = {"source": network.source, **scores}
         return found
 
-    def better(self, scores: Mapping[str, float], step: int) -> bool:
+    def is_new_best(self, scores: Mapping[str, float], step: int) -> bool:
         """Whether these scores beat the best so far; ties go to the other score, then to later."""
         first = "validation_" + self.run.train["select"]
         second = {"validation_robust": "validation_clean"}.get(first, "validation_robust")
@@ -236,11 +236,11 @@ class Trainer:
         self.best = {"step": step, **scores}
         return True
 
-    def go(self, *, progress: bool) -> dict[str, Any]:
+    def run_to_end(self, *, progress: bool) -> dict[str, Any]:
         """Runs to the end; returns the summary that the record's "training" holds."""
-        state = self.resume()
+        state = self.restore_state()
         step = int(state.step)
-        for role, scores in self.given.items():
+        for role, scores in self.pretrained.items():
             told = {name: v for name, v in scores.items() if name != "source"}
             tqdm.write(f"{role} {scores['source']}: " + _percent(told), file=sys.stderr)
         with (
@@ -252,7 +252,7 @@ class Trainer:
                 if segment.end <= step:
                     continue
                 if segment.start == step:
-                    state = self.enter(state, segment)
+                    state = self.begin_segment(state, segment)
                 state = replicate(state)
                 while step < segment.end:
                     began = time.monotonic()
@@ -267,11 +267,11 @@ class Trainer:
                         bar.write(_line(step, self.per_epoch, scores))
                         # What earlier phases have is not yet the defence.
                         last = segment.phase is self.segments[-1].phase
-                        if last and self.better(scores, step):
-                            self.save("best", state)
+                        if last and self.is_new_best(scores, step):
+                            self.save_checkpoint("best", state)
                     self.seconds += time.monotonic() - began
                     if received or self._due("checkpoint_every", step):
-                        self.save("last", state)
+                        self.save_checkpoint("last", state)
                     if received:
                         raise Interrupted(
                             f"signal {received[0]} at step {step}; saved in {self.workdir}: "
@@ -279,26 +279,26 @@ class Trainer:
                         )
                 state = unreplicate(state)
         summary = {"steps": self.total, "seconds": self.seconds, "best": self.best}
-        return {**summary, "given": self.given} if self.given else summary
+        return {**summary, "given": self.pretrained} if self.pretrained else summary
 
     def _next_stop(self, step: int, segment: plan.Segment) -> int:
         """Where the next dispatch ends: a validation, a checkpoint, a phase, or at its longest.
 
         Where dispatches end changes no bit, since a step depends on its own number only.
         """
-        every = [self.every(name) for name in ("validate_every", "checkpoint_every")]
+        every = [self.interval(name) for name in ("validate_every", "checkpoint_every")]
         longest = step + self.run.train["steps_per_dispatch"]
         return min(segment.end, longest, *(step - step % length + length for length in every))
 
     def _due(self, name: str, step: int) -> bool:
-        return step == self.total or step % self.every(name) == 0
+        return step == self.total or step % self.interval(name) == 0
 
     def _advance(
         self, state: State, segment: plan.Segment, step: int, end: int
     ) -> tuple[State, Any]:
         """The replicated state after the steps step..end-1, and their metrics' sums."""
         items = self._items(step, end - step)
-        chunk = self.chunk(segment)
+        chunk = self.compiled_steps(segment)
         state, sums, bad = chunk(state, self.batches.resident, items, jnp.int32(end - step))
         if (at := int(bad[0])) >= 0:
             good = {kind: store.steps() for kind, store in self.stores.items()}
@@ -374,10 +374,10 @@ def train(
     workdir.mkdir(parents=True, exist_ok=True)
     _claim(config, workdir)
     if jax.process_index() == 0:
-        sources.keep(run.sources, workdir)
+        sources.copy_sources(run.sources, workdir)
     trainer = Trainer(run, workdir)
     try:
-        return trainer.go(progress=progress)
+        return trainer.run_to_end(progress=progress)
     finally:
         for store in trainer.stores.values():
             store.close()

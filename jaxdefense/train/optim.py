@@ -78,7 +78,7 @@ def _one_cycle(
 ) -> optax.Schedule:
     shapes = {"cosine": optax.cosine_onecycle_schedule, "linear": optax.linear_onecycle_schedule}
     if shape not in shapes:
-        registry.unknown("one_cycle shape", shape, shapes)
+        registry.raise_unknown("one_cycle shape", shape, shapes)
     share = steps_of(peak, total=total, per_epoch=per_epoch) / max(total, 1)
     if not 0 < share < 1:
         raise ValueError(f"one_cycle's peak must lie inside the run, got {peak!r} of {total} steps")
@@ -110,11 +110,11 @@ def _call(kind: str, table: Mapping[str, Callable], spec: Mapping[str, Any], *gi
     options = dict(spec)
     name = options.pop("name", None)
     if name not in table:
-        registry.unknown(kind, name, table)
+        registry.raise_unknown(kind, name, table)
     known = [p.name for p in inspect.signature(table[name]).parameters.values()][len(given) :]
     for option in options:
         if option not in known:
-            registry.unknown(f"option of {kind} {name}", option, known)
+            registry.raise_unknown(f"option of {kind} {name}", option, known)
     return table[name](*given, **options)
 
 

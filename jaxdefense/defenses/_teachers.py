@@ -29,13 +29,13 @@ class Teacher:
       init: (key, images) -> the teacher's (params, carry).
       predict: the teacher in eval mode.
       phases: those that train it inside the run, before the student's; none for a trained one.
-      given: {role: the trained network}, or nothing.
+      pretrained: {role: the trained network}, or nothing.
     """
 
     init: Callable[[Key, Images], tuple[base.Params, base.Carry]]
     predict: base.Predictor
     phases: tuple[base.Phase, ...] = ()
-    given: Mapping[str, base.Trained] = dataclasses.field(default_factory=dict)
+    pretrained: Mapping[str, base.Trained] = dataclasses.field(default_factory=dict)
 
     def defense(
         self, student: base.Net, loss: base.Loss, *, craft: base.Craft = base.unchanged
@@ -52,13 +52,13 @@ class Teacher:
 
         phase = base.Phase("distill", (base.Update(loss, (student.role,), craft),))
         predictors = {student.role: student.predict, ROLE: self.predict}
-        return base.Defense(init, (*self.phases, phase), predictors, given=self.given)
+        return base.Defense(init, (*self.phases, phase), predictors, pretrained=self.pretrained)
 
 
-def trained(network: base.Trained) -> Teacher:
+def frozen_teacher(network: base.Trained) -> Teacher:
     """A teacher that was trained before."""
     predict = base.Net(network.module, ROLE).predict
-    return Teacher(lambda key, images: network.init(ROLE), predict, given={ROLE: network})
+    return Teacher(lambda key, images: network.init(ROLE), predict, pretrained={ROLE: network})
 
 
 def make_teacher(spec: Spec, model: nn.Module, threat: Threat) -> Teacher:
@@ -76,7 +76,7 @@ def make_teacher(spec: Spec, model: nn.Module, threat: Threat) -> Teacher:
         options.
     """
     if isinstance(spec, base.Trained):
-        return trained(spec)
+        return frozen_teacher(spec)
     options = dict(spec or {})
     if "workdir" in options:
         raise ValueError(
@@ -161,7 +161,7 @@ def metrics(batch: base.Batch, clean: Logits, moved: Logits) -> base.Metrics:
     }
 
 
-def check_scale(scale: float) -> None:
+def check_temperature_scale(scale: float) -> None:
     """A positive weight of a loss.
 
     Raises:
@@ -171,7 +171,7 @@ def check_scale(scale: float) -> None:
         raise ValueError(f"scale must be positive, got {scale!r}")
 
 
-def check(temperature: float, **shares: float) -> None:
+def check_distillation(temperature: float, **shares: float) -> None:
     """A positive temperature, and shares in [0, 1].
 
     Raises:

@@ -145,14 +145,14 @@ class System:
         lengths = dict(lengths or {})
         for name in lengths:
             if name not in [phase.name for phase in phases]:
-                registry.unknown("phase in lengths", name, [phase.name for phase in phases])
+                registry.raise_unknown("phase in lengths", name, [phase.name for phase in phases])
         phases = [dataclasses.replace(p, length=lengths.get(p.name)) for p in phases]
 
         def init(key: Key, images: Images) -> tuple[base.Params, base.Carry]:
             params, carry = self.init(key, images)
             layers = [*params[self.classifier.role], "features", "logits"]
             if layer not in layers:
-                registry.unknown("layer", layer, layers)
+                registry.raise_unknown("layer", layer, layers)
             return params, carry
 
         predictors = {"purified": self.purified, "classifier": self.classifier.predict}
@@ -191,7 +191,7 @@ def make_system(
     return System(base.Net(model), Generator(generator, options), finish, judge, classifier)
 
 
-def mixture(
+def mixture_craft(
     threat: Threat,
     target: base.Predictor,
     *,
@@ -217,12 +217,14 @@ def mixture(
         raise ValueError(f"attacks must name at least one of {', '.join(ATTACKS)}")
     made: dict[str, Any] = {
         "fgsm": attacks.fgsm(threat),
-        "pgd": attacks.pgd(threat, steps=steps, step_size=base.quarter(threat, step_size)),
+        "pgd": attacks.pgd(
+            threat, steps=steps, step_size=base.default_step_size(threat, step_size)
+        ),
         "clean": lambda predict, key, x, y: x,
     }
     for kind in kinds:
         if kind not in made:
-            registry.unknown("attack", kind, made)
+            registry.raise_unknown("attack", kind, made)
 
     def craft(params: Any, carry: Any, batch: base.Batch, key: Any) -> base.Batch:
         predict = target(params, carry)
