@@ -8,7 +8,7 @@ import pytest
 
 ROOT = pathlib.Path(__file__).parents[1]
 FLOORS = (
-    ("types", "files", "registry", "threat", "losses", "mixing", "models"),
+    ("types", "extras", "files", "registry", "threat", "losses", "mixing", "models"),
     ("attacks", "data"),
     ("defenses",),
     ("runs",),

@@ -9,12 +9,14 @@ import sys
 from collections.abc import Mapping
 from typing import Any
 
-import flax.linen as nn
-
-from jaxdefense import registry
-from jaxdefense.defenses import transforms as _transforms
-from jaxdefense.defenses.base import AXIS, Defense, Net, Phase, Update
+from jaxdefense import extras, registry
 from jaxdefense.types import Threat
+
+with extras.required("train", __name__):
+    import flax.linen as nn
+
+    from jaxdefense.defenses import transforms as _transforms
+    from jaxdefense.defenses.base import AXIS, Defense, Net, Phase, Update
 
 __all__ = ["AXIS", "Defense", "Net", "Phase", "Update", "make", "names"]
 

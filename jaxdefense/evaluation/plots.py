@@ -8,9 +8,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 
+from jaxdefense import extras
 from jaxdefense.evaluation.records import Record, unpack_images
 from jaxdefense.evaluation.tables import (
     attack_columns,
@@ -18,6 +17,10 @@ from jaxdefense.evaluation.tables import (
     group_by_row,
     record_threat,
 )
+
+with extras.required("plots", __name__):
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 
 def _axes(width: float, height: float, title: str) -> tuple[Figure, Axes]:

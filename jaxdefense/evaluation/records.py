@@ -11,6 +11,7 @@ Bits are one per example in the order of the test set, base64 of NumPy's packbit
 """
 
 import base64
+import contextlib
 import datetime
 import importlib.metadata
 import json
@@ -28,7 +29,7 @@ import numpy as np
 from jaxdefense import files
 
 FORMAT = 1
-_PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "tensorflow-datasets", "numpy")
+PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "tensorflow-datasets", "numpy")
 
 Record = dict[str, Any]
 
@@ -64,7 +65,7 @@ def environment() -> Record:
     return {
         "versions": {
             "python": platform.python_version(),
-            **{name: importlib.metadata.version(name) for name in _PACKAGES},
+            **_versions(),
         },
         "device": {
             "platform": devices[0].platform,
@@ -75,6 +76,15 @@ def environment() -> Record:
         "git": _git_revision(),
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }
+
+
+def _versions() -> dict[str, str]:
+    """The versions of those packages that are installed: the plain install lacks some."""
+    found = {}
+    for name in PACKAGES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(name)
+    return found
 
 
 def _git_revision() -> str:

@@ -4,9 +4,8 @@ import html
 import io
 from collections.abc import Iterable
 
-from matplotlib.figure import Figure
-
 from jaxdefense.evaluation import plots, tables
+from jaxdefense.evaluation.plots import Figure
 from jaxdefense.evaluation.records import Record
 
 _STYLE = """

@@ -18,13 +18,16 @@ with the height and width of x. Without further arguments it is deterministic; w
 (a latent code, a mask) it draws from a `key` given to the call.
 """
 
+from __future__ import annotations
+
 import sys
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import flax.linen as nn
-
-from jaxdefense import registry
+from jaxdefense import extras, registry
 from jaxdefense.models.conv import conv, explicit_gradients
+
+if TYPE_CHECKING:
+    import flax.linen as nn
 
 __all__ = ["conv", "explicit_gradients", "generator", "generators", "make", "names"]
 
@@ -49,7 +52,9 @@ def make(name: str, num_classes: int, **kwargs: Any) -> nn.Module:
       ValueError: unknown name (the nearest is named), fewer than two classes, or an unknown field
         (the allowed ones are listed).
     """
-    return registry.load(sys.modules[__name__], name, "model").make(num_classes, **kwargs)
+    with extras.required("train", __name__):
+        module = registry.load(sys.modules[__name__], name, "model")
+    return module.make(num_classes, **kwargs)
 
 
 def generators() -> list[str]:
@@ -72,5 +77,6 @@ def generator(name: str, channels: int, **kwargs: Any) -> nn.Module:
       ValueError: unknown name (the nearest is named), no channels, or an unknown field (the
         allowed ones are listed).
     """
-    module = registry.load(sys.modules[__name__], name, "generator", needs="make_generator")
+    with extras.required("train", __name__):
+        module = registry.load(sys.modules[__name__], name, "generator", needs="make_generator")
     return module.make_generator(channels, **kwargs)

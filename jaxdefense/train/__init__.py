@@ -1,5 +1,8 @@
 """Training: optimisers from plain values, one step, one loop."""
 
-from jaxdefense.train.loop import train
+from jaxdefense import extras
+
+with extras.required("train", __name__):
+    from jaxdefense.train.loop import train
 
 __all__ = ["train"]

@@ -1,0 +1,96 @@
+"""What the plain install can do, and what it says where an extra is missing."""
+
+import importlib.metadata
+import subprocess
+import sys
+
+import pytest
+
+from jaxdefense.evaluation import records
+
+# What the extras bring, made impossible to import.
+WITHOUT = """
+import sys
+
+MISSING = {
+    "PIL", "array_record", "flax", "grain", "matplotlib", "ml_collections", "orbax", "sklearn",
+    "tensorboardX", "tensorflow_datasets", "tensorstore",
+}
+
+class Nothing:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in MISSING:
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+sys.meta_path.insert(0, Nothing())
+"""
+
+PLAIN = """
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxdefense import attacks, evaluation, losses, mixing, models, threat
+from jaxdefense.evaluation import curves, records, tables
+
+ball = threat.Linf(0.1)
+w = jax.random.normal(jax.random.key(0), (3, 3, 1, 4))
+
+def predict(x):
+    z = models.conv(x, w, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
+    return z.mean((1, 2))
+
+x = np.random.default_rng(0).uniform(size=(8, 6, 6, 1)).astype(np.float32)
+y = np.asarray(predict(jnp.asarray(x)).argmax(-1))
+verdict = evaluation.autoattack(predict, x, y, ball, attacks=("apgd-ce",))
+assert verdict.clean.all()
+bits = {"clean": verdict.clean}
+results = {"classifier": evaluation.summarize(bits, y, 4)}
+record = records.make("mine", {}, results, seed=0, seconds=0.0)
+assert "100.00" in tables.accuracy_table([record])
+print("done")
+"""
+
+
+def test_a_record_lists_the_installed_packages_only(monkeypatch):
+    def version(name):
+        if name == "flax":
+            raise importlib.metadata.PackageNotFoundError(name)
+        return "1.0"
+
+    monkeypatch.setattr(importlib.metadata, "version", version)
+    assert set(records.environment()["versions"]) == {"python", *records.PACKAGES} - {"flax"}
+
+
+def python(program):
+    return subprocess.run(
+        [sys.executable, "-c", WITHOUT + program], capture_output=True, text=True, check=False
+    )
+
+
+def test_attacks_losses_and_verdicts_need_no_extra():
+    found = python(PLAIN)
+    assert found.stdout == "done\n", found.stderr
+
+
+@pytest.mark.parametrize(
+    ("program", "said"),
+    [
+        ("import jaxdefense.data", "jaxdefense.data needs {}: pip install 'jaxdefense[train]'"),
+        ("import jaxdefense.runs", "jaxdefense.runs needs {}: pip install 'jaxdefense[train]'"),
+        ("import jaxdefense.train", "jaxdefense.train needs {}: pip install 'jaxdefense[train]'"),
+        ("import jaxdefense.defenses", "jaxdefense.defenses needs {}: pip install 'jaxdef"),
+        (
+            "from jaxdefense import models; models.make('cnn', 10)",
+            "jaxdefense.models needs flax: pip install 'jaxdefense[train]'",
+        ),
+        (
+            "import jaxdefense.evaluation.plots",
+            "jaxdefense.evaluation.plots needs matplotlib: pip install 'jaxdefense[plots]'",
+        ),
+    ],
+)
+def test_a_missing_extra_is_named(program, said):
+    last = python(program).stderr.strip().splitlines()[-1]
+    before, _, after = said.partition("{}")
+    assert last.startswith(f"ImportError: {before}"), last
+    assert after in last
