@@ -10,7 +10,7 @@ test: .venv/installed
 	.venv/bin/python -m pytest --numprocesses 2 --dist loadfile
 
 test-slow: .venv/installed
-	XLA_FLAGS=--xla_backend_optimization_level=3 .venv/bin/python -m pytest -m slow
+	XLA_FLAGS=--xla_backend_optimization_level=3 .venv/bin/python -m pytest -m slow --results=tests/slow.json
 
 lint: .venv/installed
 	.venv/bin/ruff check .

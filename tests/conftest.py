@@ -5,10 +5,13 @@ emitters three quarters of that: they are off unless XLA_FLAGS is given, which a
 on one compiler's rounding. `make test-slow` has them on.
 """
 
+import gc
 import importlib
 import importlib.metadata
+import json
 import os
 import pathlib
+import time
 
 if not os.environ.get("XLA_FLAGS"):
     os.environ["XLA_FLAGS"] = "--xla_backend_optimization_level=0"
@@ -37,6 +40,44 @@ def pytest_configure(config):
     if not hasattr(config, "workerinput"):
         PREPARED.mkdir(parents=True, exist_ok=True)
         prepare.prepare_digits(PREPARED)
+
+
+def pytest_addoption(parser):
+    parser.addoption("--results", help="write each test's outcome and seconds to this JSON file")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _release_programs():
+    """What one file of tests compiled is of no use to the next, and fills gigabytes."""
+    yield
+    jax.clear_caches()
+    gc.collect()
+
+
+def pytest_sessionstart(session):
+    session.config.began = time.monotonic()
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    """Writes --results: the last run of the slow tests is kept in the repository."""
+    if not (path := config.getoption("--results")):
+        return
+    from jaxdefense import files
+    from jaxdefense.evaluation import records
+
+    tests = {
+        report.nodeid: {"outcome": report.outcome, "seconds": round(report.duration, 1)}
+        for reports in terminalreporter.stats.values()
+        for report in reports
+        if getattr(report, "when", None) == "call" or getattr(report, "skipped", False)
+    }
+    found = {
+        "command": "make test-slow",
+        "tests": dict(sorted(tests.items())),
+        "seconds": round(time.monotonic() - config.began),
+        **records.environment(),
+    }
+    files.write_text(path, json.dumps(found, indent=1) + "\n")
 
 
 def import_script(name):
