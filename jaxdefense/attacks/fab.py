@@ -1,5 +1,6 @@
 """FAB: the nearest adversarial example, by projections onto linearised decision boundaries."""
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -14,8 +15,8 @@ from jaxdefense.attacks.outcome import (
     fooled,
     initial_radii,
     interpolate,
-    keep_in_ball,
     minimize_distance,
+    nearest_found,
     required_margin,
     runner_up_class,
     runner_up_classes,
@@ -25,6 +26,7 @@ from jaxdefense.attacks.outcome import (
     warn_few_classes,
     zero_non_finite,
 )
+from jaxdefense.mixing import check_share
 from jaxdefense.types import (
     Array,
     Attack,
@@ -156,39 +158,6 @@ def _length(threat: Threat, step: Images) -> PerExample:
     return threat.distance(step, jnp.zeros_like(step))
 
 
-def _walk(
-    linearise: Boundary,
-    predict: Predict,
-    x: Images,
-    labels: Labels,
-    threat: Threat,
-    start: Images,
-    best: PerExample,
-    *,
-    steps: int,
-    targeted: bool,
-    alpha_max: float,
-    eta: float,
-    beta: float,
-    enough: PerExample,
-) -> tuple[Images, PerExample]:
-    """One run; an example whose best distance is at most `enough` is finished."""
-
-    def advance(_: Any, z: Images, best: PerExample) -> tuple[Images, Array, Images]:
-        gap, normal = linearise(z)
-        lead = jnp.sum(normal * (z - x), range(1, x.ndim))
-        from_z = threat.step_to_hyperplane(z, normal, gap)
-        from_x = threat.step_to_hyperplane(x, normal, gap + lead)
-        near, far = (jnp.maximum(_length(threat, d), 1e-8) for d in (from_z, from_x))
-        alpha = per_example(jnp.minimum(near / (near + far), alpha_max), x)
-        z = (1 - alpha) * (z + eta * from_z) + alpha * (x + eta * from_x)
-        z = jnp.clip(z, *threat.bounds).astype(x.dtype)
-        hit = fooled(predict(z), labels, targeted)
-        return z, hit, select_rows(hit, x + beta * (z - x), z)
-
-    return minimize_distance(advance, start, x, x, best, threat, steps=steps, enough=enough)[1:]
-
-
 def refine(
     predict: Predict,
     x: Images,
@@ -253,67 +222,94 @@ def passes(
     return Passes(1 + 2 * runs + (search + 2 if search else 0), gradients)
 
 
-def _check_options(
-    steps: int, restarts: int, alpha_max: float, eta: float, beta: float, search: int
-) -> None:
-    checks.check_count("steps", steps)
-    checks.check_count("restarts", restarts)
-    checks.check_count("search", search, least=0)
-    for name, value in (("alpha_max", alpha_max), ("beta", beta)):
-        if not 0 <= value <= 1:
-            raise ValueError(f"{name} must be in [0, 1], got {value!r}")
-    if not eta >= 1:
-        raise ValueError(f"eta must be at least 1, got {eta!r}")
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Search:
+    """The runs of `fab` and of `fab_targeted`, which differ in the boundary that a run follows.
 
-
-def _runs(
-    linearise: Callable[[Array, Array], Boundary],
-    predict: Predict,
-    key: Key,
-    x: Images,
-    labels: Labels,
-    threat: Threat,
-    right: Array,
-    *,
-    runs: int,
-    restarts: int,
-    minimal: bool,
-    search: int,
-    targeted: bool = False,
-    **options: Any,
-) -> Images:
-    """Runs over targets and restarts, the nearest point of all, the final search, the ball.
-
-    Args:
-      linearise: (numbers (B,), rows (B,)) -> the boundary of run numbers[i] for example rows[i].
+    Args: see `fab`.
     """
-    keys = example_keys(key, x.shape[0])
 
-    def run(numbers: Array, rows: Array, idle: Array) -> tuple[Images, PerExample]:
-        image, ball = x[rows], threat_of_rows(threat, rows)
-        best, enough = initial_radii(~idle, image, ball, minimal)
-        start = image
-        if restarts > 1:
-            noisy = ball.scaled(0.5).sample(fold_in(keys[rows], numbers), image)
-            start = select_rows(numbers % restarts > 0, noisy, image)
-        best_x, best = _walk(
-            linearise(numbers, rows),
-            predict,
-            image,
-            labels[rows],
-            ball,
-            start,
-            best,
-            enough=enough,
-            targeted=targeted,
-            **options,
-        )
-        return best_x, jnp.where(best <= enough, jnp.inf, -best)
+    threat: Threat
+    steps: int
+    restarts: int
+    alpha_max: float
+    eta: float
+    beta: float
+    search: int
+    minimal: bool
+    targeted: bool = False
 
-    best_x = best_of_runs(run, x, ~right, runs)
-    best_x = refine(predict, x, labels, best_x, steps=search, targeted=targeted)
-    best_x = best_x if minimal else keep_in_ball(best_x, x, threat)
-    return jax.lax.stop_gradient(best_x)
+    def __post_init__(self) -> None:
+        checks.check_count("steps", self.steps)
+        checks.check_count("restarts", self.restarts)
+        checks.check_count("search", self.search, least=0)
+        check_share("alpha_max", self.alpha_max)
+        check_share("beta", self.beta)
+        if not self.eta >= 1:
+            raise ValueError(f"eta must be at least 1, got {self.eta!r}")
+
+    def nearest(
+        self,
+        predict: Predict,
+        key: Key,
+        x: Images,
+        labels: Labels,
+        right: Array,
+        boundaries: Callable[[Array, Array], Boundary],
+        *,
+        targets: int = 1,
+    ) -> Images:
+        """The nearest fooling point of all runs, after the final search; x where there is none.
+
+        Args:
+          predict: the model.
+          key: one key, or one per example.
+          x: (B, ...) images.
+          labels: (B,) labels, or targets.
+          right: (B,) bool, the examples that are not fooled yet; the others keep their image.
+          boundaries: (numbers (B,), rows (B,)) -> the boundary that run numbers[i] of example
+            rows[i] follows.
+          targets: boundaries for each example; each has `restarts` runs.
+        """
+        keys = example_keys(key, x.shape[0])
+
+        def run(numbers: Array, rows: Array, idle: Array) -> tuple[Images, PerExample]:
+            image, ball = x[rows], threat_of_rows(self.threat, rows)
+            best, enough = initial_radii(~idle, image, ball, self.minimal)
+            start = self._start(numbers, keys[rows], image, ball)
+            linearise = boundaries(numbers, rows)
+
+            def advance(_: Any, z: Images, best: PerExample) -> tuple[Images, Array, Images]:
+                gap, normal = linearise(z)
+                z = self._step(z, image, gap, normal)
+                hit = fooled(predict(z), labels[rows], self.targeted)
+                return z, hit, select_rows(hit, image + self.beta * (z - image), z)
+
+            _, best_x, best = minimize_distance(
+                advance, start, image, image, best, ball, steps=self.steps, enough=enough
+            )
+            return best_x, jnp.where(best <= enough, jnp.inf, -best)
+
+        best_x = best_of_runs(run, x, ~right, targets * self.restarts)
+        best_x = refine(predict, x, labels, best_x, steps=self.search, targeted=self.targeted)
+        return nearest_found(best_x, x, self.threat, self.minimal)
+
+    def _start(self, numbers: Array, keys: Key, x: Images, ball: Threat) -> Images:
+        """The image, and for all but a boundary's first run a random point of half the ball."""
+        if self.restarts == 1:
+            return x
+        noisy = ball.scaled(0.5).sample(fold_in(keys, numbers), x)
+        return select_rows(numbers % self.restarts > 0, noisy, x)
+
+    def _step(self, z: Images, x: Images, gap: PerExample, normal: Images) -> Images:
+        """The biased mean of z and x, both projected onto the hyperplane with an overshoot."""
+        lead = jnp.sum(normal * (z - x), range(1, x.ndim))
+        from_z = self.threat.step_to_hyperplane(z, normal, gap)
+        from_x = self.threat.step_to_hyperplane(x, normal, gap + lead)
+        near, far = (jnp.maximum(_length(self.threat, d), 1e-8) for d in (from_z, from_x))
+        alpha = per_example(jnp.minimum(near / (near + far), self.alpha_max), x)
+        z = (1 - alpha) * (z + self.eta * from_z) + alpha * (x + self.eta * from_x)
+        return jnp.clip(z, *self.threat.bounds).astype(x.dtype)
 
 
 @method()
@@ -368,34 +364,28 @@ def fab(
     |z_y - z_t| over the gradient's dual norm, blind to the box), and the final search runs once, on
     the nearest point of all runs.
     """
-    _check_options(steps, restarts, alpha_max, eta, beta, search)
+    runs = _Search(
+        threat=threat,
+        steps=steps,
+        restarts=restarts,
+        alpha_max=alpha_max,
+        eta=eta,
+        beta=beta,
+        search=search,
+        minimal=minimal,
+        targeted=targeted,
+    )
 
     def attack(predict: Predict, key: Key, images: Images, labels: Labels) -> Images:
         x = jax.lax.stop_gradient(images)
 
-        def linearise(numbers: Array, rows: Array) -> Boundary:
+        def boundaries(numbers: Array, rows: Array) -> Boundary:
             if targeted:
                 return target_boundary(predict, labels[rows])
             return nearest_boundary(predict, labels[rows], threat_of_rows(threat, rows))
 
-        return _runs(
-            linearise,
-            predict,
-            key,
-            x,
-            labels,
-            threat,
-            ~fooled(predict(x), labels, targeted),
-            runs=restarts,
-            restarts=restarts,
-            minimal=minimal,
-            search=search,
-            targeted=targeted,
-            steps=steps,
-            alpha_max=alpha_max,
-            eta=eta,
-            beta=beta,
-        )
+        right = ~fooled(predict(x), labels, targeted)
+        return runs.nearest(predict, key, x, labels, right, boundaries)
 
     return attack
 
@@ -438,8 +428,17 @@ def fab_targeted(
 
     Reference: Croce, Hein, arXiv 1907.02044 and arXiv 2003.01690, section 5.
     """
-    _check_options(steps, restarts, alpha_max, eta, beta, search)
     checks.check_count("targets", targets)
+    runs = _Search(
+        threat=threat,
+        steps=steps,
+        restarts=restarts,
+        alpha_max=alpha_max,
+        eta=eta,
+        beta=beta,
+        search=search,
+        minimal=minimal,
+    )
 
     def attack(predict: Predict, key: Key, images: Images, labels: Labels) -> Images:
         x = jax.lax.stop_gradient(images)
@@ -448,24 +447,12 @@ def fab_targeted(
             tried = clean.shape[-1] - 1
             warn_few_classes(f"{targets} targets", clean.shape[-1], f"{tried} are tried")
         ranked = runner_up_classes(clean, labels, targets)
-        return _runs(
-            lambda numbers, rows: boundary(
-                predict, labels[rows], ranked[rows, numbers // restarts]
-            ),
-            predict,
-            key,
-            x,
-            labels,
-            threat,
-            ~fooled(clean, labels),
-            runs=ranked.shape[1] * restarts,
-            restarts=restarts,
-            minimal=minimal,
-            search=search,
-            steps=steps,
-            alpha_max=alpha_max,
-            eta=eta,
-            beta=beta,
-        )
+
+        def boundaries(numbers: Array, rows: Array) -> Boundary:
+            return boundary(predict, labels[rows], ranked[rows, numbers // restarts])
+
+        right = ~fooled(clean, labels)
+        tried = ranked.shape[1]
+        return runs.nearest(predict, key, x, labels, right, boundaries, targets=tried)
 
     return attack

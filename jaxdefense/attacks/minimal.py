@@ -22,8 +22,8 @@ from jaxdefense.attacks.method import method
 from jaxdefense.attacks.outcome import (
     fooled,
     initial_radii,
-    keep_in_ball,
     minimize_distance,
+    nearest_found,
     runner_up_classes,
     success_margin,
     zero_non_finite,
@@ -85,10 +85,6 @@ def _unit(grad: Images) -> Images:
     return grad / per_example(_length2(grad), grad)
 
 
-def _finish(best_x: Images, x: Images, threat: Threat, minimal: bool) -> Images:
-    return jax.lax.stop_gradient(best_x if minimal else keep_in_ball(best_x, x, threat))
-
-
 @method()
 def deepfool(
     threat: Threat,
@@ -142,7 +138,7 @@ def deepfool(
         # The first fooling point ends the method, near or far.
         anywhere = jnp.full_like(best, jnp.finfo(best.dtype).max)
         best_x = minimize_distance(advance, x, x, x, best, threat, steps=steps, enough=anywhere)[1]
-        return _finish(best_x, x, threat, minimal)
+        return nearest_found(best_x, x, threat, minimal)
 
     return attack
 
@@ -210,7 +206,7 @@ def ddn(
         best_x = minimize_distance(advance, start, x, x, best, threat, steps=steps, enough=enough)[
             1
         ]
-        return _finish(best_x, x, threat, minimal)
+        return nearest_found(best_x, x, threat, minimal)
 
     return attack
 
@@ -282,7 +278,7 @@ def fmn(
         best_x = minimize_distance(advance, start, x, x, best, threat, steps=steps, enough=enough)[
             1
         ]
-        return _finish(best_x, x, threat, minimal)
+        return nearest_found(best_x, x, threat, minimal)
 
     return attack
 
@@ -377,6 +373,6 @@ def cw(
         zeros = jnp.zeros_like(best)
         start = (zeros + initial_const, zeros, zeros + jnp.inf, x, best)
         best_x = jax.lax.fori_loop(0, searches, search, start)[3]
-        return _finish(best_x, x, threat, minimal)
+        return nearest_found(best_x, x, threat, minimal)
 
     return attack

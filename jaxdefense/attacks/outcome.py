@@ -183,9 +183,18 @@ def runner_up_class(logits: Logits, labels: Labels) -> Labels:
     return runner_up_classes(logits, labels, 1)[:, 0]
 
 
-def keep_in_ball(x_adv: Images, x: Images, threat: Threat) -> Images:
-    """x_adv where it lies in the threat's ball, else x."""
-    return select_rows(threat.distance(x_adv, x) <= threat.eps, x_adv, x)
+def nearest_found(best_x: Images, x: Images, threat: Threat, minimal: bool) -> Images:
+    """What a minimal-norm attack returns of its nearest fooling points, without a gradient.
+
+    Args:
+      best_x: (B, ...) the nearest fooling points, x itself where none was found.
+      x: (B, ...) images.
+      threat: its ball is what the points have to lie in.
+      minimal: return them outside the ball too; else x stands there.
+    """
+    if not minimal:
+        best_x = select_rows(threat.distance(best_x, x) <= threat.eps, best_x, x)
+    return jax.lax.stop_gradient(best_x)
 
 
 def interpolate(x: Images, x_adv: Images, fraction: PerExample) -> Images:
