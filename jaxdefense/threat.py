@@ -175,13 +175,24 @@ class Linf(_Ball):
     Args:
       eps: radius in image units, () or (B,), at most the box's width.
       bounds: (low, high) of valid images.
+
+    >>> from jaxdefense import threat
+    >>> ball = threat.Linf(8 / 255)
+    >>> ball.norm, ball.bounds, ball.diameter(32 * 32 * 3)
+    ('linf', (0.0, 1.0), 1.0)
     """
 
     norm: ClassVar[str] = "linf"
     _exponent: ClassVar[float] = 0.0
 
     def project(self, x_adv: Images, x: Images) -> Images:
-        """The nearest point of ball and box, for x in the box: clip to both."""
+        """The nearest point of ball and box, for x in the box: clip to both.
+
+        >>> import jax.numpy as jnp
+        >>> from jaxdefense import threat
+        >>> threat.Linf(0.125).project(jnp.array([[0.9, -0.5]]), jnp.array([[0.5, 0.0]]))
+        Array([[0.625, 0.   ]], dtype=float32)
+        """
         eps = self._eps(x)
         return self._clip(jnp.clip(x_adv, x - eps, x + eps))
 
@@ -213,6 +224,10 @@ class L2(_Ball):
     Args:
       eps: radius in image units, () or (B,).
       bounds: (low, high) of valid images.
+
+    >>> from jaxdefense import threat
+    >>> threat.L2(0.5).scaled(2.0)
+    L2(eps=1.0, bounds=(0.0, 1.0))
     """
 
     norm: ClassVar[str] = "l2"
@@ -226,6 +241,11 @@ class L2(_Ball):
         from the left reaches the exact t after finitely many steps. (Scaling to the ball and
         then clipping, as other libraries do, also lands inside, but not at the nearest point;
         the two agree where no pixel is at the box.)
+
+        >>> import jax.numpy as jnp
+        >>> from jaxdefense import threat
+        >>> threat.L2(0.3125).project(jnp.array([[0.625, 0.75]]), jnp.array([[0.25, 0.25]]))
+        Array([[0.4375, 0.5   ]], dtype=float32)
         """
         delta = _flat(x_adv - x)
         room = _flat(self._room(x_adv - x, x))
@@ -286,6 +306,10 @@ class L1(_Ball):
     Args:
       eps: radius in image units, () or (B,).
       bounds: (low, high) of valid images.
+
+    >>> from jaxdefense import threat
+    >>> threat.L1(12.0, bounds=(-1.0, 1.0)).diameter(100)
+    200.0
     """
 
     norm: ClassVar[str] = "l1"
@@ -297,6 +321,11 @@ class L1(_Ball):
         It is x + sign(d) clip(|d| - lambda, 0, room) with the smallest lambda >= 0 that stays
         in the ball. Halving finds lambda's linear piece to the spacing of the floats; the
         closed form on that piece finishes.
+
+        >>> import jax.numpy as jnp
+        >>> from jaxdefense import threat
+        >>> threat.L1(0.25).project(jnp.array([[1.0, 0.625]]), jnp.array([[0.5, 0.5]]))
+        Array([[0.75, 0.5 ]], dtype=float32)
         """
         delta = x_adv - x
         size, room = jnp.abs(_flat(delta)), _flat(self._room(delta, x))
@@ -429,15 +458,29 @@ for _cls in _NORMS.values():
 
 
 def names() -> list[str]:
-    """The norms that `make` knows."""
+    """The norms that `make` knows.
+
+    >>> from jaxdefense import threat
+    >>> threat.names()
+    ['l1', 'l2', 'linf']
+    """
     return sorted(_NORMS)
 
 
 def make(norm: str, eps: float, bounds: tuple[float, float] = (0.0, 1.0)) -> Threat:
     """The threat of a config: `make(norm='linf', eps=8/255)`.
 
+    Args:
+      norm: 'linf', 'l2' or 'l1'.
+      eps: radius in image units.
+      bounds: (low, high) of valid images.
+
     Raises:
       ValueError: unknown norm, or an eps of the wrong scale.
+
+    >>> from jaxdefense import threat
+    >>> threat.make("l2", eps=0.5)
+    L2(eps=0.5, bounds=(0.0, 1.0))
     """
     if norm not in _NORMS:
         registry.raise_unknown("norm", norm, _NORMS)

@@ -34,25 +34,100 @@ class Attack(Protocol):
 
 
 class Threat(Protocol):
-    """A norm ball around each image, cut by the box of valid images: a frozen dataclass."""
+    """A norm ball around each image, cut by the box of valid images: a frozen dataclass.
+
+    `threat.Linf`, `L2` and `L1` are the library's; see `threat` for what each method computes.
+    """
 
     __dataclass_fields__: ClassVar[dict[str, Any]]
     norm: ClassVar[str]
 
     @property
-    def eps(self) -> float | Array: ...
+    def eps(self) -> float | Array:
+        """The ball's radius in image units, () or (B,)."""
+
     @property
-    def bounds(self) -> tuple[float, float]: ...
-    def diameter(self, n: float) -> float: ...
-    def project(self, x_adv: Images, x: Images) -> Images: ...
-    def sample(self, key: Key, x: Images) -> Images: ...
-    def ascent(self, grad: Images, x: Images, step_size: float | PerExample) -> Images: ...
-    def distance(self, x_adv: Images, x: Images) -> PerExample: ...
-    def dual_norm(self, grad: Images) -> PerExample: ...
-    def step_to_hyperplane(self, x: Images, normal: Images, gap: PerExample) -> Images: ...
-    def scaled(self, factor: float | PerExample) -> "Threat": ...
-    def with_eps(self, eps: float | PerExample) -> "Threat": ...
-    def rounded(self, x_adv: Images, x: Images, levels: int) -> Images: ...
+    def bounds(self) -> tuple[float, float]:
+        """(low, high) of valid images."""
+
+    def diameter(self, n: float) -> float:
+        """The largest distance between two images in the box.
+
+        Args:
+          n: values of an image.
+        """
+
+    def project(self, x_adv: Images, x: Images) -> Images:
+        """The nearest point of ball and box, (B, ...).
+
+        Args:
+          x_adv: (B, ...) points anywhere.
+          x: (B, ...) the centres of the balls, in the box.
+        """
+
+    def sample(self, key: Key, x: Images) -> Images:
+        """Uniform points of the ball, cut to the box, (B, ...).
+
+        Args:
+          key: one key, or one per example.
+          x: (B, ...) the centres of the balls.
+        """
+
+    def ascent(self, grad: Images, x: Images, step_size: float | PerExample) -> Images:
+        """The step that raises a linear function most, (B, ...).
+
+        Args:
+          grad: (B, ...) the function's gradient.
+          x: (B, ...) the images that the step starts from.
+          step_size: the step's length in the norm, () or (B,).
+        """
+
+    def distance(self, x_adv: Images, x: Images) -> PerExample:
+        """The norm of x_adv - x, (B,).
+
+        Args:
+          x_adv: (B, ...).
+          x: (B, ...).
+        """
+
+    def dual_norm(self, grad: Images) -> PerExample:
+        """What a step of length 1 gains at most, (B,).
+
+        Args:
+          grad: (B, ...) a linear function's gradient.
+        """
+
+    def step_to_hyperplane(self, x: Images, normal: Images, gap: PerExample) -> Images:
+        """The shortest step inside the box with <normal, step> = gap, (B, ...).
+
+        Args:
+          x: (B, ...) images in the box.
+          normal: (B, ...) the hyperplane's normal at each image.
+          gap: (B,) what the step has to gain.
+        """
+
+    def scaled(self, factor: float | PerExample) -> "Threat":
+        """The same threat with `factor` times the eps.
+
+        Args:
+          factor: () or (B,).
+        """
+
+    def with_eps(self, eps: float | PerExample) -> "Threat":
+        """The same norm and bounds with another eps.
+
+        Args:
+          eps: () or (B,).
+        """
+
+    def rounded(self, x_adv: Images, x: Images, levels: int) -> Images:
+        """x_adv on a grid of `levels` steps over the box, still in the ball.
+
+        Args:
+          x_adv: (B, ...) images of the set.
+          x: (B, ...) the centres, on the grid.
+          levels: steps over the box, 255 for images of 8 bits.
+        """
 
 
 class Static:

@@ -84,15 +84,29 @@ __all__ = [
 
 
 def names() -> list[str]:
-    """The attacks that `make` knows."""
+    """The attacks that `make` knows.
+
+    >>> from jaxdefense import attacks
+    >>> attacks.names()[:3]
+    ['apgd', 'apgd_targeted', 'autoattack']
+    """
     return sorted(_FACTORIES)
 
 
 def make(name: str, threat: Threat, **options: Any) -> Method:
     """The attack of a config: `make('pgd', threat, steps=10)`.
 
+    Args:
+      name: one of `names()`.
+      threat: norm, eps, bounds.
+      options: the factory's keyword arguments.
+
     Raises:
       ValueError: unknown attack or option.
+
+    >>> from jaxdefense import attacks, threat
+    >>> attacks.make("pgd", threat.Linf(0.125), steps=20)
+    pgd(Linf(eps=0.125, bounds=(0.0, 1.0)), steps=20)
     """
     if name not in _FACTORIES:
         registry.raise_unknown("attack", name, _FACTORIES)
@@ -124,6 +138,14 @@ def jitted(
       is any pytree; what in it is no array (an Equinox module's functions) is part of the program.
       Bad images, labels and keys raise a ValueError at each call before compilation; that `apply`
       returns probabilities or NaN is found at the first call.
+
+    >>> import jax
+    >>> import jax.numpy as jnp
+    >>> from jaxdefense import attacks, threat
+    >>> attack = attacks.jitted(attacks.fgsm(threat.Linf(0.125)), lambda weights, x: x @ weights)
+    >>> x, labels = jnp.array([[0.625, 0.5, 0.25]]), jnp.array([0])
+    >>> attack(10 * jnp.eye(3), jax.random.key(0), x, labels)
+    Array([[0.5  , 0.625, 0.375]], dtype=float32)
     """
     threat, keyed = getattr(attack, "threat", None), getattr(attack, "samples", None) is not None
     bounds = None if threat is None else threat.bounds

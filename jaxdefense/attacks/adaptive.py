@@ -46,7 +46,8 @@ def normalised(
       ValueError: a std that is not positive, or numbers beyond [0, 1], as for pixels in 0 to 255.
 
     >>> import jax.numpy as jnp
-    >>> predict = normalised(lambda x: x.reshape(len(x), -1), 0.5, 0.25)
+    >>> from jaxdefense import attacks
+    >>> predict = attacks.normalised(lambda x: x.reshape(len(x), -1), 0.5, 0.25)
     >>> predict(jnp.ones((1, 1, 2, 1)))
     Array([[2., 2.]], dtype=float32)
     """
@@ -74,7 +75,8 @@ def binary(predict: Callable[[Images], Array]) -> Predict:
       A `Predict` with logits (B, 2), (0, z): their softmax is the logit's sigmoid.
 
     >>> import jax.numpy as jnp
-    >>> binary(lambda x: x.sum(-1))(jnp.ones((1, 3)))
+    >>> from jaxdefense import attacks
+    >>> attacks.binary(lambda x: x.sum(-1))(jnp.ones((1, 3)))
     Array([[0., 3.]], dtype=float32)
     """
 
@@ -105,6 +107,13 @@ def bpda(
 
     Reference: Athalye et al., Obfuscated gradients give a false sense of security,
       arXiv 1802.00420, section 4.1.
+
+    >>> import jax
+    >>> import jax.numpy as jnp
+    >>> from jaxdefense import attacks
+    >>> quantise = attacks.bpda(jnp.round)
+    >>> print(quantise(0.75), jax.grad(quantise)(0.75))
+    1.0 1.0
     """
 
     @jax.custom_vjp
@@ -161,6 +170,14 @@ def eot(predict: PredictWithKey, key: Key, *, samples: int = 20) -> Predict:
       ValueError: samples below 1.
 
     Reference: Athalye et al., Synthesizing robust adversarial examples, arXiv 1707.07397.
+
+    >>> import jax
+    >>> import jax.numpy as jnp
+    >>> from jaxdefense import attacks
+    >>> noisy = lambda key, x: x + jax.random.normal(key, x.shape)
+    >>> predict = attacks.eot(noisy, jax.random.key(0), samples=1000)
+    >>> jnp.abs(predict(jnp.zeros((2, 3)))).max() < 0.2  # the noise's mean over 1,000 draws
+    Array(True, dtype=bool)
     """
     checks.check_count("samples", samples)
 
@@ -190,6 +207,15 @@ def transfer(attack: Attack, sources: Sequence[Predict]) -> Attack:
       ValueError: no sources.
 
     Reference: Papernot et al., Transferability in machine learning, arXiv 1605.07277.
+
+    >>> import jax
+    >>> import jax.numpy as jnp
+    >>> from jaxdefense import attacks, threat
+    >>> x, labels = jnp.array([[0.625, 0.5, 0.25]]), jnp.array([0])
+    >>> attack = attacks.transfer(attacks.pgd(threat.Linf(0.125)), [lambda x: 5 * x + 1])
+    >>> x_adv = attack(lambda x: 10 * x, jax.random.key(0), x, labels)
+    >>> attacks.fooled(10 * x_adv, labels)
+    Array([ True], dtype=bool)
     """
     if not sources:
         raise ValueError("transfer needs at least one source model")

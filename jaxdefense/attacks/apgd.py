@@ -495,6 +495,15 @@ def apgd(
     Deviations: the authors' code projects onto the L2 ball first and the box then, here it is the
     nearest point of both; it counts the loss's rise over the first step against 0, here (and in
     the paper) against the start's loss; it returns the last fooled iterate, here the first.
+
+    >>> import jax
+    >>> import jax.numpy as jnp
+    >>> from jaxdefense import attacks, threat
+    >>> x, labels = jnp.array([[0.625, 0.5, 0.25]]), jnp.array([0])
+    >>> attack = attacks.apgd(threat.L2(0.25), steps=10, loss="margin")
+    >>> x_adv = attack(lambda x: 10 * x, jax.random.key(0), x, labels)
+    >>> attacks.fooled(10 * x_adv, labels)
+    Array([ True], dtype=bool)
     """
     _check_options(steps, restarts, rho, momentum, warm_eps)
     attack_loss(loss)
@@ -570,6 +579,15 @@ def apgd_targeted(
 
     Reference: Croce, Hein, arXiv 2003.01690, section 4; rank='distance': Melamed et al., MALT
       powers up adversarial attacks, arXiv 2407.02240.
+
+    >>> import jax
+    >>> import jax.numpy as jnp
+    >>> from jaxdefense import attacks, threat
+    >>> x, labels = jnp.array([[0.625, 0.5, 0.25]]), jnp.array([0])
+    >>> attack = attacks.apgd_targeted(threat.L2(0.25), targets=2, loss="difference")
+    >>> x_adv = attack(lambda x: 10 * x, jax.random.key(0), x, labels)
+    >>> attacks.fooled(10 * x_adv, labels)
+    Array([ True], dtype=bool)
     """
     _check_options(steps, restarts, rho, momentum, warm_eps)
     checks.check_count("targets", targets)

@@ -36,6 +36,15 @@ def worst_case(*attacks: Attack) -> Attack:
 
     Raises:
       ValueError: no attacks, or some that take labels beside some that take targets.
+
+    >>> import jax
+    >>> import jax.numpy as jnp
+    >>> from jaxdefense import attacks, threat
+    >>> x, labels = jnp.array([[0.625, 0.5, 0.25]]), jnp.array([0])
+    >>> ball = threat.Linf(0.125)
+    >>> attack = attacks.worst_case(attacks.fgsm(ball), attacks.pgd(ball, restarts=3))
+    >>> attacks.fooled(10 * attack(lambda x: 10 * x, jax.random.key(0), x, labels), labels)
+    Array([ True], dtype=bool)
     """
     if not attacks:
         raise ValueError("worst_case needs at least one attack")
@@ -72,6 +81,7 @@ class Stage(NamedTuple):
       note: what few classes changed, "" for nothing.
 
     >>> from jaxdefense import attacks, threat
+    >>> from jaxdefense.attacks.ensemble import Stage
     >>> pgd = attacks.pgd(threat.Linf(8 / 255), steps=40)
     >>> Stage("pgd-40", pgd, forward=40, backward=40).passes
     Passes(forward=40, backward=40)
@@ -235,6 +245,11 @@ def stages(
 
     Raises:
       ValueError: unknown version or layout, samples for another version, or fewer than 2 classes.
+
+    >>> from jaxdefense import threat
+    >>> from jaxdefense.attacks.ensemble import stages
+    >>> [(stage.name, *stage.passes) for stage in stages(threat.Linf(8 / 255))]
+    [('apgd-ce', 102, 101), ('apgd-t', 910, 909), ('fab-t', 1806, 900), ('square', 5002, 0)]
     """
     _check_version(version)
     checks.check_count("num_classes", num_classes, least=2)
@@ -273,6 +288,15 @@ def autoattack(threat: Threat, *, version: str = "standard", layout: str | None 
     Reference: Croce, Hein, Reliable evaluation of adversarial robustness with an ensemble of
       diverse parameter-free attacks, arXiv 2003.01690; 'fast' after MALT (arXiv 2407.02240) and
       PMA (arXiv 2411.15210).
+
+    >>> import jax
+    >>> import jax.numpy as jnp
+    >>> from jaxdefense import attacks, threat
+    >>> x, labels = jnp.array([[0.625, 0.5, 0.25]]), jnp.array([0])
+    >>> attack = attacks.autoattack(threat.Linf(0.125), version="fast")
+    >>> x_adv = attack(lambda x: 10 * x, jax.random.key(0), x, labels)
+    >>> attacks.fooled(10 * x_adv, labels)
+    Array([ True], dtype=bool)
     """
     _check_version(version)
 

@@ -363,6 +363,15 @@ def fab(
     Deviations: the nearest boundary is the nearest inside the box (the paper ranks the classes by
     |z_y - z_t| over the gradient's dual norm, blind to the box), and the final search runs once, on
     the nearest point of all runs.
+
+    >>> import jax
+    >>> import jax.numpy as jnp
+    >>> from jaxdefense import attacks, threat
+    >>> x, labels = jnp.array([[0.625, 0.5, 0.25]]), jnp.array([0])
+    >>> attack = attacks.fab(threat.L2(1.0), steps=5, minimal=True)
+    >>> x_adv = attack(lambda x: 10 * x, jax.random.key(0), x, labels)
+    >>> threat.L2(1.0).distance(x_adv, x)  # to z_0 = z_1: 0.125 / sqrt(2)
+    Array([0.088...], dtype=float32)
     """
     runs = _Search(
         threat=threat,
@@ -427,6 +436,15 @@ def fab_targeted(
     With K <= targets there are K - 1 targets (a FewClassesWarning says so).
 
     Reference: Croce, Hein, arXiv 1907.02044 and arXiv 2003.01690, section 5.
+
+    >>> import jax
+    >>> import jax.numpy as jnp
+    >>> from jaxdefense import attacks, threat
+    >>> x, labels = jnp.array([[0.625, 0.5, 0.25]]), jnp.array([0])
+    >>> attack = attacks.fab_targeted(threat.L1(1.0), targets=1, steps=5, minimal=True)
+    >>> x_adv = attack(lambda x: 10 * x, jax.random.key(0), x, labels)
+    >>> threat.L1(1.0).distance(x_adv, x)
+    Array([0.12...], dtype=float32)
     """
     checks.check_count("targets", targets)
     runs = _Search(

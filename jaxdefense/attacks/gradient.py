@@ -80,6 +80,15 @@ def maximize(
 
     Returns:
       (B, ...) images inside ball and box, without gradient to `x`.
+
+    >>> import jax
+    >>> import jax.numpy as jnp
+    >>> from jaxdefense import attacks, threat
+    >>> x = jnp.array([[0.625, 0.5, 0.25]])
+    >>> ball, first_pixel = threat.Linf(0.125), lambda z: z[:, 0]
+    >>> key, options = jax.random.key(0), dict(steps=3, step_size=0.0625, random_start=False)
+    >>> attacks.maximize(first_pixel, x, ball, key, **options)
+    Array([[0.75, 0.5 , 0.25]], dtype=float32)
     """
     x = jax.lax.stop_gradient(x)
     keys = example_keys(key, x.shape[0])
@@ -205,6 +214,15 @@ def pgd(
 
     Reference: Madry et al., Towards deep learning models resistant to adversarial attacks,
       arXiv 1706.06083.
+
+    >>> import jax
+    >>> import jax.numpy as jnp
+    >>> from jaxdefense import attacks, threat
+    >>> x, labels = jnp.array([[0.625, 0.5, 0.25]]), jnp.array([0])
+    >>> attack = attacks.pgd(threat.Linf(0.125), steps=20)
+    >>> x_adv = attack(lambda x: 10 * x, jax.random.key(0), x, labels)
+    >>> attacks.fooled(10 * x_adv, labels)
+    Array([ True], dtype=bool)
     """
     return _ascent_attack(
         threat,
@@ -230,7 +248,22 @@ def bim(
 ) -> Attack:
     """Basic iterative method: PGD from the image itself; default step eps / steps.
 
+    Args:
+      threat: norm, eps, bounds.
+      steps: gradient steps.
+      step_size: image units; default eps / steps.
+      loss: see `pgd`.
+      targeted: see `pgd`.
+
     Reference: Kurakin et al., Adversarial examples in the physical world, arXiv 1607.02533.
+
+    >>> import jax
+    >>> import jax.numpy as jnp
+    >>> from jaxdefense import attacks, threat
+    >>> x, labels = jnp.array([[0.625, 0.5, 0.25]]), jnp.array([0])
+    >>> attack = attacks.bim(threat.Linf(0.125), steps=2)
+    >>> attack(lambda x: 10 * x, jax.random.key(0), x, labels)
+    Array([[0.5  , 0.625, 0.375]], dtype=float32)
     """
     return _ascent_attack(
         threat,
@@ -257,7 +290,22 @@ def fgsm(
     With `random_start=True, step_size=1.25 * eps` it is the attack of fast adversarial training
     (Wong et al., arXiv 2001.03994).
 
+    Args:
+      threat: norm, eps, bounds.
+      step_size: image units; default eps.
+      loss: see `pgd`.
+      random_start: see `pgd`.
+      targeted: see `pgd`.
+
     Reference: Goodfellow et al., Explaining and harnessing adversarial examples, arXiv 1412.6572.
+
+    >>> import jax
+    >>> import jax.numpy as jnp
+    >>> from jaxdefense import attacks, threat
+    >>> x, labels = jnp.array([[0.625, 0.5, 0.25]]), jnp.array([0])
+    >>> attack = attacks.fgsm(threat.Linf(0.125))
+    >>> attack(lambda x: 10 * x, jax.random.key(0), x, labels)
+    Array([[0.5  , 0.625, 0.375]], dtype=float32)
     """
     return _ascent_attack(
         threat,
@@ -285,11 +333,25 @@ def mi_fgsm(
     """Momentum iterative FGSM: m <- decay m + g / ||g||_1, a step along m; default eps / steps.
 
     Args:
+      threat: norm, eps, bounds.
+      steps: gradient steps.
+      step_size: image units; default eps / steps.
       decay: mu.
       accumulate: 'gradient' is the paper's sum; 'direction' sums the steps' unit directions
         (sign g in L_inf), which is what Foolbox 3 does.
+      loss: see `pgd`.
+      random_start: see `pgd`.
+      targeted: see `pgd`.
 
     Reference: Dong et al., Boosting adversarial attacks with momentum, arXiv 1710.06081, eq. 6-7.
+
+    >>> import jax
+    >>> import jax.numpy as jnp
+    >>> from jaxdefense import attacks, threat
+    >>> x, labels = jnp.array([[0.625, 0.5, 0.25]]), jnp.array([0])
+    >>> attack = attacks.mi_fgsm(threat.Linf(0.125), steps=2)
+    >>> attack(lambda x: 10 * x, jax.random.key(0), x, labels)
+    Array([[0.5  , 0.625, 0.375]], dtype=float32)
     """
     if accumulate not in ("gradient", "direction"):
         registry.raise_unknown("accumulate", accumulate, ("gradient", "direction"))

@@ -36,6 +36,11 @@ class Method:
       arguments: of the factory by name, defaults included.
       spatial: the attack needs (B, H, W, C); others get rows (B, H W C), over which XLA:CPU's norms
         take a tenth of the time that they take over the few channels of pixels.
+
+    >>> from jaxdefense import attacks, threat
+    >>> attack = attacks.pgd(threat.Linf(0.125), steps=20)
+    >>> attack.name, attack.options["restarts"], attack.replace(steps=50)
+    ('pgd', 1, pgd(Linf(eps=0.125, bounds=(0.0, 1.0)), steps=50))
     """
 
     factory: Callable[..., Attack]

@@ -116,6 +116,15 @@ def deepfool(
       networks, arXiv 1511.04599.
 
     Deviation: the steps are exact inside the box; the paper's leave it and are clipped.
+
+    >>> import jax
+    >>> import jax.numpy as jnp
+    >>> from jaxdefense import attacks, threat
+    >>> x, labels = jnp.array([[0.625, 0.5, 0.25]]), jnp.array([0])
+    >>> attack = attacks.deepfool(threat.L2(1.0), minimal=True)
+    >>> x_adv = attack(lambda x: 10 * x, jax.random.key(0), x, labels)
+    >>> threat.L2(1.0).distance(x_adv, x)
+    Array([0.090...], dtype=float32)
     """
     checks.check_count("steps", steps)
     checks.check_count("candidates", candidates)
@@ -178,6 +187,15 @@ def ddn(
 
     Reference: Rony et al., Decoupling direction and norm for efficient gradient-based L2
       adversarial attacks and defenses, arXiv 1811.09600.
+
+    >>> import jax
+    >>> import jax.numpy as jnp
+    >>> from jaxdefense import attacks, threat
+    >>> x, labels = jnp.array([[0.625, 0.5, 0.25]]), jnp.array([0])
+    >>> attack = attacks.ddn(threat.L2(1.0), steps=50, minimal=True)
+    >>> x_adv = attack(lambda x: 10 * x, jax.random.key(0), x, labels)
+    >>> threat.L2(1.0).distance(x_adv, x) < 0.1
+    Array([ True], dtype=bool)
     """
     _only_l2(threat, "ddn")
     checks.check_count("steps", steps)
@@ -247,6 +265,15 @@ def fmn(
 
     Deviations: the projection is the nearest point of ball and box, not of the ball alone; the
     first radius is 1 + gamma times the paper's, because a point on the boundary fools nobody.
+
+    >>> import jax
+    >>> import jax.numpy as jnp
+    >>> from jaxdefense import attacks, threat
+    >>> x, labels = jnp.array([[0.625, 0.5, 0.25]]), jnp.array([0])
+    >>> attack = attacks.fmn(threat.Linf(1.0), steps=50, minimal=True)
+    >>> x_adv = attack(lambda x: 10 * x, jax.random.key(0), x, labels)
+    >>> threat.Linf(1.0).distance(x_adv, x) < 0.07
+    Array([ True], dtype=bool)
     """
     checks.check_count("steps", steps)
     for name, value in (("gamma", gamma), ("step_size", step_size)):
@@ -322,6 +349,15 @@ def cw(
       arXiv 1608.04644, section VI-A.
 
     Deviation: the original stops a search early when Adam stalls; here it takes its steps.
+
+    >>> import jax
+    >>> import jax.numpy as jnp
+    >>> from jaxdefense import attacks, threat
+    >>> x, labels = jnp.array([[0.625, 0.5, 0.25]]), jnp.array([0])
+    >>> attack = attacks.cw(threat.L2(1.0), steps=50, searches=5, minimal=True)
+    >>> x_adv = attack(lambda x: 10 * x, jax.random.key(0), x, labels)
+    >>> threat.L2(1.0).distance(x_adv, x) < 0.1
+    Array([ True], dtype=bool)
     """
     _only_l2(threat, "cw")
     checks.check_count("steps", steps)

@@ -132,6 +132,11 @@ def fooled(logits: Logits, labels: Labels, targeted: bool = False) -> Array:
       logits: (B, K).
       labels: (B,) labels, or targets.
       targeted: whether they are targets; then the target is strictly larger than all others.
+
+    >>> import jax.numpy as jnp
+    >>> from jaxdefense import attacks
+    >>> attacks.fooled(jnp.array([[1.0, 2.0], [3.0, 0.0], [1.0, 1.0]]), jnp.array([0, 0, 0]))
+    Array([ True, False, False], dtype=bool)
     """
     return success_margin(logits, labels, targeted) > 0
 

@@ -313,6 +313,15 @@ def square(
 
     Deviations: as in the paper, each example has windows and signs of its own, and a window may
     lie at the last rows and columns (in the authors' code a batch shares them, and it may not).
+
+    >>> import jax
+    >>> import jax.numpy as jnp
+    >>> from jaxdefense import attacks, threat
+    >>> x, labels = jnp.array([[0.625, 0.5, 0.25]]), jnp.array([0])
+    >>> attack = attacks.square(threat.Linf(0.25), queries=100)
+    >>> x_adv = attack(lambda x: 10 * x, jax.random.key(0), x, labels)
+    >>> attacks.fooled(10 * x_adv, labels)
+    Array([ True], dtype=bool)
     """
     checks.check_count("queries", queries)
     if not 0 < p_init <= 1:
