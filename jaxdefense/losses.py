@@ -1,7 +1,7 @@
 """Losses of arrays: logits (B, K) in, one number per example (B,) out, float32.
 
-Only the train step takes a mean. `labels` are (B,) integers; a loss that also takes soft targets
-says so. All are safe under half-precision logits: the arithmetic is float32.
+Only the train step takes a mean over the batch. `labels` are (B,) integers; a loss that also takes
+soft targets says so. Logits may be in half precision: the arithmetic is float32.
 """
 
 import math
@@ -16,7 +16,8 @@ from jaxdefense import registry
 from jaxdefense.types import Array, Labels, Logits, LossFn, PerExample
 
 
-def _float32(logits: Logits) -> Logits:
+def _checked_float32(logits: Logits) -> Logits:
+    """The logits in float32 or wider; raises unless they are floating and (B, K)."""
     if not jnp.issubdtype(logits.dtype, jnp.floating):
         raise ValueError(f"logits must be floating, got {logits.dtype}")
     if logits.ndim != 2:
@@ -24,12 +25,13 @@ def _float32(logits: Logits) -> Logits:
     return logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
 
 
-def _pick(logits: Logits, labels: Labels) -> PerExample:
+def _at_labels(logits: Logits, labels: Labels) -> PerExample:
+    """Each example's logit of its label, (B,)."""
     return jnp.take_along_axis(logits, labels[:, None], axis=-1)[:, 0]
 
 
 def _runner_up(logits: Logits, labels: Labels) -> PerExample:
-    """The largest logit of the other classes."""
+    """The largest logit of the other classes, (B,)."""
     own = jax.nn.one_hot(labels, logits.shape[-1], dtype=bool)
     return jnp.max(jnp.where(own, -jnp.inf, logits), -1)
 
@@ -66,14 +68,14 @@ def cross_entropy(logits: Logits, targets: Array) -> PerExample:
     >>> losses.cross_entropy(jnp.array([[0.0, 0.0]]), jnp.array([0]))
     Array([0.69...], dtype=float32)
     """
-    logits = _float32(logits)
+    logits = _checked_float32(logits)
     if targets.ndim == 1:
         return optax.softmax_cross_entropy_with_integer_labels(logits, targets)
     return optax.softmax_cross_entropy(logits, targets)
 
 
 def log_odds(logits: Logits, labels: Labels) -> PerExample:
-    """log((1 - p_y) / p_y) = log sum_{k != y} exp z_k - z_y: the cross-entropy for attacks.
+    """log((1 - p_y) / p_y) = log sum_{k != y} exp(z_k) - z_y: the cross-entropy for attacks.
 
     The cross-entropy is log(1 + exp(log_odds)): the two rise together and their gradients are
     parallel, but the cross-entropy's vanishes in float32 where the model is sure, as p_y - 1 rounds
@@ -91,10 +93,10 @@ def log_odds(logits: Logits, labels: Labels) -> PerExample:
     >>> losses.log_odds(jnp.array([[2.0, 0.0], [0.0, 100.0]]), jnp.array([0, 1]))
     Array([  -2., -100.], dtype=float32)
     """
-    logits = _float32(logits)
+    logits = _checked_float32(logits)
     own = jax.nn.one_hot(labels, logits.shape[-1], dtype=bool)
     others = jax.nn.logsumexp(jnp.where(own, -jnp.inf, logits), -1)
-    return others - _pick(logits, labels)
+    return others - _at_labels(logits, labels)
 
 
 def probability_margin(logits: Logits, labels: Labels) -> PerExample:
@@ -115,7 +117,7 @@ def probability_margin(logits: Logits, labels: Labels) -> PerExample:
     >>> losses.probability_margin(jnp.array([[0.0, 5.0]]), jnp.array([0]))
     Array([0.98...], dtype=float32)
     """
-    return margin(jax.nn.softmax(_float32(logits)), labels)
+    return margin(jax.nn.softmax(_checked_float32(logits)), labels)
 
 
 def kl(p_logits: Logits, q_logits: Logits) -> PerExample:
@@ -134,8 +136,8 @@ def kl(p_logits: Logits, q_logits: Logits) -> PerExample:
     >>> losses.kl(p, p), losses.kl(p, q)
     (Array([0.], dtype=float32), Array([0.12...], dtype=float32))
     """
-    p = jax.nn.log_softmax(_float32(p_logits))
-    q = jax.nn.log_softmax(_float32(q_logits))
+    p = jax.nn.log_softmax(_checked_float32(p_logits))
+    q = jax.nn.log_softmax(_checked_float32(q_logits))
     return jnp.sum(jnp.exp(p) * (p - q), -1)
 
 
@@ -159,7 +161,7 @@ def distillation(
     >>> losses.distillation(teacher, student, temperature=4.0)
     Array([0.97...], dtype=float32)
     """
-    teacher, student = _float32(teacher_logits), _float32(student_logits)
+    teacher, student = _checked_float32(teacher_logits), _checked_float32(student_logits)
     return temperature**2 * kl(teacher / temperature, student / temperature)
 
 
@@ -177,8 +179,8 @@ def margin(logits: Logits, labels: Labels) -> PerExample:
     >>> losses.margin(jnp.array([[2.0, 0.5, 0.0]]), jnp.array([0]))
     Array([-1.5], dtype=float32)
     """
-    logits = _float32(logits)
-    return _runner_up(logits, labels) - _pick(logits, labels)
+    logits = _checked_float32(logits)
+    return _runner_up(logits, labels) - _at_labels(logits, labels)
 
 
 def dlr(logits: Logits, labels: Labels) -> PerExample:
@@ -203,7 +205,7 @@ def dlr(logits: Logits, labels: Labels) -> PerExample:
     """
     if logits.shape[-1] < 3:
         raise ValueError(f"dlr needs 3 classes or more, got {logits.shape[-1]}; use margin")
-    logits = _float32(logits)
+    logits = _checked_float32(logits)
     top = jax.lax.top_k(logits, 3)[0]
     return margin(logits, labels) / (top[:, 0] - top[:, 2] + 1e-12)
 
@@ -229,10 +231,10 @@ def dlr_targeted(logits: Logits, labels: Labels, targets: Labels) -> PerExample:
     """
     if logits.shape[-1] < 4:
         raise ValueError(f"dlr_targeted needs 4 classes or more, got {logits.shape[-1]}")
-    logits = _float32(logits)
+    logits = _checked_float32(logits)
     top = jax.lax.top_k(logits, 4)[0]
     scale = top[:, 0] - (top[:, 2] + top[:, 3]) / 2 + 1e-12
-    return (_pick(logits, targets) - _pick(logits, labels)) / scale
+    return (_at_labels(logits, targets) - _at_labels(logits, labels)) / scale
 
 
 def mart(
@@ -267,12 +269,12 @@ def mart(
     Array([3.12...], dtype=float32)
     """
     own = jax.nn.one_hot(labels, moved.shape[-1], dtype=bool)
-    log_p, log_q = (jax.nn.log_softmax(_float32(z)) for z in (clean, moved))
+    log_p, log_q = (jax.nn.log_softmax(_checked_float32(z)) for z in (clean, moved))
     runner_up = jnp.argmax(jnp.where(own, -jnp.inf, log_q), -1)
     others = ~jax.nn.one_hot(runner_up, moved.shape[-1], dtype=bool)
     boosted = cross_entropy(moved, labels if targets is None else targets)
     boosted = boosted - jax.nn.logsumexp(log_q, -1, where=others)
-    return boosted + weight * kl(clean, moved) * -jnp.expm1(_pick(log_p, labels))
+    return boosted + weight * kl(clean, moved) * -jnp.expm1(_at_labels(log_p, labels))
 
 
 def supcon(
@@ -408,7 +410,7 @@ def expected_cost(logits: Logits, labels: Labels, cost: Array) -> PerExample:
     >>> losses.expected_cost(jnp.array([[0.0, 0.0]]), jnp.array([0]), cost)
     Array([5.], dtype=float32)
     """
-    return jnp.sum(jax.nn.softmax(_float32(logits)) * jnp.take(cost, labels, 1).T, -1)
+    return jnp.sum(jax.nn.softmax(_checked_float32(logits)) * jnp.take(cost, labels, 1).T, -1)
 
 
 def margin_cost(logits: Logits, labels: Labels, cost: Array) -> PerExample:
@@ -428,14 +430,14 @@ def margin_cost(logits: Logits, labels: Labels, cost: Array) -> PerExample:
     >>> losses.margin_cost(jnp.array([[0.0, 0.0]]), jnp.array([0]), cost)
     Array([2.39...], dtype=float32)
     """
-    logits = _float32(logits)
+    logits = _checked_float32(logits)
     own = jax.nn.one_hot(labels, logits.shape[-1], dtype=bool)
     weights = jnp.where(own, 1.0, cost[labels])
-    return jax.nn.logsumexp(logits, -1, b=weights) - _pick(logits, labels)
+    return jax.nn.logsumexp(logits, -1, b=weights) - _at_labels(logits, labels)
 
 
 def min_max(weights: Array, *, epsilon: float = 1e-12) -> Array:
-    """R(W) = ||W||_1 - ||W||_2 of all entries, (): 0 where at most one is not zero, else above.
+    """R(W) = ||W||_1 - ||W||_2 of all entries, (): 0 for at most one non-zero entry, else positive.
 
     dR/dW = sign(W) - W / ||W||_2: small entries are driven to zero, one large one is left alone.
 

@@ -1,6 +1,6 @@
 """Masks, mixtures and the soft labels that go with them: pure functions of keys and arrays.
 
-Every example draws for itself. `key` is one typed key or one per example. Shares and weights are
+Each example has draws of its own. `key` is one typed key or one per example. Shares and weights are
 (B,) floats in [0, 1], masks (B, H, W, 1) of zeros and ones, targets (B, K) probabilities.
 """
 
@@ -182,7 +182,7 @@ def soften(targets: Array, strength: PerExample, l1: float, l2: float) -> Array:
 
 
 def check_positive(name: str, value: float) -> None:
-    """A positive finite number.
+    """Checks that an option is a positive finite number.
 
     Args:
       name: of the argument, for the message.
@@ -201,7 +201,7 @@ def check_positive(name: str, value: float) -> None:
 
 
 def check_share(name: str, value: float) -> None:
-    """A number in [0, 1].
+    """Checks that an option is a number in [0, 1].
 
     Args:
       name: of the argument, for the message.
@@ -220,11 +220,13 @@ def check_share(name: str, value: float) -> None:
 
 
 def _keys(key: Key, batch: int, per_sample: bool) -> Key:
+    """One key per example, or the first example's for all."""
     keys = example_keys(key, batch)
     return keys if per_sample else jnp.broadcast_to(keys[:1], keys.shape)
 
 
 def _beta(key: Key, alpha: float) -> Array:
+    """One draw of Beta(alpha, alpha), ()."""
     if alpha == 1:  # uniform, without the rejection sampling of two Gammas
         return jax.random.uniform(key)
     return jax.random.beta(key, alpha, alpha)

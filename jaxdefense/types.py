@@ -1,8 +1,8 @@
-"""The types that the floors share.
+"""The types that the whole library shares, and what keys and per-example values need.
 
 Images are (B, H, W, C) floats in the threat's bounds ([0, 1] unless said), labels (B,) integers,
-logits (B, K) floats. A `Key` is one typed PRNG key, or one key per example, shape (B,): then what
-an attack draws for an example does not depend on the batch it sits in.
+logits (B, K) floats. A `Key` is one typed PRNG key, or one key per example, shape (B,); with
+one per example, an example's random numbers do not depend on the rest of the batch.
 """
 
 from collections.abc import Callable, Sequence
@@ -19,7 +19,7 @@ Logits = jax.Array  # (B, K)
 Key = jax.Array  # () or (B,) typed PRNG keys
 PerExample = jax.Array  # (B,)
 PyTree = Any
-HostArray = np.ndarray | jax.Array  # what only checks and evaluation read
+HostArray = np.ndarray | jax.Array  # of checks and evaluation, which also read NumPy arrays
 
 Predict = Callable[[Images], Logits]  # parameters already inside, eval mode
 PredictWithKey = Callable[[Key, Images], Logits]  # a randomised model
@@ -131,7 +131,7 @@ class Threat(Protocol):
 
 
 class Static:
-    """What of a pytree is no array: compared by equality, hashable, an argument of the program.
+    """The part of a pytree that is not arrays: hashable, so that `jit` can take it as static.
 
     Args:
       tree: the pytree's structure.
@@ -142,7 +142,11 @@ class Static:
         self.tree, self.leaves = tree, tuple(leaves)
 
     def join(self, arrays: Sequence[Array]) -> PyTree:
-        """The pytree with these arrays in their places."""
+        """The whole pytree.
+
+        Args:
+          arrays: as `partition` returned them, or others in their places.
+        """
         waiting = iter(arrays)
         leaves = [next(waiting) if leaf is None else leaf for leaf in self.leaves]
         return jax.tree.unflatten(self.tree, leaves)
@@ -155,7 +159,7 @@ class Static:
 
 
 def partition(variables: PyTree) -> tuple[list[Any], Static]:
-    """A pytree's arrays and the rest: an Equinox module holds functions beside its weights.
+    """Splits a pytree into its arrays and the rest, such as an Equinox module's functions.
 
     Args:
       variables: any pytree.
@@ -174,6 +178,10 @@ def partition(variables: PyTree) -> tuple[list[Any], Static]:
 def example_keys(key: Key, batch: int) -> Key:
     """One key per example: `key` itself if it has shape (batch,), else `fold_in(key, row)`.
 
+    Args:
+      key: one typed key, or one per example.
+      batch: B.
+
     Raises:
       ValueError: `key` is no typed key, or has another shape.
     """
@@ -189,14 +197,23 @@ def example_keys(key: Key, batch: int) -> Key:
 
 
 def fold_in(key: Key, data: int | Array) -> Key:
-    """`jax.random.fold_in` of one number, or of one per example, for a key or one per example."""
+    """`jax.random.fold_in` for one key or one per example.
+
+    Args:
+      key: () or (B,) typed keys.
+      data: one number, or one per example.
+    """
     if key.ndim:
         return jax.vmap(jax.random.fold_in, (0, 0 if jnp.ndim(data) else None))(key, data)
     return jax.random.fold_in(key, data)
 
 
 def per_example(value: float | Array, x: Array) -> Array:
-    """`value`, () or (B,), shaped to broadcast against `x` (B, ...), in x's dtype.
+    """`value` shaped to broadcast against `x`, in x's dtype.
+
+    Args:
+      value: () or (B,).
+      x: (B, ...).
 
     Raises:
       ValueError: `value` has another shape.

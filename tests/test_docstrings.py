@@ -90,7 +90,8 @@ def arguments(member):
 def test_has_a_docstring_whose_arguments_are_the_signatures(name):
     member = MEMBERS[name]
     written = member.__doc__ or ""
-    assert written and not written.startswith(f"{member.__name__}("), "the one that dataclasses make"
+    assert written
+    assert not written.startswith(f"{member.__name__}("), "only the one that dataclasses make"
     listed = documented_arguments(member)
     assert listed is None or listed == arguments(member)
 

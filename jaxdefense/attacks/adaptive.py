@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxdefense.attacks import checks
-from jaxdefense.attacks.method import method, takes_targets
+from jaxdefense.attacks.method import attack_factory, takes_targets
 from jaxdefense.attacks.outcome import select_rows, success_margin
 from jaxdefense.types import (
     Array,
@@ -51,13 +51,13 @@ def normalised(
     >>> predict(jnp.ones((1, 1, 2, 1)))
     Array([[2., 2.]], dtype=float32)
     """
-    middle, width = np.asarray(mean, np.float32), np.asarray(std, np.float32)
-    if np.any(width <= 0) or np.any(width > 1) or np.any(middle < 0) or np.any(middle > 1):
+    means, stds = np.asarray(mean, np.float32), np.asarray(std, np.float32)
+    if np.any(stds <= 0) or np.any(stds > 1) or np.any(means < 0) or np.any(means > 1):
         raise ValueError(
             f"mean and std are of pixels in [0, 1], got mean={mean!r}, std={std!r}; divide those "
             f"of pixels in 0 to 255 by 255"
         )
-    return lambda x: predict((x - _last_axis(middle, x)) / _last_axis(width, x))
+    return lambda x: predict((x - _last_axis(means, x)) / _last_axis(stds, x))
 
 
 def _last_axis(numbers: np.ndarray, x: Array) -> Array:
@@ -80,11 +80,11 @@ def binary(predict: Callable[[Images], Array]) -> Predict:
     Array([[0., 3.]], dtype=float32)
     """
 
-    def two(x: Images) -> Logits:
+    def two_logits(x: Images) -> Logits:
         logit = predict(x).reshape(x.shape[0])
         return jnp.stack([jnp.zeros_like(logit), logit], -1)
 
-    return two
+    return two_logits
 
 
 def bpda(
@@ -120,7 +120,7 @@ def bpda(
     def apply(x):
         return forward(x)
 
-    def ahead(x):
+    def forward_rule(x):
         out = forward(x)
         stand_in = jax.eval_shape(backward, x)
         if stand_in.shape != out.shape:
@@ -130,19 +130,19 @@ def bpda(
             )
         return out, x
 
-    def back(x, cotangent):
+    def backward_rule(x, cotangent):
         out, pull = jax.vjp(backward, x)
         return pull(cotangent.astype(out.dtype))
 
-    apply.defvjp(ahead, back)
+    apply.defvjp(forward_rule, backward_rule)
     return apply
 
 
 def _fingerprint(image: Array) -> Array:
-    """A number of an image's bits: different images get different draws."""
+    """A hash of an image's bits, () uint32."""
     bits = jax.lax.bitcast_convert_type(image.astype(jnp.float32), jnp.uint32).reshape(-1)
     place = jnp.arange(bits.size, dtype=jnp.uint32)
-    # Odd factors that look random: Knuth's multiplicative hash of the place.
+    # Knuth's multiplicative hash of each place, made odd.
     weights = (place * np.uint32(2654435761)) | np.uint32(1)
     mixed = bits * weights
     return jnp.sum(mixed ^ (mixed >> 15), dtype=jnp.uint32)
@@ -189,9 +189,9 @@ def eot(predict: PredictWithKey, key: Key, *, samples: int = 20) -> Predict:
     return jax.vmap(one)
 
 
-@method(spatial=True)
+@attack_factory(flatten_images=False)
 def transfer(attack: Attack, sources: Sequence[Predict]) -> Attack:
-    """Black box by transfer: `attack` against other models, the worst of them for the target.
+    """Black-box attack by transfer: `attack` other models, keep what works best on the target.
 
     Args:
       attack: run against each source with the key `fold_in(key, its number)`. One that does not

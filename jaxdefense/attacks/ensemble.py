@@ -12,20 +12,19 @@ from jaxdefense.attacks.apgd import RANKED, apgd, apgd_targeted
 from jaxdefense.attacks.apgd import passes as apgd_passes
 from jaxdefense.attacks.fab import fab, fab_targeted
 from jaxdefense.attacks.fab import passes as fab_passes
-from jaxdefense.attacks.method import method, takes_targets
+from jaxdefense.attacks.method import attack_factory, takes_targets
 from jaxdefense.attacks.outcome import Passes, fooled, select_rows
 from jaxdefense.attacks.square import passes as square_passes
 from jaxdefense.attacks.square import square
 from jaxdefense.types import Attack, Images, Key, Labels, Predict, Threat, example_keys, fold_in
 
 
-@method(spatial=True)
+@attack_factory(flatten_images=False)
 def worst_case(*attacks: Attack) -> Attack:
-    """Per example, the first attack's success wins; without one, the last attack's image.
+    """Several attacks one after another: per example the first success, else the last image.
 
-    An attack starts from the adversarial image where an earlier one succeeded, so an attack that
-    leaves misclassified images alone (all of this library's that stop early do) spends nothing
-    there, and an attack is skipped once the whole batch is fooled.
+    Where an earlier attack succeeded, the later ones get its adversarial image, which they leave
+    alone if they stop early; once the whole batch is fooled they are skipped.
 
     Args:
       attacks: in their order; each draws from `fold_in(key, its number)`.
@@ -171,7 +170,7 @@ def _standard(make: _StageMaker) -> list[Stage]:
 
 
 def _fast(make: _StageMaker) -> list[Stage]:
-    """Two gradient attacks, and Square with what they leave of a quarter of standard's passes."""
+    """Two gradient attacks, then Square with the passes left of a quarter of standard's."""
     warm_eps = _STANDARD[make.threat.norm]["warm_eps"]
     found = [
         make.apgd("apgd-pm", "probability_margin", warm_eps=warm_eps),
@@ -230,7 +229,7 @@ def stages(
     layout: str | None = None,
     samples: int | None = None,
 ) -> list[Stage]:
-    """AutoAttack's attacks, in order: a cascade runs each on the survivors of the last.
+    """AutoAttack's attacks in their order; a cascade runs each on the survivors of those before.
 
     Args:
       threat: norm, eps, bounds.
@@ -258,7 +257,7 @@ def stages(
     return _VERSIONS[version](_StageMaker(threat, num_classes, layout, samples))
 
 
-@method(spatial=True)
+@attack_factory(flatten_images=False)
 def autoattack(threat: Threat, *, version: str = "standard", layout: str | None = None) -> Attack:
     """AutoAttack as one pure attack: the stages one after another, per example the first success.
 

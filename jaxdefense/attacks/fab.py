@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxdefense.attacks import checks
-from jaxdefense.attacks.method import method
+from jaxdefense.attacks.method import attack_factory
 from jaxdefense.attacks.outcome import (
     Passes,
     best_of_runs,
@@ -41,25 +41,38 @@ from jaxdefense.types import (
     per_example,
 )
 
-Boundary = Callable[[Images], tuple[PerExample, Images]]  # gap and normal
+# Images (B, ...) -> the linearised decision boundary at each: gap (B,) and normal (B, ...). Its
+# points x + step are those with <normal, step> = gap.
+Boundary = Callable[[Images], tuple[PerExample, Images]]
 
 
-def boundary(predict: Predict, labels: Labels, targets: Labels) -> Boundary:
-    """Where z_t = z_y, linearised at x: the gap z_y - z_t and its normal, grad (z_t - z_y)."""
+def boundary_between(predict: Predict, labels: Labels, targets: Labels) -> Boundary:
+    """The boundary z_t = z_y: its gap is z_y - z_t, its normal grad (z_t - z_y).
+
+    Args:
+      predict: the model.
+      labels: (B,), y.
+      targets: (B,), t.
+    """
 
     def linearise(x):
         logits, pull = jax.vjp(predict, x)
-        return _face(logits, pull, labels, targets)
+        return _linearise(logits, pull, labels, targets)
 
     return linearise
 
 
-def target_boundary(predict: Predict, targets: Labels) -> Boundary:
-    """Where the target's logit meets the largest other one, linearised at x."""
+def boundary_of_target(predict: Predict, targets: Labels) -> Boundary:
+    """The boundary between the target and the class with the largest other logit.
+
+    Args:
+      predict: the model.
+      targets: (B,).
+    """
 
     def linearise(x):
         logits, pull = jax.vjp(predict, x)
-        return _face(logits, pull, runner_up_class(logits, targets), targets)
+        return _linearise(logits, pull, runner_up_class(logits, targets), targets)
 
     return linearise
 
@@ -81,7 +94,7 @@ def boundary_distances(
     logits, pull = jax.vjp(predict, x)
 
     def one(others: Labels) -> PerExample:
-        gap, normal = _face(logits, pull, labels, others)
+        gap, normal = _linearise(logits, pull, labels, others)
         dual = threat.dual_norm(normal)
         return jnp.where(dual > 0, jnp.abs(gap) / jnp.where(dual > 0, dual, 1), jnp.inf)
 
@@ -107,11 +120,11 @@ def nearest_boundary(
         logits, pull = jax.vjp(predict, x)
         count = logits.shape[-1] - 1 if candidates is None else candidates.shape[1]
 
-        def look(i, carry):
+        def keep_nearer(i, carry):
             least, gap, normal = carry
             others = i + (i >= labels) if candidates is None else candidates[:, i]
-            new_gap, new_normal = _face(logits, pull, labels, others)
-            distance = _depth(threat, x, new_gap, new_normal)
+            new_gap, new_normal = _linearise(logits, pull, labels, others)
+            distance = _distance_in_box(threat, x, new_gap, new_normal)
             closer = distance < least
             return (
                 jnp.where(closer, distance, least),
@@ -120,41 +133,49 @@ def nearest_boundary(
             )
 
         far = jnp.full(x.shape[0], jnp.inf, x.dtype)
-        return jax.lax.fori_loop(0, count, look, (far, far, jnp.zeros_like(x)))[1:]
+        return jax.lax.fori_loop(0, count, keep_nearer, (far, far, jnp.zeros_like(x)))[1:]
 
     return linearise
 
 
-def _face(
+def _linearise(
     logits: Array, pull: Callable[[Array], tuple[Images]], labels: Labels, targets: Labels
 ) -> tuple[PerExample, Images]:
-    """The gap z_y - z_t and the normal grad (z_t - z_y), from a forward pass's pull-back."""
+    """The gap z_y - z_t and the normal grad (z_t - z_y) at the image of a forward pass.
+
+    Args:
+      logits: (B, K) of the forward pass.
+      pull: its pull-back, cotangents (B, K) -> gradients (B, ...).
+      labels: (B,), y.
+      targets: (B,), t.
+    """
     classes = logits.shape[-1]
     cotangent = jax.nn.one_hot(targets, classes, dtype=logits.dtype)
     cotangent -= jax.nn.one_hot(labels, classes, dtype=logits.dtype)
     normal = zero_non_finite(pull(cotangent)[0])
     wide = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
-    # One rounding of the logits beyond the boundary, an iterate on which would have no way to go;
-    # and the lead that a win has to exceed.
+    # The aim is one rounding of the logits beyond the boundary, because an iterate exactly on it
+    # would stay there; and beyond the lead that a success has to exceed.
     beyond = jnp.finfo(logits.dtype).eps * jnp.max(jnp.abs(wide), -1) + required_margin(logits)
     gap = beyond - jnp.sum(cotangent.astype(wide.dtype) * wide, -1)
     return gap.astype(normal.dtype), normal
 
 
-def _depth(threat: Threat, x: Images, gap: PerExample, normal: Images) -> PerExample:
-    """The hyperplane's distance from x inside the box, (B,).
+def _distance_in_box(threat: Threat, x: Images, gap: PerExample, normal: Images) -> PerExample:
+    """The hyperplane's distance from x inside the box, (B,), for comparisons.
 
-    One that the box does not meet, or without a normal, comes behind all others, in the order of
-    the distances that the norm alone would give.
+    A hyperplane outside the box, or without a normal, gets a number larger than all distances in
+    the box; such numbers are in the order of the distances in the norm alone.
     """
     step = threat.step_to_hyperplane(x, normal, gap)
     gained = jnp.abs(jnp.sum(normal * step, range(1, x.ndim)))
     met = (gained > 0) & (gained >= 0.999 * jnp.abs(gap))
     behind = threat.diameter(x[0].size) + jnp.abs(gap) / (threat.dual_norm(normal) + 1e-12)
-    return jnp.where(met, _length(threat, step), behind)
+    return jnp.where(met, _size(threat, step), behind)
 
 
-def _length(threat: Threat, step: Images) -> PerExample:
+def _size(threat: Threat, step: Images) -> PerExample:
+    """The step's norm, (B,)."""
     return threat.distance(step, jnp.zeros_like(step))
 
 
@@ -167,11 +188,19 @@ def refine(
     steps: int,
     targeted: bool = False,
 ) -> Images:
-    """The final search: fooling points ever closer to x on the segment from x to x_adv.
+    """The final search: the nearest fooling point to x on the segment from x to x_adv.
 
-    False position between the last right and the last fooled point, moved half-way to the fooled
-    one, because a point exactly on the boundary is no result. One forward pass a step and two at
-    the start. Examples that x_adv does not fool stay.
+    False position (regula falsi) between the last right and the last fooled point, moved half-way
+    to the fooled one, because a point exactly on the boundary is no result. One forward pass a step
+    and two at the start.
+
+    Args:
+      predict: the model.
+      x: (B, ...) images.
+      labels: (B,) labels, or targets.
+      x_adv: (B, ...) fooling points; a point that does not fool is returned as it is.
+      steps: of the search; 0 returns x_adv.
+      targeted: whether the labels are targets.
     """
 
     def margin(z: Images) -> PerExample:
@@ -207,7 +236,7 @@ def passes(
     targets: int = 1,
     search: int = 3,
 ) -> Passes:
-    """A forward pass on the image; two forward a step; the search; its gradients.
+    """One forward pass on the image, two and a gradient a step, and the final search's.
 
     Args:
       steps: of a run.
@@ -306,13 +335,13 @@ class _Search:
         lead = jnp.sum(normal * (z - x), range(1, x.ndim))
         from_z = self.threat.step_to_hyperplane(z, normal, gap)
         from_x = self.threat.step_to_hyperplane(x, normal, gap + lead)
-        near, far = (jnp.maximum(_length(self.threat, d), 1e-8) for d in (from_z, from_x))
+        near, far = (jnp.maximum(_size(self.threat, d), 1e-8) for d in (from_z, from_x))
         alpha = per_example(jnp.minimum(near / (near + far), self.alpha_max), x)
         z = (1 - alpha) * (z + self.eta * from_z) + alpha * (x + self.eta * from_x)
         return jnp.clip(z, *self.threat.bounds).astype(x.dtype)
 
 
-@method()
+@attack_factory()
 def fab(
     threat: Threat,
     *,
@@ -390,7 +419,7 @@ def fab(
 
         def boundaries(numbers: Array, rows: Array) -> Boundary:
             if targeted:
-                return target_boundary(predict, labels[rows])
+                return boundary_of_target(predict, labels[rows])
             return nearest_boundary(predict, labels[rows], threat_of_rows(threat, rows))
 
         right = ~fooled(predict(x), labels, targeted)
@@ -399,7 +428,7 @@ def fab(
     return attack
 
 
-@method()
+@attack_factory()
 def fab_targeted(
     threat: Threat,
     *,
@@ -467,7 +496,7 @@ def fab_targeted(
         ranked = runner_up_classes(clean, labels, targets)
 
         def boundaries(numbers: Array, rows: Array) -> Boundary:
-            return boundary(predict, labels[rows], ranked[rows, numbers // restarts])
+            return boundary_between(predict, labels[rows], ranked[rows, numbers // restarts])
 
         right = ~fooled(clean, labels)
         tried = ranked.shape[1]

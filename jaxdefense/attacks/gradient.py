@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 from jaxdefense import losses, registry
 from jaxdefense.attacks import checks
-from jaxdefense.attacks.method import method
+from jaxdefense.attacks.method import attack_factory
 from jaxdefense.attacks.outcome import attack_loss, zero_non_finite
 from jaxdefense.types import (
     Attack,
@@ -24,12 +24,14 @@ from jaxdefense.types import (
 
 
 def value_and_grad(objective: Objective, x: Images) -> tuple[PerExample, Images]:
-    """Each example's objective and its gradient, 0 where an entry is not finite.
+    """Each example's objective and its gradient, with 0 for entries that are not finite.
 
-    Examples do not mix, so one sum serves all.
+    Args:
+      objective: images (B, ...) -> (B,), each example's value of its own image alone.
+      x: (B, ...) images.
     """
 
-    def total(z):
+    def total(z):  # the gradient of the sum holds each example's own
         values = objective(z)
         return jnp.sum(values), values
 
@@ -119,7 +121,7 @@ def maximize(
             x_adv = threat.project(x_adv + threat.ascent(grad, x_adv, step_size), x)
             return x_adv, memory, best_x, best_value
 
-        # Unused places of the carry are empty: XLA then has no copies to keep.
+        # What is not needed is empty in the carry, so that XLA keeps no copies of it.
         none = jnp.zeros((0,))
         memory = jnp.zeros_like(x) if decay is not None else none
         kept = (first, lowest) if best else (none, none)
@@ -154,7 +156,7 @@ def _ascent_attack(
     restarts: int = 1,
     **options: Any,
 ) -> Attack:
-    """`maximize` on a loss of predict's logits; without a step size all steps make length * eps."""
+    """`maximize` on a loss of the logits; the default step size is length * eps / steps."""
     checks.check_count("steps", steps)
     checks.check_count("restarts", restarts)
     checks.check_step("step_size", step_size)
@@ -181,7 +183,7 @@ def _ascent_attack(
     return attack
 
 
-@method()
+@attack_factory()
 def pgd(
     threat: Threat,
     *,
@@ -237,7 +239,7 @@ def pgd(
     )
 
 
-@method()
+@attack_factory()
 def bim(
     threat: Threat,
     *,
@@ -276,7 +278,7 @@ def bim(
     )
 
 
-@method()
+@attack_factory()
 def fgsm(
     threat: Threat,
     *,
@@ -318,7 +320,7 @@ def fgsm(
     )
 
 
-@method()
+@attack_factory()
 def mi_fgsm(
     threat: Threat,
     *,
