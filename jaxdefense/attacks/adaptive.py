@@ -209,10 +209,9 @@ def transfer(attack: Attack, sources: Sequence[Predict]) -> Attack:
     Reference: Papernot et al., Transferability in machine learning, arXiv 1605.07277.
 
     >>> import jax
-    >>> import jax.numpy as jnp
     >>> from jaxdefense import attacks, threat
-    >>> x, labels = jnp.array([[0.625, 0.5, 0.25]]), jnp.array([0])
     >>> attack = attacks.transfer(attacks.pgd(threat.Linf(0.125)), [lambda x: 5 * x + 1])
+    >>> x, labels = jax.numpy.array([[0.625, 0.5, 0.25]]), jax.numpy.array([0])
     >>> x_adv = attack(lambda x: 10 * x, jax.random.key(0), x, labels)
     >>> attacks.fooled(10 * x_adv, labels)
     Array([ True], dtype=bool)

@@ -243,7 +243,7 @@ def _balls(steps: int, warm_eps: bool) -> list[tuple[float, int]]:
     return [(factor, n) for (factor, _), n in zip(_WARM_EPS, counts)]
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@dataclasses.dataclass(frozen=True)
 class _Search:
     """The runs of `apgd` and of `apgd_targeted`, which differ in what a run maximises.
 
@@ -508,10 +508,9 @@ def apgd(
     the paper) against the start's loss; it returns the last fooled iterate, here the first.
 
     >>> import jax
-    >>> import jax.numpy as jnp
     >>> from jaxdefense import attacks, threat
-    >>> x, labels = jnp.array([[0.625, 0.5, 0.25]]), jnp.array([0])
     >>> attack = attacks.apgd(threat.L2(0.25), steps=10, loss="margin")
+    >>> x, labels = jax.numpy.array([[0.625, 0.5, 0.25]]), jax.numpy.array([0])
     >>> x_adv = attack(lambda x: 10 * x, jax.random.key(0), x, labels)
     >>> attacks.fooled(10 * x_adv, labels)
     Array([ True], dtype=bool)
@@ -520,15 +519,7 @@ def apgd(
     if samples is not None:
         checks.check_count("samples", samples)
     stops = early_stop and samples is None
-    runs = _Search(
-        threat=threat,
-        steps=steps,
-        restarts=restarts,
-        rho=rho,
-        momentum=momentum,
-        warm_eps=warm_eps,
-        early_stop=stops,
-    )
+    runs = _Search(threat, steps, restarts, rho, momentum, warm_eps=warm_eps, early_stop=stops)
 
     def attack(predict: Any, key: Key, images: Images, labels: Labels) -> Images:
         x = jax.lax.stop_gradient(images)
@@ -598,10 +589,9 @@ def apgd_targeted(
       powers up adversarial attacks, arXiv 2407.02240.
 
     >>> import jax
-    >>> import jax.numpy as jnp
     >>> from jaxdefense import attacks, threat
-    >>> x, labels = jnp.array([[0.625, 0.5, 0.25]]), jnp.array([0])
     >>> attack = attacks.apgd_targeted(threat.L2(0.25), targets=2, loss="difference")
+    >>> x, labels = jax.numpy.array([[0.625, 0.5, 0.25]]), jax.numpy.array([0])
     >>> x_adv = attack(lambda x: 10 * x, jax.random.key(0), x, labels)
     >>> attacks.fooled(10 * x_adv, labels)
     Array([ True], dtype=bool)
@@ -611,14 +601,7 @@ def apgd_targeted(
         registry.raise_unknown("targeted loss", loss, _TARGETED)
     if rank not in ("logit", "distance"):
         registry.raise_unknown("rank", rank, ("logit", "distance"))
-    runs = _Search(
-        threat=threat,
-        steps=steps,
-        restarts=restarts,
-        rho=rho,
-        momentum=momentum,
-        warm_eps=warm_eps,
-    )
+    runs = _Search(threat, steps, restarts, rho, momentum, warm_eps=warm_eps)
 
     def attack(predict: Predict, key: Key, images: Images, labels: Labels) -> Images:
         x = jax.lax.stop_gradient(images)

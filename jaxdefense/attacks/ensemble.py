@@ -37,11 +37,10 @@ def worst_case(*attacks: Attack) -> Attack:
       ValueError: no attacks, or some that take labels beside some that take targets.
 
     >>> import jax
-    >>> import jax.numpy as jnp
     >>> from jaxdefense import attacks, threat
-    >>> x, labels = jnp.array([[0.625, 0.5, 0.25]]), jnp.array([0])
     >>> ball = threat.Linf(0.125)
     >>> attack = attacks.worst_case(attacks.fgsm(ball), attacks.pgd(ball, restarts=3))
+    >>> x, labels = jax.numpy.array([[0.625, 0.5, 0.25]]), jax.numpy.array([0])
     >>> attacks.fooled(10 * attack(lambda x: 10 * x, jax.random.key(0), x, labels), labels)
     Array([ True], dtype=bool)
     """
@@ -289,10 +288,9 @@ def autoattack(threat: Threat, *, version: str = "standard", layout: str | None 
       PMA (arXiv 2411.15210).
 
     >>> import jax
-    >>> import jax.numpy as jnp
     >>> from jaxdefense import attacks, threat
-    >>> x, labels = jnp.array([[0.625, 0.5, 0.25]]), jnp.array([0])
     >>> attack = attacks.autoattack(threat.Linf(0.125), version="fast")
+    >>> x, labels = jax.numpy.array([[0.625, 0.5, 0.25]]), jax.numpy.array([0])
     >>> x_adv = attack(lambda x: 10 * x, jax.random.key(0), x, labels)
     >>> attacks.fooled(10 * x_adv, labels)
     Array([ True], dtype=bool)

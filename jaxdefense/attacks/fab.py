@@ -251,7 +251,7 @@ def passes(
     return Passes(1 + 2 * runs + (search + 2 if search else 0), gradients)
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@dataclasses.dataclass(frozen=True)
 class _Search:
     """The runs of `fab` and of `fab_targeted`, which differ in the boundary that a run follows.
 
@@ -394,24 +394,15 @@ def fab(
     the nearest point of all runs.
 
     >>> import jax
-    >>> import jax.numpy as jnp
     >>> from jaxdefense import attacks, threat
-    >>> x, labels = jnp.array([[0.625, 0.5, 0.25]]), jnp.array([0])
     >>> attack = attacks.fab(threat.L2(1.0), steps=5, minimal=True)
+    >>> x, labels = jax.numpy.array([[0.625, 0.5, 0.25]]), jax.numpy.array([0])
     >>> x_adv = attack(lambda x: 10 * x, jax.random.key(0), x, labels)
     >>> threat.L2(1.0).distance(x_adv, x)  # to z_0 = z_1: 0.125 / sqrt(2)
     Array([0.088...], dtype=float32)
     """
     runs = _Search(
-        threat=threat,
-        steps=steps,
-        restarts=restarts,
-        alpha_max=alpha_max,
-        eta=eta,
-        beta=beta,
-        search=search,
-        minimal=minimal,
-        targeted=targeted,
+        threat, steps, restarts, alpha_max, eta, beta, search, minimal=minimal, targeted=targeted
     )
 
     def attack(predict: Predict, key: Key, images: Images, labels: Labels) -> Images:
@@ -467,25 +458,15 @@ def fab_targeted(
     Reference: Croce, Hein, arXiv 1907.02044 and arXiv 2003.01690, section 5.
 
     >>> import jax
-    >>> import jax.numpy as jnp
     >>> from jaxdefense import attacks, threat
-    >>> x, labels = jnp.array([[0.625, 0.5, 0.25]]), jnp.array([0])
     >>> attack = attacks.fab_targeted(threat.L1(1.0), targets=1, steps=5, minimal=True)
+    >>> x, labels = jax.numpy.array([[0.625, 0.5, 0.25]]), jax.numpy.array([0])
     >>> x_adv = attack(lambda x: 10 * x, jax.random.key(0), x, labels)
     >>> threat.L1(1.0).distance(x_adv, x)
     Array([0.12...], dtype=float32)
     """
     checks.check_count("targets", targets)
-    runs = _Search(
-        threat=threat,
-        steps=steps,
-        restarts=restarts,
-        alpha_max=alpha_max,
-        eta=eta,
-        beta=beta,
-        search=search,
-        minimal=minimal,
-    )
+    runs = _Search(threat, steps, restarts, alpha_max, eta, beta, search, minimal=minimal)
 
     def attack(predict: Predict, key: Key, images: Images, labels: Labels) -> Images:
         x = jax.lax.stop_gradient(images)

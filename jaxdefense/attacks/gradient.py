@@ -147,12 +147,12 @@ def maximize(
 
 def _ascent_attack(
     threat: Threat,
-    *,
     steps: int,
     step_size: Any,
-    length: float,
     loss: LossFn | str,
     targeted: bool,
+    *,
+    length: float,
     restarts: int = 1,
     **options: Any,
 ) -> Attack:
@@ -218,25 +218,15 @@ def pgd(
       arXiv 1706.06083.
 
     >>> import jax
-    >>> import jax.numpy as jnp
     >>> from jaxdefense import attacks, threat
-    >>> x, labels = jnp.array([[0.625, 0.5, 0.25]]), jnp.array([0])
     >>> attack = attacks.pgd(threat.Linf(0.125), steps=20)
+    >>> x, labels = jax.numpy.array([[0.625, 0.5, 0.25]]), jax.numpy.array([0])
     >>> x_adv = attack(lambda x: 10 * x, jax.random.key(0), x, labels)
     >>> attacks.fooled(10 * x_adv, labels)
     Array([ True], dtype=bool)
     """
-    return _ascent_attack(
-        threat,
-        steps=steps,
-        step_size=step_size,
-        length=2.5,
-        loss=loss,
-        targeted=targeted,
-        random_start=random_start,
-        restarts=restarts,
-        best=best,
-    )
+    options: dict[str, Any] = dict(random_start=random_start, restarts=restarts, best=best)
+    return _ascent_attack(threat, steps, step_size, loss, targeted, length=2.5, **options)
 
 
 @attack_factory()
@@ -260,22 +250,13 @@ def bim(
     Reference: Kurakin et al., Adversarial examples in the physical world, arXiv 1607.02533.
 
     >>> import jax
-    >>> import jax.numpy as jnp
     >>> from jaxdefense import attacks, threat
-    >>> x, labels = jnp.array([[0.625, 0.5, 0.25]]), jnp.array([0])
     >>> attack = attacks.bim(threat.Linf(0.125), steps=2)
+    >>> x, labels = jax.numpy.array([[0.625, 0.5, 0.25]]), jax.numpy.array([0])
     >>> attack(lambda x: 10 * x, jax.random.key(0), x, labels)
     Array([[0.5  , 0.625, 0.375]], dtype=float32)
     """
-    return _ascent_attack(
-        threat,
-        steps=steps,
-        step_size=step_size,
-        length=1.0,
-        loss=loss,
-        targeted=targeted,
-        random_start=False,
-    )
+    return _ascent_attack(threat, steps, step_size, loss, targeted, length=1.0, random_start=False)
 
 
 @attack_factory()
@@ -302,21 +283,14 @@ def fgsm(
     Reference: Goodfellow et al., Explaining and harnessing adversarial examples, arXiv 1412.6572.
 
     >>> import jax
-    >>> import jax.numpy as jnp
     >>> from jaxdefense import attacks, threat
-    >>> x, labels = jnp.array([[0.625, 0.5, 0.25]]), jnp.array([0])
     >>> attack = attacks.fgsm(threat.Linf(0.125))
+    >>> x, labels = jax.numpy.array([[0.625, 0.5, 0.25]]), jax.numpy.array([0])
     >>> attack(lambda x: 10 * x, jax.random.key(0), x, labels)
     Array([[0.5  , 0.625, 0.375]], dtype=float32)
     """
     return _ascent_attack(
-        threat,
-        steps=1,
-        step_size=step_size,
-        length=1.0,
-        loss=loss,
-        targeted=targeted,
-        random_start=random_start,
+        threat, 1, step_size, loss, targeted, length=1.0, random_start=random_start
     )
 
 
@@ -348,24 +322,14 @@ def mi_fgsm(
     Reference: Dong et al., Boosting adversarial attacks with momentum, arXiv 1710.06081, eq. 6-7.
 
     >>> import jax
-    >>> import jax.numpy as jnp
     >>> from jaxdefense import attacks, threat
-    >>> x, labels = jnp.array([[0.625, 0.5, 0.25]]), jnp.array([0])
     >>> attack = attacks.mi_fgsm(threat.Linf(0.125), steps=2)
+    >>> x, labels = jax.numpy.array([[0.625, 0.5, 0.25]]), jax.numpy.array([0])
     >>> attack(lambda x: 10 * x, jax.random.key(0), x, labels)
     Array([[0.5  , 0.625, 0.375]], dtype=float32)
     """
     if accumulate not in ("gradient", "direction"):
         registry.raise_unknown("accumulate", accumulate, ("gradient", "direction"))
     checks.check_step("decay", decay)
-    return _ascent_attack(
-        threat,
-        steps=steps,
-        step_size=step_size,
-        length=1.0,
-        loss=loss,
-        targeted=targeted,
-        random_start=random_start,
-        decay=decay,
-        accumulate=accumulate,
-    )
+    options: dict[str, Any] = dict(random_start=random_start, decay=decay, accumulate=accumulate)
+    return _ascent_attack(threat, steps, step_size, loss, targeted, length=1.0, **options)

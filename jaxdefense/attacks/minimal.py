@@ -104,10 +104,9 @@ def deepfool(
     Deviation: the steps are exact inside the box; the paper's leave it and are clipped.
 
     >>> import jax
-    >>> import jax.numpy as jnp
     >>> from jaxdefense import attacks, threat
-    >>> x, labels = jnp.array([[0.625, 0.5, 0.25]]), jnp.array([0])
     >>> attack = attacks.deepfool(threat.L2(1.0), minimal=True)
+    >>> x, labels = jax.numpy.array([[0.625, 0.5, 0.25]]), jax.numpy.array([0])
     >>> x_adv = attack(lambda x: 10 * x, jax.random.key(0), x, labels)
     >>> threat.L2(1.0).distance(x_adv, x)
     Array([0.090...], dtype=float32)
@@ -177,10 +176,9 @@ def ddn(
       adversarial attacks and defenses, arXiv 1811.09600.
 
     >>> import jax
-    >>> import jax.numpy as jnp
     >>> from jaxdefense import attacks, threat
-    >>> x, labels = jnp.array([[0.625, 0.5, 0.25]]), jnp.array([0])
     >>> attack = attacks.ddn(threat.L2(1.0), steps=50, minimal=True)
+    >>> x, labels = jax.numpy.array([[0.625, 0.5, 0.25]]), jax.numpy.array([0])
     >>> x_adv = attack(lambda x: 10 * x, jax.random.key(0), x, labels)
     >>> threat.L2(1.0).distance(x_adv, x) < 0.1
     Array([ True], dtype=bool)
@@ -256,10 +254,9 @@ def fmn(
     first radius is 1 + gamma times the paper's, because a point on the boundary fools nobody.
 
     >>> import jax
-    >>> import jax.numpy as jnp
     >>> from jaxdefense import attacks, threat
-    >>> x, labels = jnp.array([[0.625, 0.5, 0.25]]), jnp.array([0])
     >>> attack = attacks.fmn(threat.Linf(1.0), steps=50, minimal=True)
+    >>> x, labels = jax.numpy.array([[0.625, 0.5, 0.25]]), jax.numpy.array([0])
     >>> x_adv = attack(lambda x: 10 * x, jax.random.key(0), x, labels)
     >>> threat.Linf(1.0).distance(x_adv, x) < 0.07
     Array([ True], dtype=bool)
@@ -341,10 +338,9 @@ def cw(
     Deviation: the original stops a search early when Adam stalls; here it takes its steps.
 
     >>> import jax
-    >>> import jax.numpy as jnp
     >>> from jaxdefense import attacks, threat
-    >>> x, labels = jnp.array([[0.625, 0.5, 0.25]]), jnp.array([0])
     >>> attack = attacks.cw(threat.L2(1.0), steps=50, searches=5, minimal=True)
+    >>> x, labels = jax.numpy.array([[0.625, 0.5, 0.25]]), jax.numpy.array([0])
     >>> x_adv = attack(lambda x: 10 * x, jax.random.key(0), x, labels)
     >>> threat.L2(1.0).distance(x_adv, x) < 0.1
     Array([ True], dtype=bool)

@@ -315,10 +315,9 @@ def square(
     lie at the last rows and columns (in the authors' code a batch shares them, and it may not).
 
     >>> import jax
-    >>> import jax.numpy as jnp
     >>> from jaxdefense import attacks, threat
-    >>> x, labels = jnp.array([[0.625, 0.5, 0.25]]), jnp.array([0])
     >>> attack = attacks.square(threat.Linf(0.25), queries=100)
+    >>> x, labels = jax.numpy.array([[0.625, 0.5, 0.25]]), jax.numpy.array([0])
     >>> x_adv = attack(lambda x: 10 * x, jax.random.key(0), x, labels)
     >>> attacks.fooled(10 * x_adv, labels)
     Array([ True], dtype=bool)
