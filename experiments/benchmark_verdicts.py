@@ -12,9 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxdefense import attacks, data, runs, threat
+from jaxdefense.attacks.ensemble import Stage
 from jaxdefense.evaluation import cascade
 from jaxdefense.evaluation.evaluator import Evaluator
-from jaxdefense.evaluation.verdict import Stage
 from jaxdefense.runs.run import Run, build
 from jaxdefense.types import Threat
 

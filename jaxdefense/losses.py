@@ -1,7 +1,7 @@
 """Losses of arrays: logits (B, K) in, one number per example (B,) out, float32.
 
-Only the train step takes a mean. `labels` are (B,) integers; a loss that also takes soft targets
-says so. All are safe under half-precision logits: the arithmetic is float32.
+Only the train step takes a mean over the batch. `labels` are (B,) integers; a loss that also takes
+soft targets says so. Logits may be in half precision: the arithmetic is float32.
 """
 
 import math
@@ -16,7 +16,8 @@ from jaxdefense import registry
 from jaxdefense.types import Array, Labels, Logits, LossFn, PerExample
 
 
-def _float32(logits: Logits) -> Logits:
+def _checked_float32(logits: Logits) -> Logits:
+    """The logits in float32 or wider; raises unless they are floating and (B, K)."""
     if not jnp.issubdtype(logits.dtype, jnp.floating):
         raise ValueError(f"logits must be floating, got {logits.dtype}")
     if logits.ndim != 2:
@@ -24,18 +25,30 @@ def _float32(logits: Logits) -> Logits:
     return logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
 
 
-def _pick(logits: Logits, labels: Labels) -> PerExample:
+def _at_labels(logits: Logits, labels: Labels) -> PerExample:
+    """Each example's logit of its label, (B,)."""
     return jnp.take_along_axis(logits, labels[:, None], axis=-1)[:, 0]
 
 
 def _runner_up(logits: Logits, labels: Labels) -> PerExample:
-    """The largest logit of the other classes."""
+    """The largest logit of the other classes, (B,)."""
     own = jax.nn.one_hot(labels, logits.shape[-1], dtype=bool)
     return jnp.max(jnp.where(own, -jnp.inf, logits), -1)
 
 
 def one_hot(labels: Labels, num_classes: int, *, smoothing: float = 0.0) -> Array:
-    """Targets (B, K): 1 - smoothing on the label, the rest spread over all K classes."""
+    """Targets (B, K): 1 - smoothing on the label, the rest spread over all K classes.
+
+    Args:
+      labels: (B,) integers.
+      num_classes: K.
+      smoothing: share of the target that is spread.
+
+    >>> import jax.numpy as jnp
+    >>> from jaxdefense import losses
+    >>> losses.one_hot(jnp.array([1]), 4, smoothing=0.5)
+    Array([[0.125, 0.625, 0.125, 0.125]], dtype=float32)
+    """
     hot = jax.nn.one_hot(labels, num_classes, dtype=jnp.float32)
     return hot * (1 - smoothing) + smoothing / num_classes
 
@@ -49,15 +62,20 @@ def cross_entropy(logits: Logits, targets: Array) -> PerExample:
 
     Returns:
       (B,).
+
+    >>> import jax.numpy as jnp
+    >>> from jaxdefense import losses
+    >>> losses.cross_entropy(jnp.array([[0.0, 0.0]]), jnp.array([0]))
+    Array([0.69...], dtype=float32)
     """
-    logits = _float32(logits)
+    logits = _checked_float32(logits)
     if targets.ndim == 1:
         return optax.softmax_cross_entropy_with_integer_labels(logits, targets)
     return optax.softmax_cross_entropy(logits, targets)
 
 
 def log_odds(logits: Logits, labels: Labels) -> PerExample:
-    """log((1 - p_y) / p_y) = log sum_{k != y} exp z_k - z_y: the cross-entropy for attacks.
+    """log((1 - p_y) / p_y) = log sum_{k != y} exp(z_k) - z_y: the cross-entropy for attacks.
 
     The cross-entropy is log(1 + exp(log_odds)): the two rise together and their gradients are
     parallel, but the cross-entropy's vanishes in float32 where the model is sure, as p_y - 1 rounds
@@ -69,11 +87,16 @@ def log_odds(logits: Logits, labels: Labels) -> PerExample:
 
     Returns:
       (B,).
+
+    >>> import jax.numpy as jnp
+    >>> from jaxdefense import losses
+    >>> losses.log_odds(jnp.array([[2.0, 0.0], [0.0, 100.0]]), jnp.array([0, 1]))
+    Array([  -2., -100.], dtype=float32)
     """
-    logits = _float32(logits)
+    logits = _checked_float32(logits)
     own = jax.nn.one_hot(labels, logits.shape[-1], dtype=bool)
     others = jax.nn.logsumexp(jnp.where(own, -jnp.inf, logits), -1)
-    return others - _pick(logits, labels)
+    return others - _at_labels(logits, labels)
 
 
 def probability_margin(logits: Logits, labels: Labels) -> PerExample:
@@ -88,8 +111,13 @@ def probability_margin(logits: Logits, labels: Labels) -> PerExample:
 
     Reference: Xie et al., Towards million-scale adversarial robustness evaluation with stronger
       individual attacks, arXiv 2411.15210.
+
+    >>> import jax.numpy as jnp
+    >>> from jaxdefense import losses
+    >>> losses.probability_margin(jnp.array([[0.0, 5.0]]), jnp.array([0]))
+    Array([0.98...], dtype=float32)
     """
-    return margin(jax.nn.softmax(_float32(logits)), labels)
+    return margin(jax.nn.softmax(_checked_float32(logits)), labels)
 
 
 def kl(p_logits: Logits, q_logits: Logits) -> PerExample:
@@ -97,9 +125,19 @@ def kl(p_logits: Logits, q_logits: Logits) -> PerExample:
 
     torch's `KLDivLoss(reduction='batchmean')` is the mean of this; its elementwise mean is this
     over K, which makes a weight depend on the number of classes: no loss here does that.
+
+    Args:
+      p_logits: (B, K).
+      q_logits: (B, K).
+
+    >>> import jax.numpy as jnp
+    >>> from jaxdefense import losses
+    >>> p, q = jnp.array([[0.0, 0.0]]), jnp.array([[1.0, 0.0]])
+    >>> losses.kl(p, p), losses.kl(p, q)
+    (Array([0.], dtype=float32), Array([0.12...], dtype=float32))
     """
-    p = jax.nn.log_softmax(_float32(p_logits))
-    q = jax.nn.log_softmax(_float32(q_logits))
+    p = jax.nn.log_softmax(_checked_float32(p_logits))
+    q = jax.nn.log_softmax(_checked_float32(q_logits))
     return jnp.sum(jnp.exp(p) * (p - q), -1)
 
 
@@ -110,19 +148,39 @@ def distillation(
 
     tau^2 keeps the size of the gradient as tau grows. At tau = 1 it is `kl`.
 
+    Args:
+      teacher_logits: (B, K).
+      student_logits: (B, K).
+      temperature: tau, positive.
+
     Reference: Hinton et al., Distilling the knowledge in a neural network, arXiv 1503.02531.
+
+    >>> import jax.numpy as jnp
+    >>> from jaxdefense import losses
+    >>> teacher, student = jnp.array([[4.0, 0.0]]), jnp.array([[1.0, 0.0]])
+    >>> losses.distillation(teacher, student, temperature=4.0)
+    Array([0.97...], dtype=float32)
     """
-    teacher, student = _float32(teacher_logits), _float32(student_logits)
+    teacher, student = _checked_float32(teacher_logits), _checked_float32(student_logits)
     return temperature**2 * kl(teacher / temperature, student / temperature)
 
 
 def margin(logits: Logits, labels: Labels) -> PerExample:
     """max_{k != y} z_k - z_y: positive exactly where the prediction is wrong (Carlini, Wagner).
 
+    Args:
+      logits: (B, K).
+      labels: (B,) integers.
+
     Reference: Towards Evaluating the Robustness of Neural Networks, arXiv 1608.04644, f_6.
+
+    >>> import jax.numpy as jnp
+    >>> from jaxdefense import losses
+    >>> losses.margin(jnp.array([[2.0, 0.5, 0.0]]), jnp.array([0]))
+    Array([-1.5], dtype=float32)
     """
-    logits = _float32(logits)
-    return _runner_up(logits, labels) - _pick(logits, labels)
+    logits = _checked_float32(logits)
+    return _runner_up(logits, labels) - _at_labels(logits, labels)
 
 
 def dlr(logits: Logits, labels: Labels) -> PerExample:
@@ -130,14 +188,24 @@ def dlr(logits: Logits, labels: Labels) -> PerExample:
 
     Shift and scale of the logits cancel, so saturated softmaxes give no zero gradient.
 
+    Args:
+      logits: (B, K), K >= 3.
+      labels: (B,) integers.
+
     Raises:
       ValueError: fewer than 3 classes, for which the ratio is not defined.
 
     Reference: Croce, Hein, Reliable evaluation of adversarial robustness, arXiv 2003.01690, eq. 6.
+
+    >>> import jax.numpy as jnp
+    >>> from jaxdefense import losses
+    >>> logits = jnp.array([[2.0, 1.0, 0.0]])
+    >>> losses.dlr(logits, jnp.array([0])), losses.dlr(100 * logits, jnp.array([0]))
+    (Array([-0.5], dtype=float32), Array([-0.5], dtype=float32))
     """
     if logits.shape[-1] < 3:
         raise ValueError(f"dlr needs 3 classes or more, got {logits.shape[-1]}; use margin")
-    logits = _float32(logits)
+    logits = _checked_float32(logits)
     top = jax.lax.top_k(logits, 3)[0]
     return margin(logits, labels) / (top[:, 0] - top[:, 2] + 1e-12)
 
@@ -145,17 +213,28 @@ def dlr(logits: Logits, labels: Labels) -> PerExample:
 def dlr_targeted(logits: Logits, labels: Labels, targets: Labels) -> PerExample:
     """-(z_y - z_t) / (z_(1) - (z_(3) + z_(4)) / 2): the targeted form of `dlr`.
 
+    Args:
+      logits: (B, K), K >= 4.
+      labels: (B,) integers.
+      targets: (B,) integers.
+
     Raises:
       ValueError: fewer than 4 classes.
 
     Reference: Croce, Hein, arXiv 2003.01690, eq. 7.
+
+    >>> import jax.numpy as jnp
+    >>> from jaxdefense import losses
+    >>> logits = jnp.array([[3.0, 2.0, 1.0, 1.0]])
+    >>> losses.dlr_targeted(logits, jnp.array([0]), jnp.array([1]))
+    Array([-0.5], dtype=float32)
     """
     if logits.shape[-1] < 4:
         raise ValueError(f"dlr_targeted needs 4 classes or more, got {logits.shape[-1]}")
-    logits = _float32(logits)
+    logits = _checked_float32(logits)
     top = jax.lax.top_k(logits, 4)[0]
     scale = top[:, 0] - (top[:, 2] + top[:, 3]) / 2 + 1e-12
-    return (_pick(logits, targets) - _pick(logits, labels)) / scale
+    return (_at_labels(logits, targets) - _at_labels(logits, labels)) / scale
 
 
 def mart(
@@ -174,21 +253,28 @@ def mart(
     the authors' code adds constants of 1e-4 to 1e-12 instead.
 
     Args:
-      clean, moved: (B, K).
+      clean: (B, K), logits of the clean images.
+      moved: (B, K), logits of the adversarial images.
       labels: (B,), y.
       weight: of the last term (the paper's lambda).
       targets: (B, K) probabilities t; by default the labels.
 
     Reference: Wang et al., Improving adversarial robustness requires revisiting misclassified
       examples, ICLR 2020.
+
+    >>> import jax.numpy as jnp
+    >>> from jaxdefense import losses
+    >>> clean, moved = jnp.array([[2.0, 0.0]]), jnp.array([[0.0, 1.0]])
+    >>> losses.mart(clean, moved, jnp.array([0]), weight=5.0)
+    Array([3.12...], dtype=float32)
     """
     own = jax.nn.one_hot(labels, moved.shape[-1], dtype=bool)
-    log_p, log_q = (jax.nn.log_softmax(_float32(z)) for z in (clean, moved))
+    log_p, log_q = (jax.nn.log_softmax(_checked_float32(z)) for z in (clean, moved))
     runner_up = jnp.argmax(jnp.where(own, -jnp.inf, log_q), -1)
     others = ~jax.nn.one_hot(runner_up, moved.shape[-1], dtype=bool)
     boosted = cross_entropy(moved, labels if targets is None else targets)
     boosted = boosted - jax.nn.logsumexp(log_q, -1, where=others)
-    return boosted + weight * kl(clean, moved) * -jnp.expm1(_pick(log_p, labels))
+    return boosted + weight * kl(clean, moved) * -jnp.expm1(_at_labels(log_p, labels))
 
 
 def supcon(
@@ -226,6 +312,12 @@ def supcon(
 
     Reference: Khosla et al., Supervised contrastive learning, arXiv 2004.11362, eq. 2; Chen et
       al., A simple framework for contrastive learning, arXiv 2002.05709, eq. 1.
+
+    >>> import jax.numpy as jnp
+    >>> from jaxdefense import losses
+    >>> views = jnp.array([[[1.0, 0.0], [0.0, 1.0]]] * 2)  # 2 equal views of 2 examples
+    >>> losses.supcon(views, temperature=0.5)
+    Array([0.23..., 0.23...], dtype=float32)
     """
     if views.ndim != 3:
         raise ValueError(f"views must be (V, B, D), got {views.shape}")
@@ -282,6 +374,12 @@ def cost_matrix(
 
     Raises:
       ValueError: a class outside [0, K), none at all, or a cost that is negative or not finite.
+
+    >>> from jaxdefense import losses
+    >>> losses.cost_matrix(3, protected=0, cost=10.0)
+    Array([[ 0., 10., 10.],
+           [10.,  0.,  1.],
+           [10.,  1.,  0.]], dtype=float32)
     """
     classes = [protected] if isinstance(protected, int) else list(protected)
     if not classes or any(k not in range(num_classes) for k in classes):
@@ -305,8 +403,14 @@ def expected_cost(logits: Logits, labels: Labels, cost: Array) -> PerExample:
       cost: (K, K), C[guess, label], see `cost_matrix`.
 
     Reference: Shen et al., Adversarial learning with cost-sensitive classes, arXiv 2101.12372.
+
+    >>> import jax.numpy as jnp
+    >>> from jaxdefense import losses
+    >>> cost = losses.cost_matrix(2, protected=0, cost=10.0)
+    >>> losses.expected_cost(jnp.array([[0.0, 0.0]]), jnp.array([0]), cost)
+    Array([5.], dtype=float32)
     """
-    return jnp.sum(jax.nn.softmax(_float32(logits)) * jnp.take(cost, labels, 1).T, -1)
+    return jnp.sum(jax.nn.softmax(_checked_float32(logits)) * jnp.take(cost, labels, 1).T, -1)
 
 
 def margin_cost(logits: Logits, labels: Labels, cost: Array) -> PerExample:
@@ -319,15 +423,21 @@ def margin_cost(logits: Logits, labels: Labels, cost: Array) -> PerExample:
 
     Reference: Zhang, Evans, Cost-sensitive robustness against adversarial examples,
       arXiv 1810.09225.
+
+    >>> import jax.numpy as jnp
+    >>> from jaxdefense import losses
+    >>> cost = losses.cost_matrix(2, protected=0, cost=10.0)
+    >>> losses.margin_cost(jnp.array([[0.0, 0.0]]), jnp.array([0]), cost)
+    Array([2.39...], dtype=float32)
     """
-    logits = _float32(logits)
+    logits = _checked_float32(logits)
     own = jax.nn.one_hot(labels, logits.shape[-1], dtype=bool)
     weights = jnp.where(own, 1.0, cost[labels])
-    return jax.nn.logsumexp(logits, -1, b=weights) - _pick(logits, labels)
+    return jax.nn.logsumexp(logits, -1, b=weights) - _at_labels(logits, labels)
 
 
 def min_max(weights: Array, *, epsilon: float = 1e-12) -> Array:
-    """R(W) = ||W||_1 - ||W||_2 of all entries, (): 0 where at most one is not zero, else above.
+    """R(W) = ||W||_1 - ||W||_2 of all entries, (): 0 for at most one non-zero entry, else positive.
 
     dR/dW = sign(W) - W / ||W||_2: small entries are driven to zero, one large one is left alone.
 
@@ -336,6 +446,11 @@ def min_max(weights: Array, *, epsilon: float = 1e-12) -> Array:
       epsilon: added under the root, so that the gradient at W = 0 is 0.
 
     Reference: Shen et al., arXiv 2101.12372 (the regulariser of CSE).
+
+    >>> import jax.numpy as jnp
+    >>> from jaxdefense import losses
+    >>> losses.min_max(jnp.array([3.0, 4.0])), losses.min_max(jnp.array([0.0, 4.0]))
+    (Array(2., dtype=float32), Array(0., dtype=float32))
     """
     weights = weights.astype(jnp.float32)
     return jnp.sum(jnp.abs(weights)) - jnp.sqrt(jnp.sum(jnp.square(weights)) + epsilon)
@@ -347,6 +462,11 @@ def excess_kurtosis(weights: Array, *, epsilon: float = 1e-12) -> Array:
     Args:
       weights: an array of any shape.
       epsilon: added to m_2^2, so that equal entries give -3 and no NaN.
+
+    >>> import jax.numpy as jnp
+    >>> from jaxdefense import losses
+    >>> losses.excess_kurtosis(jnp.array([-1.0, 1.0]))
+    Array(-2., dtype=float32)
     """
     centred = weights.astype(jnp.float32) - jnp.mean(weights)
     variance = jnp.mean(jnp.square(centred))
@@ -354,12 +474,32 @@ def excess_kurtosis(weights: Array, *, epsilon: float = 1e-12) -> Array:
 
 
 def squared_error(x: Array, y: Array) -> PerExample:
-    """mean_i (x_i - y_i)^2 over all axes but the first, (B,)."""
+    """mean_i (x_i - y_i)^2 over all axes but the first, (B,).
+
+    Args:
+      x: (B, ...).
+      y: (B, ...).
+
+    >>> import jax.numpy as jnp
+    >>> from jaxdefense import losses
+    >>> losses.squared_error(jnp.zeros((2, 4)), jnp.full((2, 4), 3.0))
+    Array([9., 9.], dtype=float32)
+    """
     return _mean(jnp.square(_difference(x, y)))
 
 
 def absolute_error(x: Array, y: Array) -> PerExample:
-    """mean_i |x_i - y_i| over all axes but the first, (B,)."""
+    """mean_i |x_i - y_i| over all axes but the first, (B,).
+
+    Args:
+      x: (B, ...).
+      y: (B, ...).
+
+    >>> import jax.numpy as jnp
+    >>> from jaxdefense import losses
+    >>> losses.absolute_error(jnp.zeros((2, 4)), jnp.full((2, 4), 3.0))
+    Array([3., 3.], dtype=float32)
+    """
     return _mean(jnp.abs(_difference(x, y)))
 
 
@@ -387,6 +527,11 @@ def gaussian_kl(mean: Array, log_variance: Array) -> PerExample:
       ValueError: the two have different shapes, or no axis D.
 
     Reference: Kingma, Welling, Auto-encoding variational Bayes, arXiv 1312.6114, app. B.
+
+    >>> import jax.numpy as jnp
+    >>> from jaxdefense import losses
+    >>> losses.gaussian_kl(jnp.array([[1.0, 1.0]]), jnp.zeros((1, 2)))
+    Array([1.], dtype=float32)
     """
     if mean.shape != log_variance.shape or mean.ndim != 2:
         raise ValueError(f"moments must be (B, D) both, got {mean.shape}, {log_variance.shape}")
@@ -406,6 +551,11 @@ def binary_cross_entropy(logits: Array, targets: Array | float) -> PerExample:
 
     Raises:
       ValueError: logits of another rank.
+
+    >>> import jax.numpy as jnp
+    >>> from jaxdefense import losses
+    >>> losses.binary_cross_entropy(jnp.array([0.0, 5.0]), 1.0)
+    Array([0.69..., 0.0067...], dtype=float32)
     """
     if logits.ndim != 1:
         raise ValueError(f"logits must be (B,), got {logits.shape}")
@@ -424,8 +574,16 @@ _NAMED: dict[str, LossFn] = {
 def make(name: str) -> LossFn:
     """The attack loss of a config by its name.
 
+    Args:
+      name: one of the attack losses: 'cross_entropy', 'dlr', 'log_odds', 'margin',
+        'probability_margin'.
+
     Raises:
       ValueError: unknown name.
+
+    >>> from jaxdefense import losses
+    >>> losses.make("dlr") is losses.dlr
+    True
     """
     if name not in _NAMED:
         registry.raise_unknown("loss", name, _NAMED)

@@ -1,6 +1,6 @@
 """Masks, mixtures and the soft labels that go with them: pure functions of keys and arrays.
 
-Every example draws for itself. `key` is one typed key or one per example. Shares and weights are
+Each example has draws of its own. `key` is one typed key or one per example. Shares and weights are
 (B,) floats in [0, 1], masks (B, H, W, 1) of zeros and ones, targets (B, K) probabilities.
 """
 
@@ -28,6 +28,11 @@ def weights(key: Key, batch: int, *, alpha: float = 1.0, per_sample: bool = True
       ValueError: `alpha` is not positive.
 
     Reference: Zhang et al., mixup: Beyond empirical risk minimization, arXiv 1710.09412.
+
+    >>> import jax
+    >>> from jaxdefense import mixing
+    >>> mixing.weights(jax.random.key(0), 8, alpha=0.2).shape
+    (8,)
     """
     check_positive("alpha", alpha)
     return jax.vmap(lambda k: _beta(k, alpha))(_keys(key, batch, per_sample))
@@ -54,6 +59,13 @@ def box_mask(key: Key, images: Images, *, alpha: float = 1.0, per_sample: bool =
       ValueError: `alpha` is not positive.
 
     Reference: Yun et al., CutMix, arXiv 1905.04899 (the authors' rule for the box).
+
+    >>> import jax
+    >>> import jax.numpy as jnp
+    >>> from jaxdefense import mixing
+    >>> mask = mixing.box_mask(jax.random.key(0), jnp.zeros((2, 32, 32, 3)))
+    >>> mask.shape, jnp.unique(mask)
+    ((2, 32, 32, 1), Array([0., 1.], dtype=float32))
     """
     check_positive("alpha", alpha)
     batch, height, width, _ = images.shape
@@ -73,7 +85,16 @@ def box_mask(key: Key, images: Images, *, alpha: float = 1.0, per_sample: bool =
 
 
 def area(mask: Array) -> PerExample:
-    """The share of the image that the mask covers, (B,)."""
+    """The share of the image that the mask covers, (B,).
+
+    Args:
+      mask: (B, H, W, 1).
+
+    >>> import jax.numpy as jnp
+    >>> from jaxdefense import mixing
+    >>> mixing.area(jnp.zeros((1, 4, 4, 1)).at[:, :2, :2].set(1))
+    Array([0.25], dtype=float32)
+    """
     return jnp.mean(mask, range(1, mask.ndim))
 
 
@@ -83,16 +104,34 @@ def perturb(
     """clip(x + strength (x_adv - x)): part of a perturbation, or more than all of it.
 
     Args:
-      x, x_adv: (B, H, W, C).
+      x: (B, H, W, C).
+      x_adv: (B, H, W, C).
       strength: a number, or an array that broadcasts against x, such as a mask: 1 gives x_adv, 0
         gives x, 2 AVmixup's vertex.
       bounds: (low, high) of valid images.
+
+    >>> import jax.numpy as jnp
+    >>> from jaxdefense import mixing
+    >>> x, x_adv = jnp.array([[0.5, 0.75]]), jnp.array([[0.625, 1.0]])
+    >>> mixing.perturb(x, x_adv, 2.0, (0.0, 1.0))
+    Array([[0.75, 1.  ]], dtype=float32)
     """
     return jnp.clip(x + strength * (x_adv - x), *bounds)
 
 
 def mix(weight: PerExample, first: Array, second: Array) -> Array:
-    """weight first + (1 - weight) second, for images (B, H, W, C) as for targets (B, K)."""
+    """weight first + (1 - weight) second, for images (B, H, W, C) as for targets (B, K).
+
+    Args:
+      weight: (B,) in [0, 1], the share of `first`.
+      first: (B, ...).
+      second: (B, ...).
+
+    >>> import jax.numpy as jnp
+    >>> from jaxdefense import mixing
+    >>> mixing.mix(jnp.array([0.25]), jnp.ones((1, 2)), jnp.zeros((1, 2)))
+    Array([[0.25, 0.25]], dtype=float32)
+    """
     weight = per_example(weight, first)
     return weight * first + (1 - weight) * second
 
@@ -109,6 +148,11 @@ def smooth(targets: Array, share: float | PerExample) -> Array:
 
     Returns:
       (B, K) probabilities.
+
+    >>> import jax.numpy as jnp
+    >>> from jaxdefense import mixing
+    >>> mixing.smooth(jnp.array([[1.0, 0.0, 0.0]]), 0.5)
+    Array([[0.5 , 0.25, 0.25]], dtype=float32)
     """
     q = per_example(share, targets)
     return q * targets + (1 - q) * (1 - targets) / (targets.shape[-1] - 1)
@@ -120,42 +164,69 @@ def soften(targets: Array, strength: PerExample, l1: float, l2: float) -> Array:
     Args:
       targets: (B, K) probabilities.
       strength: s, (B,) in [0, 1].
-      l1, l2: what the true class keeps at s = 0 and at s = 1.
+      l1: what the true class keeps at s = 0.
+      l2: what the true class keeps at s = 1.
 
     Returns:
       (B, K) probabilities.
 
     Reference: Lee et al., Adversarial vertex mixup, arXiv 2003.02484.
+
+    >>> import jax.numpy as jnp
+    >>> from jaxdefense import mixing
+    >>> clean = jnp.array([[1.0, 0.0, 0.0]])
+    >>> mixing.soften(clean, jnp.array([0.5]), l1=1.0, l2=0.5)
+    Array([[0.75 , 0.125, 0.125]], dtype=float32)
     """
     return smooth(targets, (1 - strength) * l1 + strength * l2)  # LS is linear in its share
 
 
 def check_positive(name: str, value: float) -> None:
-    """A positive finite number.
+    """Checks that an option is a positive finite number.
+
+    Args:
+      name: of the argument, for the message.
+      value: of the argument.
 
     Raises:
       ValueError: otherwise.
+
+    >>> from jaxdefense import mixing
+    >>> mixing.check_positive("alpha", 0.0)
+    Traceback (most recent call last):
+    ValueError: alpha must be positive and finite, got 0.0
     """
     if not 0 < value < math.inf:
         raise ValueError(f"{name} must be positive and finite, got {value!r}")
 
 
 def check_share(name: str, value: float) -> None:
-    """A number in [0, 1].
+    """Checks that an option is a number in [0, 1].
+
+    Args:
+      name: of the argument, for the message.
+      value: of the argument.
 
     Raises:
       ValueError: otherwise.
+
+    >>> from jaxdefense import mixing
+    >>> mixing.check_share("beta", 1.5)
+    Traceback (most recent call last):
+    ValueError: beta must be in [0, 1], got 1.5
     """
     if not 0 <= value <= 1:
         raise ValueError(f"{name} must be in [0, 1], got {value!r}")
 
 
 def _keys(key: Key, batch: int, per_sample: bool) -> Key:
+    """One key per example, or the first example's for all."""
     keys = example_keys(key, batch)
     return keys if per_sample else jnp.broadcast_to(keys[:1], keys.shape)
 
 
 def _beta(key: Key, alpha: float) -> Array:
+    """One draw of Beta(alpha, alpha), ()."""
     if alpha == 1:  # uniform, without the rejection sampling of two Gammas
         return jax.random.uniform(key)
     return jax.random.beta(key, alpha, alpha)

@@ -26,15 +26,17 @@ from jaxdefense.types import (
     per_example,
 )
 
-# Halvings that shrink an interval of float32 numbers below their spacing.
+# So many halvings shrink an interval of float32 numbers below their spacing.
 _HALVINGS = 32
 
 
 def _flat(x: Array) -> Array:
+    """x as rows, (B, D)."""
     return x.reshape(x.shape[0], -1)
 
 
-def _like(flat: Array, x: Array) -> Array:
+def _unflatten(flat: Array, x: Array) -> Array:
+    """`flat`, (B, D), in the shape of x."""
     return flat.reshape(x.shape)
 
 
@@ -44,12 +46,13 @@ def _column(value: float | Array, x: Array) -> Array:
 
 
 def _concrete(value: Any) -> np.ndarray | None:
+    """The value as an array, None while it is traced."""
     return None if isinstance(value, jax.core.Tracer) else np.asarray(value)
 
 
 @dataclasses.dataclass(frozen=True)
 class _Ball(abc.ABC):
-    """What the norms share: eps, bounds, their checks, and the box."""
+    """What the norms share: eps and bounds with their checks, and the box."""
 
     eps: float | PerExample
     bounds: tuple[float, float] = (0.0, 1.0)
@@ -79,7 +82,11 @@ class _Ball(abc.ABC):
             )
 
     def diameter(self, n: float) -> float:
-        """The box's diameter for images of n values; no eps is larger in the right units."""
+        """The largest distance between two images in the box; no sensible eps is larger.
+
+        Args:
+          n: values of an image.
+        """
         width = self.bounds[1] - self.bounds[0]
         return width * n**self._exponent
 
@@ -119,7 +126,7 @@ class _Ball(abc.ABC):
         room = jnp.where(size > 0, _flat(self._room(normal, x)), 0)
         most = jnp.sum(size * room, -1, keepdims=True)
         goal = jnp.minimum(jnp.abs(gap)[:, None] / jnp.where(scale > 0, scale, 1), most)
-        return _like(self._spend(size, room, goal), x) * jnp.sign(normal)
+        return _unflatten(self._shortest_move(size, room, goal), x) * jnp.sign(normal)
 
     def rounded(self, x_adv: Images, x: Images, levels: int) -> Images:
         """x_adv on the grid low + k / levels of the box's width, still in the ball.
@@ -153,8 +160,8 @@ class _Ball(abc.ABC):
         """The norm of x' - x per example, (B,)."""
 
     @abc.abstractmethod
-    def _spend(self, size: Array, room: Array, goal: Array) -> Array:
-        """The shortest move of lengths in [0, room] that gains sum size * move = goal."""
+    def _shortest_move(self, size: Array, room: Array, goal: Array) -> Array:
+        """The shortest move with coordinates in [0, room] and sum size * move = goal."""
 
     def _eps(self, x: Array) -> Array:
         return per_example(self.eps, x)
@@ -175,13 +182,24 @@ class Linf(_Ball):
     Args:
       eps: radius in image units, () or (B,), at most the box's width.
       bounds: (low, high) of valid images.
+
+    >>> from jaxdefense import threat
+    >>> ball = threat.Linf(8 / 255)
+    >>> ball.norm, ball.bounds, ball.diameter(32 * 32 * 3)
+    ('linf', (0.0, 1.0), 1.0)
     """
 
     norm: ClassVar[str] = "linf"
     _exponent: ClassVar[float] = 0.0
 
     def project(self, x_adv: Images, x: Images) -> Images:
-        """The nearest point of ball and box, for x in the box: clip to both."""
+        """The nearest point of ball and box, for x in the box: clip to both.
+
+        >>> import jax.numpy as jnp
+        >>> from jaxdefense import threat
+        >>> threat.Linf(0.125).project(jnp.array([[0.9, -0.5]]), jnp.array([[0.5, 0.0]]))
+        Array([[0.625, 0.   ]], dtype=float32)
+        """
         eps = self._eps(x)
         return self._clip(jnp.clip(x_adv, x - eps, x + eps))
 
@@ -202,8 +220,8 @@ class Linf(_Ball):
         """||grad||_1: what a step of length 1 gains at most, (B,)."""
         return jnp.sum(jnp.abs(_flat(grad)), -1)
 
-    def _spend(self, size: Array, room: Array, goal: Array) -> Array:
-        return _fill(size, jnp.ones_like(size), room, goal)
+    def _shortest_move(self, size: Array, room: Array, goal: Array) -> Array:
+        return _capped_multiple(size, jnp.ones_like(size), room, goal)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -213,6 +231,10 @@ class L2(_Ball):
     Args:
       eps: radius in image units, () or (B,).
       bounds: (low, high) of valid images.
+
+    >>> from jaxdefense import threat
+    >>> threat.L2(0.5).scaled(2.0)
+    L2(eps=1.0, bounds=(0.0, 1.0))
     """
 
     norm: ClassVar[str] = "l2"
@@ -226,6 +248,11 @@ class L2(_Ball):
         from the left reaches the exact t after finitely many steps. (Scaling to the ball and
         then clipping, as other libraries do, also lands inside, but not at the nearest point;
         the two agree where no pixel is at the box.)
+
+        >>> import jax.numpy as jnp
+        >>> from jaxdefense import threat
+        >>> threat.L2(0.3125).project(jnp.array([[0.625, 0.75]]), jnp.array([[0.25, 0.25]]))
+        Array([[0.4375, 0.5   ]], dtype=float32)
         """
         delta = _flat(x_adv - x)
         room = _flat(self._room(x_adv - x, x))
@@ -249,12 +276,12 @@ class L2(_Ball):
         # A point that is inside already stays as it is, to the bit.
         inside = jnp.sum(jnp.minimum(d2, room2), -1, keepdims=True) <= eps2
         flat = jnp.where(inside, _flat(x_adv), _flat(x) + step)
-        return self._clip(_like(flat, x))
+        return self._clip(_unflatten(flat, x))
 
     def sample(self, key: Key, x: Images) -> Images:
         """x plus uniform noise of the ball, cut to the box."""
         noise = _draw(jax.random.normal, key, x)
-        radius = _draw(jax.random.uniform, _other(key, 1, x), x, ()) ** (1 / x[0].size)
+        radius = _draw(jax.random.uniform, _subkeys(key, 1, x), x, ()) ** (1 / x[0].size)
         length = jnp.sqrt(jnp.sum(jnp.square(_flat(noise)), -1))
         return self._clip(x + self._eps(x) * noise * per_example(radius / length, x))
 
@@ -275,8 +302,8 @@ class L2(_Ball):
         unit = _flat(grad) / jnp.where(scale > 0, scale, 1)[:, None]
         return scale * jnp.sqrt(jnp.sum(jnp.square(unit), -1))
 
-    def _spend(self, size: Array, room: Array, goal: Array) -> Array:
-        return _fill(size, size, room, goal)
+    def _shortest_move(self, size: Array, room: Array, goal: Array) -> Array:
+        return _capped_multiple(size, size, room, goal)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -286,6 +313,10 @@ class L1(_Ball):
     Args:
       eps: radius in image units, () or (B,).
       bounds: (low, high) of valid images.
+
+    >>> from jaxdefense import threat
+    >>> threat.L1(12.0, bounds=(-1.0, 1.0)).diameter(100)
+    200.0
     """
 
     norm: ClassVar[str] = "l1"
@@ -297,6 +328,11 @@ class L1(_Ball):
         It is x + sign(d) clip(|d| - lambda, 0, room) with the smallest lambda >= 0 that stays
         in the ball. Halving finds lambda's linear piece to the spacing of the floats; the
         closed form on that piece finishes.
+
+        >>> import jax.numpy as jnp
+        >>> from jaxdefense import threat
+        >>> threat.L1(0.25).project(jnp.array([[1.0, 0.625]]), jnp.array([[0.5, 0.5]]))
+        Array([[0.75, 0.5 ]], dtype=float32)
         """
         delta = x_adv - x
         size, room = jnp.abs(_flat(delta)), _flat(self._room(delta, x))
@@ -320,7 +356,7 @@ class L1(_Ball):
         closed = (spent - eps) / jnp.maximum(count, 1)
         lam = jnp.where(count > 0, jnp.clip(closed, low, high), high)
         step = jnp.sign(_flat(delta)) * jnp.clip(size - lam, 0, room)
-        return self._clip(_like(jnp.where(inside, _flat(x_adv), _flat(x) + step), x))
+        return self._clip(_unflatten(jnp.where(inside, _flat(x_adv), _flat(x) + step), x))
 
     def sample(self, key: Key, x: Images) -> Images:
         """x plus uniform noise of the ball, cut to the box.
@@ -329,8 +365,8 @@ class L1(_Ball):
         simplex's interior; random signs make it the ball.
         """
         size = _draw(jax.random.exponential, key, x)
-        sign = _draw(jax.random.rademacher, _other(key, 1, x), x)
-        rest = _draw(jax.random.exponential, _other(key, 2, x), x, ())
+        sign = _draw(jax.random.rademacher, _subkeys(key, 1, x), x)
+        rest = _draw(jax.random.exponential, _subkeys(key, 2, x), x, ())
         noise = sign * size / per_example(jnp.sum(_flat(size), -1) + rest, x)
         return self._clip(x + self._eps(x) * noise)
 
@@ -346,7 +382,7 @@ class L1(_Ball):
         before = jnp.cumsum(room, -1) - room
         spent = jnp.clip(_column(step_size, x) - before, 0, room)
         back = jnp.argsort(order, -1)
-        return _like(jnp.sign(_flat(grad)) * jnp.take_along_axis(spent, back, -1), x)
+        return _unflatten(jnp.sign(_flat(grad)) * jnp.take_along_axis(spent, back, -1), x)
 
     def distance(self, x_adv: Images, x: Images) -> PerExample:
         """||x' - x||_1 per example, (B,)."""
@@ -356,10 +392,11 @@ class L1(_Ball):
         """max |grad|: what a step of length 1 gains at most, (B,)."""
         return jnp.max(jnp.abs(_flat(grad)), -1)
 
-    def _spend(self, size: Array, room: Array, goal: Array) -> Array:
-        """A knapsack: the largest sizes go to their bounds, the last one as far as needed.
+    def _shortest_move(self, size: Array, room: Array, goal: Array) -> Array:
+        """A knapsack: the coordinates of the largest sizes go to their bounds until goal is met.
 
-        Halving finds the last one's size without a sort; equal sizes share what is left.
+        The last one goes as far as needed. Halving finds its size without a sort; coordinates of
+        equal size share what is left.
         """
 
         def halve(_, interval):
@@ -378,7 +415,7 @@ class L1(_Ball):
         return jnp.where(full, room, jnp.where(last, share * room, 0))
 
 
-def _fill(size: Array, rate: Array, room: Array, goal: Array) -> Array:
+def _capped_multiple(size: Array, rate: Array, room: Array, goal: Array) -> Array:
     """min(t rate, room) with the smallest t for which sum size * min(t rate, room) = goal."""
 
     def newton(carry):
@@ -403,7 +440,8 @@ def _draw(
     return jax.vmap(lambda k: sampler(k, shape, dtype=x.dtype, **kwargs))(keys)
 
 
-def _other(key: Key, number: int, x: Array) -> Key:
+def _subkeys(key: Key, number: int, x: Array) -> Key:
+    """Other keys, one per example, for a draw of that number."""
     return fold_in(example_keys(key, x.shape[0]), number)
 
 
@@ -411,7 +449,7 @@ _NORMS = {cls.norm: cls for cls in (Linf, L2, L1)}
 
 
 def _register(cls: type[Any]) -> None:
-    """eps is a leaf, bounds are static.
+    """Makes a norm a pytree: eps is a leaf, bounds are static.
 
     Not by `register_dataclass`: its trees compare equal whatever their class (jaxlib 0.10, 0.11),
     and once in a hundred processes their hashes meet too: jit then runs L2's program for L1.
@@ -429,15 +467,29 @@ for _cls in _NORMS.values():
 
 
 def names() -> list[str]:
-    """The norms that `make` knows."""
+    """The norms that `make` knows.
+
+    >>> from jaxdefense import threat
+    >>> threat.names()
+    ['l1', 'l2', 'linf']
+    """
     return sorted(_NORMS)
 
 
 def make(norm: str, eps: float, bounds: tuple[float, float] = (0.0, 1.0)) -> Threat:
     """The threat of a config: `make(norm='linf', eps=8/255)`.
 
+    Args:
+      norm: 'linf', 'l2' or 'l1'.
+      eps: radius in image units.
+      bounds: (low, high) of valid images.
+
     Raises:
       ValueError: unknown norm, or an eps of the wrong scale.
+
+    >>> from jaxdefense import threat
+    >>> threat.make("l2", eps=0.5)
+    L2(eps=0.5, bounds=(0.0, 1.0))
     """
     if norm not in _NORMS:
         registry.raise_unknown("norm", norm, _NORMS)

@@ -132,7 +132,7 @@ class TestAnAttackIsAValue:
         assert "Madry" in STRONG.__doc__
         assert attacks.worst_case(WEAK, STRONG).threat == T
         with pytest.raises(dataclasses.FrozenInstanceError):
-            STRONG.spatial = True
+            STRONG.flatten_images = False
 
     def test_equal_calls_are_equal_and_others_are_not(self):
         assert len({STRONG, attacks.pgd(threat.Linf(0.1), steps=20)}) == 1

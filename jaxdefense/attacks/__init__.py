@@ -84,15 +84,29 @@ __all__ = [
 
 
 def names() -> list[str]:
-    """The attacks that `make` knows."""
+    """The attacks that `make` knows.
+
+    >>> from jaxdefense import attacks
+    >>> attacks.names()[:3]
+    ['apgd', 'apgd_targeted', 'autoattack']
+    """
     return sorted(_FACTORIES)
 
 
 def make(name: str, threat: Threat, **options: Any) -> Method:
-    """The attack of a config: `make('pgd', threat, steps=10)`.
+    """The attack of that name with these options, as a config gives them.
+
+    Args:
+      name: one of `names()`.
+      threat: norm, eps, bounds.
+      options: the factory's keyword arguments.
 
     Raises:
       ValueError: unknown attack or option.
+
+    >>> from jaxdefense import attacks, threat
+    >>> attacks.make("pgd", threat.Linf(0.125), steps=20)
+    pgd(Linf(eps=0.125, bounds=(0.0, 1.0)), steps=20)
     """
     if name not in _FACTORIES:
         registry.raise_unknown("attack", name, _FACTORIES)
@@ -110,20 +124,29 @@ def jitted(
     *,
     devices: Sequence[jax.Device] | None = None,
 ) -> Callable[[PyTree, Key, Images, Labels], Images]:
-    """`attack` compiled once: weights are arguments, so new ones never recompile.
+    """Compiles `attack` once for all weights, which are arguments of the program.
 
     Args:
       attack: any `Attack`.
       apply: (variables, images) -> logits, eval mode; of an attack with `samples`, (variables, key,
         images) -> logits.
-      devices: that share each batch whose size they divide; default, and for another batch:
-        wherever the arrays are. On the CPU a core can be a device (`jax_num_cpu_devices`).
+      devices: share each batch whose size their number divides; by default, and for other
+        batches, the attack runs where the arrays are. On the CPU each core can be a device
+        (`jax_num_cpu_devices`).
 
     Returns:
       (variables, key, images, labels) -> images; one compilation per shape of images. `variables`
-      is any pytree; what in it is no array (an Equinox module's functions) is part of the program.
-      Bad images, labels and keys raise a ValueError at each call before compilation; that `apply`
-      returns probabilities or NaN is found at the first call.
+      is any pytree; leaves that are not arrays (an Equinox module's functions) are compiled in.
+      Bad images, labels and keys raise a ValueError at each call before compilation; an `apply`
+      that returns probabilities or NaN does at the first call.
+
+    >>> import jax
+    >>> import jax.numpy as jnp
+    >>> from jaxdefense import attacks, threat
+    >>> attack = attacks.jitted(attacks.fgsm(threat.Linf(0.125)), lambda weights, x: x @ weights)
+    >>> x, labels = jnp.array([[0.625, 0.5, 0.25]]), jnp.array([0])
+    >>> attack(10 * jnp.eye(3), jax.random.key(0), x, labels)
+    Array([[0.5  , 0.625, 0.375]], dtype=float32)
     """
     threat, keyed = getattr(attack, "threat", None), getattr(attack, "samples", None) is not None
     bounds = None if threat is None else threat.bounds

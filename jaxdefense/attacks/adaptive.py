@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxdefense.attacks import checks
-from jaxdefense.attacks.method import method, takes_targets
+from jaxdefense.attacks.method import attack_factory, takes_targets
 from jaxdefense.attacks.outcome import select_rows, success_margin
 from jaxdefense.types import (
     Array,
@@ -46,17 +46,18 @@ def normalised(
       ValueError: a std that is not positive, or numbers beyond [0, 1], as for pixels in 0 to 255.
 
     >>> import jax.numpy as jnp
-    >>> predict = normalised(lambda x: x.reshape(len(x), -1), 0.5, 0.25)
+    >>> from jaxdefense import attacks
+    >>> predict = attacks.normalised(lambda x: x.reshape(len(x), -1), 0.5, 0.25)
     >>> predict(jnp.ones((1, 1, 2, 1)))
     Array([[2., 2.]], dtype=float32)
     """
-    middle, width = np.asarray(mean, np.float32), np.asarray(std, np.float32)
-    if np.any(width <= 0) or np.any(width > 1) or np.any(middle < 0) or np.any(middle > 1):
+    means, stds = np.asarray(mean, np.float32), np.asarray(std, np.float32)
+    if np.any(stds <= 0) or np.any(stds > 1) or np.any(means < 0) or np.any(means > 1):
         raise ValueError(
             f"mean and std are of pixels in [0, 1], got mean={mean!r}, std={std!r}; divide those "
             f"of pixels in 0 to 255 by 255"
         )
-    return lambda x: predict((x - _last_axis(middle, x)) / _last_axis(width, x))
+    return lambda x: predict((x - _last_axis(means, x)) / _last_axis(stds, x))
 
 
 def _last_axis(numbers: np.ndarray, x: Array) -> Array:
@@ -74,15 +75,16 @@ def binary(predict: Callable[[Images], Array]) -> Predict:
       A `Predict` with logits (B, 2), (0, z): their softmax is the logit's sigmoid.
 
     >>> import jax.numpy as jnp
-    >>> binary(lambda x: x.sum(-1))(jnp.ones((1, 3)))
+    >>> from jaxdefense import attacks
+    >>> attacks.binary(lambda x: x.sum(-1))(jnp.ones((1, 3)))
     Array([[0., 3.]], dtype=float32)
     """
 
-    def two(x: Images) -> Logits:
+    def two_logits(x: Images) -> Logits:
         logit = predict(x).reshape(x.shape[0])
         return jnp.stack([jnp.zeros_like(logit), logit], -1)
 
-    return two
+    return two_logits
 
 
 def bpda(
@@ -105,13 +107,20 @@ def bpda(
 
     Reference: Athalye et al., Obfuscated gradients give a false sense of security,
       arXiv 1802.00420, section 4.1.
+
+    >>> import jax
+    >>> import jax.numpy as jnp
+    >>> from jaxdefense import attacks
+    >>> quantise = attacks.bpda(jnp.round)
+    >>> print(quantise(0.75), jax.grad(quantise)(0.75))
+    1.0 1.0
     """
 
     @jax.custom_vjp
     def apply(x):
         return forward(x)
 
-    def ahead(x):
+    def forward_rule(x):
         out = forward(x)
         stand_in = jax.eval_shape(backward, x)
         if stand_in.shape != out.shape:
@@ -121,19 +130,19 @@ def bpda(
             )
         return out, x
 
-    def back(x, cotangent):
+    def backward_rule(x, cotangent):
         out, pull = jax.vjp(backward, x)
         return pull(cotangent.astype(out.dtype))
 
-    apply.defvjp(ahead, back)
+    apply.defvjp(forward_rule, backward_rule)
     return apply
 
 
 def _fingerprint(image: Array) -> Array:
-    """A number of an image's bits: different images get different draws."""
+    """A hash of an image's bits, () uint32."""
     bits = jax.lax.bitcast_convert_type(image.astype(jnp.float32), jnp.uint32).reshape(-1)
     place = jnp.arange(bits.size, dtype=jnp.uint32)
-    # Odd factors that look random: Knuth's multiplicative hash of the place.
+    # Knuth's multiplicative hash of each place, made odd.
     weights = (place * np.uint32(2654435761)) | np.uint32(1)
     mixed = bits * weights
     return jnp.sum(mixed ^ (mixed >> 15), dtype=jnp.uint32)
@@ -161,6 +170,14 @@ def eot(predict: PredictWithKey, key: Key, *, samples: int = 20) -> Predict:
       ValueError: samples below 1.
 
     Reference: Athalye et al., Synthesizing robust adversarial examples, arXiv 1707.07397.
+
+    >>> import jax
+    >>> import jax.numpy as jnp
+    >>> from jaxdefense import attacks
+    >>> noisy = lambda key, x: x + jax.random.normal(key, x.shape)
+    >>> predict = attacks.eot(noisy, jax.random.key(0), samples=1000)
+    >>> jnp.abs(predict(jnp.zeros((2, 3)))).max() < 0.2  # the noise's mean over 1,000 draws
+    Array(True, dtype=bool)
     """
     checks.check_count("samples", samples)
 
@@ -172,9 +189,9 @@ def eot(predict: PredictWithKey, key: Key, *, samples: int = 20) -> Predict:
     return jax.vmap(one)
 
 
-@method(spatial=True)
+@attack_factory(flatten_images=False)
 def transfer(attack: Attack, sources: Sequence[Predict]) -> Attack:
-    """Black box by transfer: `attack` against other models, the worst of them for the target.
+    """Black-box attack by transfer: `attack` other models, keep what works best on the target.
 
     Args:
       attack: run against each source with the key `fold_in(key, its number)`. One that does not
@@ -190,6 +207,14 @@ def transfer(attack: Attack, sources: Sequence[Predict]) -> Attack:
       ValueError: no sources.
 
     Reference: Papernot et al., Transferability in machine learning, arXiv 1605.07277.
+
+    >>> import jax
+    >>> from jaxdefense import attacks, threat
+    >>> attack = attacks.transfer(attacks.pgd(threat.Linf(0.125)), [lambda x: 5 * x + 1])
+    >>> x, labels = jax.numpy.array([[0.625, 0.5, 0.25]]), jax.numpy.array([0])
+    >>> x_adv = attack(lambda x: 10 * x, jax.random.key(0), x, labels)
+    >>> attacks.fooled(10 * x_adv, labels)
+    Array([ True], dtype=bool)
     """
     if not sources:
         raise ValueError("transfer needs at least one source model")

@@ -1,5 +1,6 @@
 """Auto-PGD: projected gradient ascent that sets its own step size."""
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
 
@@ -10,7 +11,7 @@ import numpy as np
 from jaxdefense import losses, registry
 from jaxdefense.attacks import checks
 from jaxdefense.attacks.fab import boundary_distances
-from jaxdefense.attacks.method import method
+from jaxdefense.attacks.method import attack_factory
 from jaxdefense.attacks.outcome import (
     DRAWS,
     Passes,
@@ -21,9 +22,10 @@ from jaxdefense.attacks.outcome import (
     runner_up_classes,
     select_rows,
     threat_of_rows,
+    value_fooled_grad,
     warn_few_classes,
-    zero_non_finite,
 )
+from jaxdefense.mixing import check_share
 from jaxdefense.types import (
     Array,
     Attack,
@@ -43,18 +45,17 @@ from jaxdefense.types import (
 )
 
 TargetedLoss = Callable[[Logits, Labels, Labels], PerExample]
-# (iterate, its number) -> value, fooled, gradient
-_Look = Callable[[Images, Array], tuple[PerExample, Array, Images]]
+# (iterate, its number) -> value, whether it fools, gradient
+_Evaluation = Callable[[Images, Array], tuple[PerExample, Array, Images]]
 
 # The multi-eps schedule of L1-APGD: (times eps, share of the steps), ending in the ball itself.
-_WARM = ((3.0, 0.3), (2.0, 0.3), (1.0, 0.4))
+_WARM_EPS = ((3.0, 0.3), (2.0, 0.3), (1.0, 0.4))
 
-
-# The most likely wrong classes among which rank="distance" looks for the nearest.
+# rank="distance" looks for the nearest among this many of the most likely wrong classes.
 RANKED = 100
 
 
-class _Climb(NamedTuple):
+class _State(NamedTuple):
     """One run's state: the iterate, the best point so far, and the step rule's memory."""
 
     x: Images
@@ -68,7 +69,7 @@ class _Climb(NamedTuple):
 
 
 class _Rule(Protocol):
-    """A step rule: first step, checkpoints, what happens there, and the move."""
+    """A norm's rule for the step size, the checkpoints and the step itself."""
 
     def windows(self, steps: int) -> np.ndarray: ...
     def first_step(self, eps: Array) -> Array: ...
@@ -76,9 +77,11 @@ class _Rule(Protocol):
     def memory(self, x_adv: Images, x: Images, restarted: bool) -> PyTree: ...
     def seen(self, memory: PyTree, rose: Array) -> PyTree: ...
     def check(
-        self, c: _Climb, grad: Images, x: Images, eps: Array, window: Array
-    ) -> tuple[_Climb, Images]: ...
-    def move(self, c: _Climb, grad: Images, x: Images, threat: Threat, first: Array) -> Images: ...
+        self, state: _State, grad: Images, x: Images, eps: Array, window: Array
+    ) -> tuple[_State, Images]: ...
+    def move(
+        self, state: _State, grad: Images, x: Images, threat: Threat, first: Array
+    ) -> Images: ...
 
 
 class _Halving(NamedTuple):
@@ -119,19 +122,26 @@ class _Halving(NamedTuple):
     def seen(self, memory, rose):
         return {**memory, "rises": memory["rises"] + rose}
 
-    def check(self, c, grad, x, eps, window):
-        oscillates = c.memory["rises"] <= self.rho * window
-        stalled = ~c.memory["halved"] & (c.best <= c.memory["best"])
+    def check(self, state, grad, x, eps, window):
+        oscillates = state.memory["rises"] <= self.rho * window
+        stalled = ~state.memory["halved"] & (state.best <= state.memory["best"])
         halve = oscillates | stalled
-        memory = {"rises": jnp.zeros_like(c.memory["rises"]), "halved": halve, "best": c.best}
-        step = jnp.where(halve, c.step / 2, c.step)
-        climb = c._replace(x=select_rows(halve, c.best_x, c.x), step=step, memory=memory)
-        return climb, select_rows(halve, c.best_grad, grad)
+        memory = {
+            "rises": jnp.zeros_like(state.memory["rises"]),
+            "halved": halve,
+            "best": state.best,
+        }
+        step = jnp.where(halve, state.step / 2, state.step)
+        x_next = select_rows(halve, state.best_x, state.x)
+        grad = select_rows(halve, state.best_grad, grad)
+        return state._replace(x=x_next, step=step, memory=memory), grad
 
-    def move(self, c, grad, x, threat, first):
+    def move(self, state, grad, x, threat, first):
         share = jnp.where(first, 1.0, self.momentum).astype(x.dtype)
-        ahead = threat.project(c.x + threat.ascent(grad, c.x, c.step), x)
-        return threat.project(c.x + share * (ahead - c.x) + (1 - share) * (c.x - c.old), x)
+        ahead = threat.project(state.x + threat.ascent(grad, state.x, state.step), x)
+        return threat.project(
+            state.x + share * (ahead - state.x) + (1 - share) * (state.x - state.old), x
+        )
 
 
 class _Sparse(NamedTuple):
@@ -168,19 +178,20 @@ class _Sparse(NamedTuple):
     def seen(self, memory, rose):
         return memory
 
-    def check(self, c, grad, x, eps, window):
-        held = _support(c.best_x, x)
-        sparser = held < 0.95 * c.memory["held"]
-        step = jnp.clip(jnp.where(sparser, eps, c.step / 1.5), eps / 10, eps)
+    def check(self, state, grad, x, eps, window):
+        held = _support(state.best_x, x)
+        sparser = held < 0.95 * state.memory["held"]
+        step = jnp.clip(jnp.where(sparser, eps, state.step / 1.5), eps / 10, eps)
         memory = {"share": held / x[0].size / 1.5, "held": held}
-        climb = c._replace(x=select_rows(sparser, c.best_x, c.x), step=step, memory=memory)
-        return climb, select_rows(sparser, c.best_grad, grad)
+        x_next = select_rows(sparser, state.best_x, state.x)
+        grad = select_rows(sparser, state.best_grad, grad)
+        return state._replace(x=x_next, step=step, memory=memory), grad
 
-    def move(self, c, grad, x, threat, first):
-        sign = jnp.sign(_largest(grad, c.memory["share"]))
+    def move(self, state, grad, x, threat, first):
+        sign = jnp.sign(_largest(grad, state.memory["share"]))
         length = jnp.sum(jnp.abs(sign), range(1, x.ndim))
-        step = (c.step / jnp.maximum(length, 1)).astype(x.dtype)
-        return threat.project(c.x + per_example(step, x) * sign, x)
+        step = (state.step / jnp.maximum(length, 1)).astype(x.dtype)
+        return threat.project(state.x + per_example(step, x) * sign, x)
 
 
 def _support(x_adv: Images, x: Images) -> PerExample:
@@ -225,151 +236,160 @@ def _balls(steps: int, warm_eps: bool) -> list[tuple[float, int]]:
     """(times eps, steps) of each ball; the last takes what rounding leaves."""
     if not warm_eps:
         return [(1.0, steps)]
-    counts = [int(np.ceil(share * steps)) for _, share in _WARM[:-1]]
+    counts = [int(np.ceil(share * steps)) for _, share in _WARM_EPS[:-1]]
     counts.append(steps - sum(counts))
     if counts[-1] < 1:
         raise ValueError(f"warm_eps leaves no step for eps itself: needs 5 or more, got {steps}")
-    return [(factor, n) for (factor, _), n in zip(_WARM, counts)]
+    return [(factor, n) for (factor, _), n in zip(_WARM_EPS, counts)]
 
 
-def _climb(
-    look: _Look,
-    x: Images,
-    key: Key,
-    threat: Threat,
-    rule: _Rule,
-    plan: _Plan,
-    done: Array,
-    early_stop: bool,
-) -> tuple[Images, PerExample, Array]:
-    """One run from a random start: its best point, that point's value, and who is fooled."""
-    dtype = jnp.promote_types(x.dtype, jnp.float32)
-    eps = jnp.broadcast_to(jnp.asarray(threat.eps, dtype), x.shape[:1])
-    several = int(plan.opens.sum()) > 1
-    factor, opens, window, counts = map(jnp.asarray, plan)
-    last = len(plan.factor) - 1
+@dataclasses.dataclass(frozen=True)
+class _Search:
+    """The runs of `apgd` and of `apgd_targeted`, which differ in what a run maximises.
 
-    def ball(n: Any) -> Threat:
-        return threat.scaled(factor[n]) if several else threat
-
-    def enter(x_adv: Images, n: Any) -> _Climb:
-        low = jnp.full(x.shape[0], -jnp.inf, dtype)
-        step = rule.first_step(eps * factor[n].astype(dtype))
-        memory = rule.memory(x_adv, x, several)
-        return _Climb(x_adv, x_adv, x_adv, jnp.zeros_like(x), low, -low, step, memory)
-
-    def observe(c: _Climb, value: PerExample, hit: Array, grad: Images, won: Array) -> _Climb:
-        # A fooled example is finished: nothing replaces its point any more.
-        better = hit | ((value > c.best) & ~won)
-        return c._replace(
-            best_x=select_rows(better, c.x, c.best_x),
-            best_grad=select_rows(better, grad, c.best_grad),
-            best=jnp.where(better, value, c.best),
-            last=value,
-            memory=rule.seen(c.memory, value > c.last),
-        )
-
-    def evaluate(carry: Any) -> Any:
-        n, won, c = carry
-        value, wrong, grad = look(c.x, n)
-        value, grad = value.astype(dtype), grad.astype(x.dtype)
-        hit = wrong & counts[n] & ~won if early_stop else jnp.zeros_like(won)
-        c = observe(c, value, hit, grad, won)
-        won = won | hit
-        here = eps * factor[n].astype(dtype)
-        c, grad = jax.lax.cond(
-            window[n] > 0,
-            lambda c, grad: rule.check(c, grad, x, here, window[n]),
-            lambda c, grad: (c, grad),
-            c,
-            grad,
-        )
-        moved = c._replace(x=rule.move(c, grad, x, ball(n), opens[n]), old=c.x)
-        if several:
-            following = jnp.minimum(n + 1, last)
-            moved = jax.lax.cond(
-                opens[following] & (n < last),
-                lambda c: enter(ball(following).project(c.best_x, x), following),
-                lambda c: c,
-                moved,
-            )
-        return n + 1, won, moved
-
-    def going(carry: Any) -> Array:
-        return (carry[0] <= last) & ~jnp.all(carry[1])
-
-    start = enter(rule.start(ball(0), key, x), 0)
-    _, won, c = jax.lax.while_loop(going, evaluate, (jnp.array(0), done, start))
-    return c.best_x, c.best, won
-
-
-def _runs(
-    look: Callable[[Array, Array], _Look],
-    x: Images,
-    keys: Key,
-    threat: Threat,
-    rule: _Rule,
-    plan: _Plan,
-    done: Array,
-    *,
-    runs: int,
-    early_stop: bool,
-) -> Images:
-    """Independent runs; an example leaves at its first fooled point, else the largest value.
-
-    Args:
-      look: (numbers (B,), rows (B,)) -> how run numbers[i] looks at example rows[i].
+    Args: see `apgd`.
     """
 
-    def run(numbers: Array, rows: Array, idle: Array) -> tuple[Images, PerExample]:
-        best_x, best, won = _climb(
-            look(numbers, rows),
-            x[rows],
-            fold_in(keys[rows], numbers),
-            threat_of_rows(threat, rows),
-            rule,
-            plan,
-            idle,
-            early_stop,
-        )
-        # Only a fooled point is a reason to stop.
-        return best_x, jnp.where(won, jnp.inf, jnp.minimum(best, jnp.finfo(best.dtype).max))
+    threat: Threat
+    steps: int
+    restarts: int
+    rho: float
+    momentum: float
+    warm_eps: bool
+    early_stop: bool = True
 
-    return jax.lax.stop_gradient(best_of_runs(run, x, done, runs))
+    def __post_init__(self) -> None:
+        checks.check_count("steps", self.steps)
+        checks.check_count("restarts", self.restarts)
+        check_share("rho", self.rho)
+        check_share("momentum", self.momentum)
+        _balls(self.steps, self.warm_eps)
+
+    def best_points(
+        self,
+        evaluations: Callable[[Array, Array], _Evaluation],
+        x: Images,
+        keys: Key,
+        done: Array,
+        *,
+        targets: int = 1,
+    ) -> Images:
+        """The best point of all runs: the first that fools, else the one of the largest value.
+
+        Args:
+          evaluations: (numbers (B,), rows (B,)) -> what run numbers[i] of example rows[i]
+            maximises.
+          x: (B, ...) images.
+          keys: (B,) one per example.
+          done: (B,) bool, examples that keep their image.
+          targets: for each example; each has `restarts` runs.
+        """
+
+        def run(numbers: Array, rows: Array, idle: Array) -> tuple[Images, PerExample]:
+            ball = threat_of_rows(self.threat, rows)
+            own = fold_in(keys[rows], numbers)
+            best_x, best, won = self._ascend(evaluations(numbers, rows), x[rows], own, ball, idle)
+            # An infinite value would stop the runs, which only a fooled point may.
+            return best_x, jnp.where(won, jnp.inf, jnp.minimum(best, jnp.finfo(best.dtype).max))
+
+        return jax.lax.stop_gradient(best_of_runs(run, x, done, targets * self.restarts))
+
+    def _ascend(
+        self, evaluate: _Evaluation, x: Images, keys: Key, threat: Threat, done: Array
+    ) -> tuple[Images, PerExample, Array]:
+        """One run from a random start: its best points, their values, and who is fooled."""
+        rule = _rule(threat, self.rho, self.momentum)
+        plan = _Plan.make(rule, self.steps, self.warm_eps)
+        dtype = jnp.promote_types(x.dtype, jnp.float32)
+        eps = jnp.broadcast_to(jnp.asarray(threat.eps, dtype), x.shape[:1])
+        several = int(plan.opens.sum()) > 1
+        factor, opens, window, counts = map(jnp.asarray, plan)
+        last = len(plan.factor) - 1
+
+        def ball(n: Any) -> Threat:
+            return threat.scaled(factor[n]) if several else threat
+
+        def enter(x_adv: Images, n: Any) -> _State:
+            low = jnp.full(x.shape[0], -jnp.inf, dtype)
+            step = rule.first_step(eps * factor[n].astype(dtype))
+            memory = rule.memory(x_adv, x, several)
+            return _State(x_adv, x_adv, x_adv, jnp.zeros_like(x), low, -low, step, memory)
+
+        def observe(
+            state: _State, value: PerExample, hit: Array, grad: Images, won: Array
+        ) -> _State:
+            # A fooled example is finished: nothing replaces its point any more.
+            better = hit | ((value > state.best) & ~won)
+            return state._replace(
+                best_x=select_rows(better, state.x, state.best_x),
+                best_grad=select_rows(better, grad, state.best_grad),
+                best=jnp.where(better, value, state.best),
+                last=value,
+                memory=rule.seen(state.memory, value > state.last),
+            )
+
+        def turn(carry: Any) -> Any:
+            n, won, state = carry
+            value, wrong, grad = evaluate(state.x, n)
+            value, grad = value.astype(dtype), grad.astype(x.dtype)
+            hit = wrong & counts[n] & ~won if self.early_stop else jnp.zeros_like(won)
+            state = observe(state, value, hit, grad, won)
+            won = won | hit
+            here = eps * factor[n].astype(dtype)
+            state, grad = jax.lax.cond(
+                window[n] > 0,
+                lambda state, grad: rule.check(state, grad, x, here, window[n]),
+                lambda state, grad: (state, grad),
+                state,
+                grad,
+            )
+            moved = state._replace(x=rule.move(state, grad, x, ball(n), opens[n]), old=state.x)
+            if several:
+                following = jnp.minimum(n + 1, last)
+                moved = jax.lax.cond(
+                    opens[following] & (n < last),
+                    lambda state: enter(ball(following).project(state.best_x, x), following),
+                    lambda state: state,
+                    moved,
+                )
+            return n + 1, won, moved
+
+        def going(carry: Any) -> Array:
+            return (carry[0] <= last) & ~jnp.all(carry[1])
+
+        start = enter(rule.start(ball(0), keys, x), 0)
+        _, won, state = jax.lax.while_loop(going, turn, (jnp.array(0), done, start))
+        return state.best_x, state.best, won
 
 
-def _looking(predict: Predict, labels: Labels, loss: LossFn, targeted: bool = False) -> _Look:
-    """One forward and backward pass gives the value, the verdict and the gradient."""
+def _evaluation(
+    predict: Predict, labels: Labels, loss: LossFn, targeted: bool = False
+) -> _Evaluation:
+    """Of one model: the loss, negative for targets, and its gradient."""
 
-    def look(x_adv: Images, n: Array) -> tuple[PerExample, Array, Images]:
-        def total(z):
-            logits = predict(z)
-            values = -loss(logits, labels) if targeted else loss(logits, labels)
-            return jnp.sum(values), (values, fooled(logits, labels, targeted))
+    def signed(logits: Logits, labels: Labels) -> PerExample:
+        return -loss(logits, labels) if targeted else loss(logits, labels)
 
-        grad, (values, wrong) = jax.grad(total, has_aux=True)(x_adv)
-        return values, wrong, zero_non_finite(grad)
-
-    return look
+    return lambda x_adv, _: value_fooled_grad(predict, x_adv, labels, signed, targeted)
 
 
-def _looking_at_draws(
+def _evaluation_over_draws(
     predict: PredictWithKey,
     keys: Key,
     samples: int,
-    looking: Callable[[Predict], _Look],
-) -> _Look:
-    """The mean loss over fresh draws of a randomised model, and the mean of its gradients."""
+    evaluation: Callable[[Predict], _Evaluation],
+) -> _Evaluation:
+    """Of a randomised model: the mean loss over fresh draws and the mean of its gradients."""
 
-    def look(x_adv: Images, n: Array) -> tuple[PerExample, Array, Images]:
+    def evaluate(x_adv: Images, n: Array) -> tuple[PerExample, Array, Images]:
         def values(fixed: Predict) -> tuple[PerExample, Images]:
-            value, _, grad = looking(fixed)(x_adv, n)
+            value, _, grad = evaluation(fixed)(x_adv, n)
             return value, grad
 
         value, grad = mean_over_draws(predict, fold_in(keys, n), samples, values)
         return value, jnp.zeros(value.shape, bool), grad
 
-    return look
+    return evaluate
 
 
 def _difference(logits: Logits, labels: Labels, targets: Labels) -> PerExample:
@@ -423,20 +443,11 @@ def passes(
       samples: draws of a randomised model for each pass.
       ranked: classes whose gradients `apgd_targeted` ranks, with rank="distance".
     """
-    both = restarts * targets * (steps + (len(_WARM) if warm_eps else 1)) * (samples or 1)
+    both = restarts * targets * (steps + (len(_WARM_EPS) if warm_eps else 1)) * (samples or 1)
     return Passes(1 + both + (ranked > 0), both + ranked)
 
 
-def _check_options(steps: int, restarts: int, rho: float, momentum: float, warm_eps: bool) -> None:
-    checks.check_count("steps", steps)
-    checks.check_count("restarts", restarts)
-    for name, value in (("rho", rho), ("momentum", momentum)):
-        if not 0 <= value <= 1:
-            raise ValueError(f"{name} must be in [0, 1], got {value!r}")
-    _balls(steps, warm_eps)
-
-
-@method()
+@attack_factory()
 def apgd(
     threat: Threat,
     *,
@@ -495,14 +506,20 @@ def apgd(
     Deviations: the authors' code projects onto the L2 ball first and the box then, here it is the
     nearest point of both; it counts the loss's rise over the first step against 0, here (and in
     the paper) against the start's loss; it returns the last fooled iterate, here the first.
+
+    >>> import jax
+    >>> from jaxdefense import attacks, threat
+    >>> attack = attacks.apgd(threat.L2(0.25), steps=10, loss="margin")
+    >>> x, labels = jax.numpy.array([[0.625, 0.5, 0.25]]), jax.numpy.array([0])
+    >>> x_adv = attack(lambda x: 10 * x, jax.random.key(0), x, labels)
+    >>> attacks.fooled(10 * x_adv, labels)
+    Array([ True], dtype=bool)
     """
-    _check_options(steps, restarts, rho, momentum, warm_eps)
-    attack_loss(loss)
+    attack_loss(loss)  # an unknown name fails here
     if samples is not None:
         checks.check_count("samples", samples)
-    rule = _rule(threat, rho, momentum)
-    plan = _Plan.make(rule, steps, warm_eps)
     stops = early_stop and samples is None
+    runs = _Search(threat, steps, restarts, rho, momentum, warm_eps=warm_eps, early_stop=stops)
 
     def attack(predict: Any, key: Key, images: Images, labels: Labels) -> Images:
         x = jax.lax.stop_gradient(images)
@@ -510,25 +527,25 @@ def apgd(
         chosen = _untargeted_loss(loss, classes)
         keys = example_keys(key, x.shape[0])
 
-        def look(numbers: Array, rows: Array) -> _Look:
-            def looking(fixed: Predict) -> _Look:
-                return _looking(fixed, labels[rows], chosen, targeted)
+        def evaluations(numbers: Array, rows: Array) -> _Evaluation:
+            def evaluation(fixed: Predict) -> _Evaluation:
+                return _evaluation(fixed, labels[rows], chosen, targeted)
 
             if samples is None:
-                return looking(predict)
+                return evaluation(predict)
             draws = fold_in(fold_in(keys[rows], numbers), DRAWS)
-            return _looking_at_draws(predict, draws, samples, looking)
+            return _evaluation_over_draws(predict, draws, samples, evaluation)
 
         if stops:
             done = fooled(predict(x), labels, targeted)
         else:
             done = jnp.zeros(labels.shape, bool)
-        return _runs(look, x, keys, threat, rule, plan, done, runs=restarts, early_stop=stops)
+        return runs.best_points(evaluations, x, keys, done)
 
     return attack
 
 
-@method()
+@attack_factory()
 def apgd_targeted(
     threat: Threat,
     *,
@@ -570,15 +587,21 @@ def apgd_targeted(
 
     Reference: Croce, Hein, arXiv 2003.01690, section 4; rank='distance': Melamed et al., MALT
       powers up adversarial attacks, arXiv 2407.02240.
+
+    >>> import jax
+    >>> from jaxdefense import attacks, threat
+    >>> attack = attacks.apgd_targeted(threat.L2(0.25), targets=2, loss="difference")
+    >>> x, labels = jax.numpy.array([[0.625, 0.5, 0.25]]), jax.numpy.array([0])
+    >>> x_adv = attack(lambda x: 10 * x, jax.random.key(0), x, labels)
+    >>> attacks.fooled(10 * x_adv, labels)
+    Array([ True], dtype=bool)
     """
-    _check_options(steps, restarts, rho, momentum, warm_eps)
     checks.check_count("targets", targets)
     if isinstance(loss, str) and loss not in _TARGETED:
         registry.raise_unknown("targeted loss", loss, _TARGETED)
     if rank not in ("logit", "distance"):
         registry.raise_unknown("rank", rank, ("logit", "distance"))
-    rule = _rule(threat, rho, momentum)
-    plan = _Plan.make(rule, steps, warm_eps)
+    runs = _Search(threat, steps, restarts, rho, momentum, warm_eps=warm_eps)
 
     def attack(predict: Predict, key: Key, images: Images, labels: Labels) -> Images:
         x = jax.lax.stop_gradient(images)
@@ -595,20 +618,11 @@ def apgd_targeted(
         else:
             ranked = runner_up_classes(clean, labels, targets)
 
-        def look(numbers: Array, rows: Array) -> _Look:
+        def evaluations(numbers: Array, rows: Array) -> _Evaluation:
             aim = ranked[rows, numbers // restarts]
-            return _looking(predict, labels[rows], lambda z, y: chosen(z, y, aim))
+            return _evaluation(predict, labels[rows], lambda z, y: chosen(z, y, aim))
 
-        return _runs(
-            look,
-            x,
-            example_keys(key, x.shape[0]),
-            threat,
-            rule,
-            plan,
-            fooled(clean, labels),
-            runs=ranked.shape[1] * restarts,
-            early_stop=True,
-        )
+        keys, done = example_keys(key, x.shape[0]), fooled(clean, labels)
+        return runs.best_points(evaluations, x, keys, done, targets=ranked.shape[1])
 
     return attack

@@ -29,7 +29,7 @@ def _least_and_largest(array: Array) -> tuple[Array, Array]:
 
 
 def _extent(array: HostArray) -> tuple[float, float]:
-    """The least and the largest value of concrete values, which may be met inside a jit."""
+    """The least and the largest value of a concrete array, also while a program is traced."""
     if isinstance(array, np.ndarray):
         return array.min(), array.max()
     with jax.ensure_compile_time_eval():
@@ -37,7 +37,7 @@ def _extent(array: HostArray) -> tuple[float, float]:
 
 
 def check_threat(attack: str, threat: Any) -> None:
-    """A norm with eps and bounds, as in `jaxdefense.threat`.
+    """Checks that `threat` is a norm with eps and bounds, as in `jaxdefense.threat`.
 
     Args:
       attack: name of the function that needs it.
@@ -53,7 +53,11 @@ def check_threat(attack: str, threat: Any) -> None:
 
 
 def check_keys(key: Any, batch: int) -> None:
-    """One typed key or one per example.
+    """Checks that `key` is one typed key or one per example.
+
+    Args:
+      key: what was given.
+      batch: B.
 
     Raises:
       ValueError: something else.
@@ -63,12 +67,13 @@ def check_keys(key: Any, batch: int) -> None:
     example_keys(key, batch)
 
 
-# Rounding at the box's edge, of the box's width: a normalisation undone leaves as much.
+# How far values may lie outside the box, as a share of its width: undoing a normalisation leaves
+# rounding errors of that size.
 _EDGE = 1e-5
 
 
 def check_images(images: HostArray, bounds: tuple[float, float] | None = (0.0, 1.0)) -> Any:
-    """Floating, finite, inside the bounds; returns them with rounding at the edge clipped.
+    """Checks that images are floating, finite and inside the bounds, and clips rounding errors.
 
     Args:
       images: (B, ...).
@@ -105,7 +110,12 @@ def check_images(images: HostArray, bounds: tuple[float, float] | None = (0.0, 1
 
 
 def check_labels(labels: HostArray, batch: int, num_classes: int) -> None:
-    """(B,) integers in [0, num_classes).
+    """Checks that labels are (B,) integers in [0, num_classes).
+
+    Args:
+      labels: what was given.
+      batch: B.
+      num_classes: K.
 
     Raises:
       ValueError: another shape or dtype, or labels out of range.
@@ -122,7 +132,7 @@ def check_labels(labels: HostArray, batch: int, num_classes: int) -> None:
 
 
 def check_outputs(logits: Any, batch: int) -> None:
-    """What predict returned is an array (B, K) with K >= 2, by its shape alone.
+    """Checks by its shape that predict's output is an array (B, K) with K >= 2.
 
     Args:
       logits: an array, or its shape and dtype.
@@ -145,7 +155,11 @@ def check_outputs(logits: Any, batch: int) -> None:
 
 
 def check_logits(logits: HostArray, batch: int) -> None:
-    """(B, K) finite logits that are not probabilities.
+    """Checks that logits are (B, K), finite and not probabilities.
+
+    Args:
+      logits: predict's output.
+      batch: B.
 
     Raises:
       ValueError: another shape, NaN, or rows that are probabilities (in [0, 1] with sum 1).
@@ -165,7 +179,11 @@ def check_logits(logits: HostArray, batch: int) -> None:
 
 
 def check_eps(threat: Threat, images: HostArray) -> None:
-    """eps can be meant for images of this size, and is one or one per example.
+    """Checks that eps is one or one per example, and no larger than images of this size allow.
+
+    Args:
+      threat: norm, eps, bounds.
+      images: (B, ...).
 
     Raises:
       ValueError: eps larger than the box's diameter in the threat's norm, or of another length.
@@ -184,7 +202,11 @@ def check_eps(threat: Threat, images: HostArray) -> None:
 
 
 def check_step(name: str, value: Any) -> None:
-    """A positive finite number (or numbers).
+    """Checks that an option is None, or one or several finite numbers that are not negative.
+
+    Args:
+      name: of the option, for the message.
+      value: of the option.
 
     Raises:
       ValueError: otherwise.
@@ -197,7 +219,12 @@ def check_step(name: str, value: Any) -> None:
 
 
 def check_count(name: str, value: Any, least: int = 1) -> None:
-    """A Python integer of at least `least`.
+    """Checks that an option is a Python integer of at least `least`.
+
+    Args:
+      name: of the option, for the message.
+      value: of the option.
+      least: smallest allowed.
 
     Raises:
       ValueError: otherwise.

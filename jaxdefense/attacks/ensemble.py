@@ -12,20 +12,19 @@ from jaxdefense.attacks.apgd import RANKED, apgd, apgd_targeted
 from jaxdefense.attacks.apgd import passes as apgd_passes
 from jaxdefense.attacks.fab import fab, fab_targeted
 from jaxdefense.attacks.fab import passes as fab_passes
-from jaxdefense.attacks.method import Method, method, takes_targets
+from jaxdefense.attacks.method import attack_factory, takes_targets
 from jaxdefense.attacks.outcome import Passes, fooled, select_rows
 from jaxdefense.attacks.square import passes as square_passes
 from jaxdefense.attacks.square import square
 from jaxdefense.types import Attack, Images, Key, Labels, Predict, Threat, example_keys, fold_in
 
 
-@method(spatial=True)
+@attack_factory(flatten_images=False)
 def worst_case(*attacks: Attack) -> Attack:
-    """Per example, the first attack's success wins; without one, the last attack's image.
+    """Several attacks one after another: per example the first success, else the last image.
 
-    An attack starts from the adversarial image where an earlier one succeeded, so an attack that
-    leaves misclassified images alone (all of this library's that stop early do) spends nothing
-    there, and an attack is skipped once the whole batch is fooled.
+    Where an earlier attack succeeded, the later ones get its adversarial image, which they leave
+    alone if they stop early; once the whole batch is fooled they are skipped.
 
     Args:
       attacks: in their order; each draws from `fold_in(key, its number)`.
@@ -36,6 +35,14 @@ def worst_case(*attacks: Attack) -> Attack:
 
     Raises:
       ValueError: no attacks, or some that take labels beside some that take targets.
+
+    >>> import jax
+    >>> from jaxdefense import attacks, threat
+    >>> ball = threat.Linf(0.125)
+    >>> attack = attacks.worst_case(attacks.fgsm(ball), attacks.pgd(ball, restarts=3))
+    >>> x, labels = jax.numpy.array([[0.625, 0.5, 0.25]]), jax.numpy.array([0])
+    >>> attacks.fooled(10 * attack(lambda x: 10 * x, jax.random.key(0), x, labels), labels)
+    Array([ True], dtype=bool)
     """
     if not attacks:
         raise ValueError("worst_case needs at least one attack")
@@ -61,31 +68,54 @@ def worst_case(*attacks: Attack) -> Attack:
     return attack
 
 
-class _Stage(NamedTuple):
+class Stage(NamedTuple):
+    """One attack of a cascade, and the most passes it spends on an example.
+
+    Attributes:
+      name: of the stage, part of its random keys.
+      attack: any `Attack` of the evaluation's threat.
+      forward: passes through the model.
+      backward: gradients of the model.
+      note: what few classes changed, "" for nothing.
+
+    >>> from jaxdefense import attacks, threat
+    >>> from jaxdefense.attacks.ensemble import Stage
+    >>> pgd = attacks.pgd(threat.Linf(8 / 255), steps=40)
+    >>> Stage("pgd-40", pgd, forward=40, backward=40).passes
+    Passes(forward=40, backward=40)
+    """
+
     name: str
-    attack: Method
-    passes: Passes
-    note: str = ""  # what few classes changed
+    attack: Attack
+    forward: int
+    backward: int
+    note: str = ""
+
+    @property
+    def passes(self) -> Passes:
+        """Forward and backward."""
+        return Passes(self.forward, self.backward)
 
 
-class _Kind(NamedTuple):
-    """What the stages are made for."""
+class _StageMaker(NamedTuple):
+    """Makes the stages for a threat and a number of classes, with fallbacks for few classes."""
 
     threat: Threat
     classes: int
     layout: str | None  # of the images, for Square
     samples: int | None  # draws a step of a randomised model
 
-    def apgd(self, name: str, loss: str, **options: Any) -> _Stage:
+    def apgd(self, name: str, loss: str, **options: Any) -> Stage:
         note = ""
         if loss == "dlr" and self.classes < 3:
             note = f"{name}: the margin replaces the DLR loss, which needs 3 classes"
             loss = "margin"
         attack = apgd(self.threat, loss=loss, samples=self.samples, **options)
         options.pop("targeted", None)
-        return _Stage(name, attack, apgd_passes(samples=self.samples, **options), note)
+        passes = apgd_passes(samples=self.samples, **options)
+        return Stage(name, attack, *passes, note)
 
-    def apgd_targeted(self, targets: int, rank: str = "logit", **options: Any) -> _Stage:
+    def apgd_targeted(self, targets: int, rank: str = "logit", **options: Any) -> Stage:
         notes, loss, tried = [], "dlr_targeted", min(targets, self.classes - 1)
         if self.classes < 4:
             loss = "difference"
@@ -98,24 +128,24 @@ class _Kind(NamedTuple):
         attack = apgd_targeted(self.threat, targets=tried, loss=loss, rank=rank, **options)
         ranked = min(self.classes - 1, RANKED) if rank == "distance" else 0
         passes = apgd_passes(targets=tried, ranked=ranked, **options)
-        return _Stage("apgd-t", attack, passes, note)
+        return Stage("apgd-t", attack, *passes, note)
 
-    def fab_targeted(self, targets: int) -> _Stage:
+    def fab_targeted(self, targets: int) -> Stage:
         tried = min(targets, self.classes - 1)
         note = f"fab-t: {tried} of {targets} targets exist" if tried < targets else ""
         attack = fab_targeted(self.threat, targets=tried)
-        return _Stage("fab-t", attack, fab_passes(targets=tried), note)
+        return Stage("fab-t", attack, *fab_passes(targets=tried), note)
 
-    def fab(self, **options: Any) -> _Stage:
+    def fab(self, **options: Any) -> Stage:
         attack = fab(self.threat, **options)
         classes = None if options.pop("targeted", False) else self.classes
-        return _Stage("fab", attack, fab_passes(num_classes=classes, **options))
+        return Stage("fab", attack, *fab_passes(num_classes=classes, **options))
 
-    def square(self, queries: int = 5000, **options: Any) -> _Stage:
+    def square(self, queries: int = 5000, **options: Any) -> Stage:
         attack = square(
             self.threat, queries=queries, samples=self.samples, layout=self.layout, **options
         )
-        return _Stage("square", attack, square_passes(queries=queries, samples=self.samples))
+        return Stage("square", attack, *square_passes(queries=queries, samples=self.samples))
 
 
 # The reference's settings that depend on the norm: L1 has its multi-eps schedule, more restarts
@@ -127,56 +157,56 @@ _STANDARD: dict[str, dict[str, Any]] = {
 }
 
 
-def _standard(kind: _Kind) -> list[_Stage]:
-    own = _STANDARD[kind.threat.norm]
+def _standard(make: _StageMaker) -> list[Stage]:
+    own = _STANDARD[make.threat.norm]
     warm_eps = own["warm_eps"]
     return [
-        kind.apgd("apgd-ce", "cross_entropy", restarts=own["restarts"], warm_eps=warm_eps),
-        kind.apgd_targeted(own["targets"], warm_eps=warm_eps),
-        kind.fab_targeted(9),
-        kind.square(),
+        make.apgd("apgd-ce", "cross_entropy", restarts=own["restarts"], warm_eps=warm_eps),
+        make.apgd_targeted(own["targets"], warm_eps=warm_eps),
+        make.fab_targeted(9),
+        make.square(),
     ]
 
 
-def _fast(kind: _Kind) -> list[_Stage]:
-    """Two gradient attacks, and Square with what they leave of a quarter of standard's passes."""
-    warm_eps = _STANDARD[kind.threat.norm]["warm_eps"]
+def _fast(make: _StageMaker) -> list[Stage]:
+    """Two gradient attacks, then Square with the passes left of a quarter of standard's."""
+    warm_eps = _STANDARD[make.threat.norm]["warm_eps"]
     found = [
-        kind.apgd("apgd-pm", "probability_margin", warm_eps=warm_eps),
-        kind.apgd_targeted(3, rank="distance", warm_eps=warm_eps),
+        make.apgd("apgd-pm", "probability_margin", warm_eps=warm_eps),
+        make.apgd_targeted(3, rank="distance", warm_eps=warm_eps),
     ]
-    standard, spent = (sum(sum(s.passes) for s in some) for some in (_standard(kind), found))
+    standard, spent = (sum(sum(s.passes) for s in some) for some in (_standard(make), found))
     queries = min(1500, standard // 4 - spent - square_passes(queries=0).forward)
-    return [*found, kind.square(queries=max(queries, 1), rescale=True)]
+    return [*found, make.square(queries=max(queries, 1), rescale=True)]
 
 
-def _plus(kind: _Kind) -> list[_Stage]:
+def _plus(make: _StageMaker) -> list[Stage]:
     return [
-        kind.apgd("apgd-ce", "cross_entropy", restarts=5),
-        kind.apgd("apgd-dlr", "dlr", restarts=5),
-        kind.fab(restarts=5),
-        kind.square(),
-        kind.apgd_targeted(9),
-        kind.fab_targeted(9),
+        make.apgd("apgd-ce", "cross_entropy", restarts=5),
+        make.apgd("apgd-dlr", "dlr", restarts=5),
+        make.fab(restarts=5),
+        make.square(),
+        make.apgd_targeted(9),
+        make.fab_targeted(9),
     ]
 
 
-def _rand(kind: _Kind) -> list[_Stage]:
-    found = [kind.apgd("apgd-ce", "cross_entropy"), kind.apgd("apgd-dlr", "dlr")]
+def _rand(make: _StageMaker) -> list[Stage]:
+    found = [make.apgd("apgd-ce", "cross_entropy"), make.apgd("apgd-dlr", "dlr")]
     # A query costs 2 passes a draw: with 20 draws 5,000 queries would be 200,000 passes an image.
-    return found if kind.samples is None else [*found, kind.square(queries=1000, rescale=True)]
+    return found if make.samples is None else [*found, make.square(queries=1000, rescale=True)]
 
 
-def _targeted(kind: _Kind) -> list[_Stage]:
+def _targeted(make: _StageMaker) -> list[Stage]:
     return [
-        kind.apgd("apgd-ce", "cross_entropy", targeted=True),
-        kind.apgd("apgd-dlr", "dlr", targeted=True),
-        kind.fab(targeted=True),
-        kind.square(targeted=True),
+        make.apgd("apgd-ce", "cross_entropy", targeted=True),
+        make.apgd("apgd-dlr", "dlr", targeted=True),
+        make.fab(targeted=True),
+        make.square(targeted=True),
     ]
 
 
-_PLANS: dict[str, Callable[[_Kind], list[_Stage]]] = {
+_VERSIONS: dict[str, Callable[[_StageMaker], list[Stage]]] = {
     "standard": _standard,
     "fast": _fast,
     "plus": _plus,
@@ -186,8 +216,8 @@ _PLANS: dict[str, Callable[[_Kind], list[_Stage]]] = {
 
 
 def _check_version(version: str) -> None:
-    if version not in _PLANS:
-        registry.raise_unknown("AutoAttack version", version, _PLANS)
+    if version not in _VERSIONS:
+        registry.raise_unknown("AutoAttack version", version, _VERSIONS)
 
 
 def stages(
@@ -197,8 +227,8 @@ def stages(
     *,
     layout: str | None = None,
     samples: int | None = None,
-) -> list[_Stage]:
-    """AutoAttack's attacks, in order: a cascade runs each on the survivors of the last.
+) -> list[Stage]:
+    """AutoAttack's attacks in their order; a cascade runs each on the survivors of those before.
 
     Args:
       threat: norm, eps, bounds.
@@ -209,20 +239,24 @@ def stages(
         among them; None gives those for a `predict` made by `eot`.
 
     Returns:
-      Tuples of name, attack, the most passes that it spends on an example that it does not fool,
-      and a note of what few classes changed ("" for nothing).
+      `Stage`s, with the passes that each spends on an example that it does not fool.
 
     Raises:
       ValueError: unknown version or layout, samples for another version, or fewer than 2 classes.
+
+    >>> from jaxdefense import threat
+    >>> from jaxdefense.attacks.ensemble import stages
+    >>> [(stage.name, *stage.passes) for stage in stages(threat.Linf(8 / 255))]
+    [('apgd-ce', 102, 101), ('apgd-t', 910, 909), ('fab-t', 1806, 900), ('square', 5002, 0)]
     """
     _check_version(version)
     checks.check_count("num_classes", num_classes, least=2)
     if samples is not None and version != "rand":
         raise ValueError(f"a randomised model is judged by version='rand', got {version!r}")
-    return _PLANS[version](_Kind(threat, num_classes, layout, samples))
+    return _VERSIONS[version](_StageMaker(threat, num_classes, layout, samples))
 
 
-@method(spatial=True)
+@attack_factory(flatten_images=False)
 def autoattack(threat: Threat, *, version: str = "standard", layout: str | None = None) -> Attack:
     """AutoAttack as one pure attack: the stages one after another, per example the first success.
 
@@ -252,6 +286,14 @@ def autoattack(threat: Threat, *, version: str = "standard", layout: str | None 
     Reference: Croce, Hein, Reliable evaluation of adversarial robustness with an ensemble of
       diverse parameter-free attacks, arXiv 2003.01690; 'fast' after MALT (arXiv 2407.02240) and
       PMA (arXiv 2411.15210).
+
+    >>> import jax
+    >>> from jaxdefense import attacks, threat
+    >>> attack = attacks.autoattack(threat.Linf(0.125), version="fast")
+    >>> x, labels = jax.numpy.array([[0.625, 0.5, 0.25]]), jax.numpy.array([0])
+    >>> x_adv = attack(lambda x: 10 * x, jax.random.key(0), x, labels)
+    >>> attacks.fooled(10 * x_adv, labels)
+    Array([ True], dtype=bool)
     """
     _check_version(version)
 

@@ -1,5 +1,6 @@
 """FAB: the nearest adversarial example, by projections onto linearised decision boundaries."""
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -7,15 +8,15 @@ import jax
 import jax.numpy as jnp
 
 from jaxdefense.attacks import checks
-from jaxdefense.attacks.method import method
+from jaxdefense.attacks.method import attack_factory
 from jaxdefense.attacks.outcome import (
     Passes,
     best_of_runs,
     fooled,
     initial_radii,
     interpolate,
-    keep_in_ball,
     minimize_distance,
+    nearest_found,
     required_margin,
     runner_up_class,
     runner_up_classes,
@@ -25,6 +26,7 @@ from jaxdefense.attacks.outcome import (
     warn_few_classes,
     zero_non_finite,
 )
+from jaxdefense.mixing import check_share
 from jaxdefense.types import (
     Array,
     Attack,
@@ -39,25 +41,38 @@ from jaxdefense.types import (
     per_example,
 )
 
-Boundary = Callable[[Images], tuple[PerExample, Images]]  # gap and normal
+# Images (B, ...) -> the linearised decision boundary at each: gap (B,) and normal (B, ...). Its
+# points x + step are those with <normal, step> = gap.
+Boundary = Callable[[Images], tuple[PerExample, Images]]
 
 
-def boundary(predict: Predict, labels: Labels, targets: Labels) -> Boundary:
-    """Where z_t = z_y, linearised at x: the gap z_y - z_t and its normal, grad (z_t - z_y)."""
+def boundary_between(predict: Predict, labels: Labels, targets: Labels) -> Boundary:
+    """The boundary z_t = z_y: its gap is z_y - z_t, its normal grad (z_t - z_y).
+
+    Args:
+      predict: the model.
+      labels: (B,), y.
+      targets: (B,), t.
+    """
 
     def linearise(x):
         logits, pull = jax.vjp(predict, x)
-        return _face(logits, pull, labels, targets)
+        return _linearise(logits, pull, labels, targets)
 
     return linearise
 
 
-def target_boundary(predict: Predict, targets: Labels) -> Boundary:
-    """Where the target's logit meets the largest other one, linearised at x."""
+def boundary_of_target(predict: Predict, targets: Labels) -> Boundary:
+    """The boundary between the target and the class with the largest other logit.
+
+    Args:
+      predict: the model.
+      targets: (B,).
+    """
 
     def linearise(x):
         logits, pull = jax.vjp(predict, x)
-        return _face(logits, pull, runner_up_class(logits, targets), targets)
+        return _linearise(logits, pull, runner_up_class(logits, targets), targets)
 
     return linearise
 
@@ -79,7 +94,7 @@ def boundary_distances(
     logits, pull = jax.vjp(predict, x)
 
     def one(others: Labels) -> PerExample:
-        gap, normal = _face(logits, pull, labels, others)
+        gap, normal = _linearise(logits, pull, labels, others)
         dual = threat.dual_norm(normal)
         return jnp.where(dual > 0, jnp.abs(gap) / jnp.where(dual > 0, dual, 1), jnp.inf)
 
@@ -105,11 +120,11 @@ def nearest_boundary(
         logits, pull = jax.vjp(predict, x)
         count = logits.shape[-1] - 1 if candidates is None else candidates.shape[1]
 
-        def look(i, carry):
+        def keep_nearer(i, carry):
             least, gap, normal = carry
             others = i + (i >= labels) if candidates is None else candidates[:, i]
-            new_gap, new_normal = _face(logits, pull, labels, others)
-            distance = _depth(threat, x, new_gap, new_normal)
+            new_gap, new_normal = _linearise(logits, pull, labels, others)
+            distance = _distance_in_box(threat, x, new_gap, new_normal)
             closer = distance < least
             return (
                 jnp.where(closer, distance, least),
@@ -118,75 +133,50 @@ def nearest_boundary(
             )
 
         far = jnp.full(x.shape[0], jnp.inf, x.dtype)
-        return jax.lax.fori_loop(0, count, look, (far, far, jnp.zeros_like(x)))[1:]
+        return jax.lax.fori_loop(0, count, keep_nearer, (far, far, jnp.zeros_like(x)))[1:]
 
     return linearise
 
 
-def _face(
+def _linearise(
     logits: Array, pull: Callable[[Array], tuple[Images]], labels: Labels, targets: Labels
 ) -> tuple[PerExample, Images]:
-    """The gap z_y - z_t and the normal grad (z_t - z_y), from a forward pass's pull-back."""
+    """The gap z_y - z_t and the normal grad (z_t - z_y) at the image of a forward pass.
+
+    Args:
+      logits: (B, K) of the forward pass.
+      pull: its pull-back, cotangents (B, K) -> gradients (B, ...).
+      labels: (B,), y.
+      targets: (B,), t.
+    """
     classes = logits.shape[-1]
     cotangent = jax.nn.one_hot(targets, classes, dtype=logits.dtype)
     cotangent -= jax.nn.one_hot(labels, classes, dtype=logits.dtype)
     normal = zero_non_finite(pull(cotangent)[0])
     wide = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
-    # One rounding of the logits beyond the boundary, an iterate on which would have no way to go;
-    # and the lead that a win has to exceed.
+    # The aim is one rounding of the logits beyond the boundary, because an iterate exactly on it
+    # would stay there; and beyond the lead that a success has to exceed.
     beyond = jnp.finfo(logits.dtype).eps * jnp.max(jnp.abs(wide), -1) + required_margin(logits)
     gap = beyond - jnp.sum(cotangent.astype(wide.dtype) * wide, -1)
     return gap.astype(normal.dtype), normal
 
 
-def _depth(threat: Threat, x: Images, gap: PerExample, normal: Images) -> PerExample:
-    """The hyperplane's distance from x inside the box, (B,).
+def _distance_in_box(threat: Threat, x: Images, gap: PerExample, normal: Images) -> PerExample:
+    """The hyperplane's distance from x inside the box, (B,), for comparisons.
 
-    One that the box does not meet, or without a normal, comes behind all others, in the order of
-    the distances that the norm alone would give.
+    A hyperplane outside the box, or without a normal, gets a number larger than all distances in
+    the box; such numbers are in the order of the distances in the norm alone.
     """
     step = threat.step_to_hyperplane(x, normal, gap)
     gained = jnp.abs(jnp.sum(normal * step, range(1, x.ndim)))
     met = (gained > 0) & (gained >= 0.999 * jnp.abs(gap))
     behind = threat.diameter(x[0].size) + jnp.abs(gap) / (threat.dual_norm(normal) + 1e-12)
-    return jnp.where(met, _length(threat, step), behind)
+    return jnp.where(met, _size(threat, step), behind)
 
 
-def _length(threat: Threat, step: Images) -> PerExample:
+def _size(threat: Threat, step: Images) -> PerExample:
+    """The step's norm, (B,)."""
     return threat.distance(step, jnp.zeros_like(step))
-
-
-def _walk(
-    linearise: Boundary,
-    predict: Predict,
-    x: Images,
-    labels: Labels,
-    threat: Threat,
-    start: Images,
-    best: PerExample,
-    *,
-    steps: int,
-    targeted: bool,
-    alpha_max: float,
-    eta: float,
-    beta: float,
-    enough: PerExample,
-) -> tuple[Images, PerExample]:
-    """One run; an example whose best distance is at most `enough` is finished."""
-
-    def advance(_: Any, z: Images, best: PerExample) -> tuple[Images, Array, Images]:
-        gap, normal = linearise(z)
-        lead = jnp.sum(normal * (z - x), range(1, x.ndim))
-        from_z = threat.step_to_hyperplane(z, normal, gap)
-        from_x = threat.step_to_hyperplane(x, normal, gap + lead)
-        near, far = (jnp.maximum(_length(threat, d), 1e-8) for d in (from_z, from_x))
-        alpha = per_example(jnp.minimum(near / (near + far), alpha_max), x)
-        z = (1 - alpha) * (z + eta * from_z) + alpha * (x + eta * from_x)
-        z = jnp.clip(z, *threat.bounds).astype(x.dtype)
-        hit = fooled(predict(z), labels, targeted)
-        return z, hit, select_rows(hit, x + beta * (z - x), z)
-
-    return minimize_distance(advance, start, x, x, best, threat, steps=steps, enough=enough)[1:]
 
 
 def refine(
@@ -198,11 +188,19 @@ def refine(
     steps: int,
     targeted: bool = False,
 ) -> Images:
-    """The final search: fooling points ever closer to x on the segment from x to x_adv.
+    """The final search: the nearest fooling point to x on the segment from x to x_adv.
 
-    False position between the last right and the last fooled point, moved half-way to the fooled
-    one, because a point exactly on the boundary is no result. One forward pass a step and two at
-    the start. Examples that x_adv does not fool stay.
+    False position (regula falsi) between the last right and the last fooled point, moved half-way
+    to the fooled one, because a point exactly on the boundary is no result. One forward pass a step
+    and two at the start.
+
+    Args:
+      predict: the model.
+      x: (B, ...) images.
+      labels: (B,) labels, or targets.
+      x_adv: (B, ...) fooling points; a point that does not fool is returned as it is.
+      steps: of the search; 0 returns x_adv.
+      targeted: whether the labels are targets.
     """
 
     def margin(z: Images) -> PerExample:
@@ -238,7 +236,7 @@ def passes(
     targets: int = 1,
     search: int = 3,
 ) -> Passes:
-    """A forward pass on the image; two forward a step; the search; its gradients.
+    """One forward pass on the image, two and a gradient a step, and the final search's.
 
     Args:
       steps: of a run.
@@ -253,70 +251,97 @@ def passes(
     return Passes(1 + 2 * runs + (search + 2 if search else 0), gradients)
 
 
-def _check_options(
-    steps: int, restarts: int, alpha_max: float, eta: float, beta: float, search: int
-) -> None:
-    checks.check_count("steps", steps)
-    checks.check_count("restarts", restarts)
-    checks.check_count("search", search, least=0)
-    for name, value in (("alpha_max", alpha_max), ("beta", beta)):
-        if not 0 <= value <= 1:
-            raise ValueError(f"{name} must be in [0, 1], got {value!r}")
-    if not eta >= 1:
-        raise ValueError(f"eta must be at least 1, got {eta!r}")
+@dataclasses.dataclass(frozen=True)
+class _Search:
+    """The runs of `fab` and of `fab_targeted`, which differ in the boundary that a run follows.
 
-
-def _runs(
-    linearise: Callable[[Array, Array], Boundary],
-    predict: Predict,
-    key: Key,
-    x: Images,
-    labels: Labels,
-    threat: Threat,
-    right: Array,
-    *,
-    runs: int,
-    restarts: int,
-    minimal: bool,
-    search: int,
-    targeted: bool = False,
-    **options: Any,
-) -> Images:
-    """Runs over targets and restarts, the nearest point of all, the final search, the ball.
-
-    Args:
-      linearise: (numbers (B,), rows (B,)) -> the boundary of run numbers[i] for example rows[i].
+    Args: see `fab`.
     """
-    keys = example_keys(key, x.shape[0])
 
-    def run(numbers: Array, rows: Array, idle: Array) -> tuple[Images, PerExample]:
-        image, ball = x[rows], threat_of_rows(threat, rows)
-        best, enough = initial_radii(~idle, image, ball, minimal)
-        start = image
-        if restarts > 1:
-            noisy = ball.scaled(0.5).sample(fold_in(keys[rows], numbers), image)
-            start = select_rows(numbers % restarts > 0, noisy, image)
-        best_x, best = _walk(
-            linearise(numbers, rows),
-            predict,
-            image,
-            labels[rows],
-            ball,
-            start,
-            best,
-            enough=enough,
-            targeted=targeted,
-            **options,
-        )
-        return best_x, jnp.where(best <= enough, jnp.inf, -best)
+    threat: Threat
+    steps: int
+    restarts: int
+    alpha_max: float
+    eta: float
+    beta: float
+    search: int
+    minimal: bool
+    targeted: bool = False
 
-    best_x = best_of_runs(run, x, ~right, runs)
-    best_x = refine(predict, x, labels, best_x, steps=search, targeted=targeted)
-    best_x = best_x if minimal else keep_in_ball(best_x, x, threat)
-    return jax.lax.stop_gradient(best_x)
+    def __post_init__(self) -> None:
+        checks.check_count("steps", self.steps)
+        checks.check_count("restarts", self.restarts)
+        checks.check_count("search", self.search, least=0)
+        check_share("alpha_max", self.alpha_max)
+        check_share("beta", self.beta)
+        if not self.eta >= 1:
+            raise ValueError(f"eta must be at least 1, got {self.eta!r}")
+
+    def nearest(
+        self,
+        predict: Predict,
+        key: Key,
+        x: Images,
+        labels: Labels,
+        right: Array,
+        boundaries: Callable[[Array, Array], Boundary],
+        *,
+        targets: int = 1,
+    ) -> Images:
+        """The nearest fooling point of all runs, after the final search; x where there is none.
+
+        Args:
+          predict: the model.
+          key: one key, or one per example.
+          x: (B, ...) images.
+          labels: (B,) labels, or targets.
+          right: (B,) bool, the examples that are not fooled yet; the others keep their image.
+          boundaries: (numbers (B,), rows (B,)) -> the boundary that run numbers[i] of example
+            rows[i] follows.
+          targets: boundaries for each example; each has `restarts` runs.
+        """
+        keys = example_keys(key, x.shape[0])
+
+        def run(numbers: Array, rows: Array, idle: Array) -> tuple[Images, PerExample]:
+            image, ball = x[rows], threat_of_rows(self.threat, rows)
+            best, enough = initial_radii(~idle, image, ball, self.minimal)
+            start = self._start(numbers, keys[rows], image, ball)
+            linearise = boundaries(numbers, rows)
+
+            def advance(_: Any, z: Images, best: PerExample) -> tuple[Images, Array, Images]:
+                gap, normal = linearise(z)
+                z = self._step(z, image, gap, normal)
+                hit = fooled(predict(z), labels[rows], self.targeted)
+                return z, hit, select_rows(hit, image + self.beta * (z - image), z)
+
+            _, best_x, best = minimize_distance(
+                advance, start, image, image, best, ball, steps=self.steps, enough=enough
+            )
+            return best_x, jnp.where(best <= enough, jnp.inf, -best)
+
+        best_x = best_of_runs(run, x, ~right, targets * self.restarts)
+        best_x = refine(predict, x, labels, best_x, steps=self.search, targeted=self.targeted)
+        return nearest_found(best_x, x, self.threat, self.minimal)
+
+    def _start(self, numbers: Array, keys: Key, x: Images, ball: Threat) -> Images:
+        """The image, and for all but a boundary's first run a random point of half the ball."""
+        if self.restarts == 1:
+            return x
+        noisy = ball.scaled(0.5).sample(fold_in(keys, numbers), x)
+        return select_rows(numbers % self.restarts > 0, noisy, x)
+
+    def _step(self, z: Images, x: Images, gap: PerExample, normal: Images) -> Images:
+        """The biased mean of z and x, both projected onto the hyperplane with an overshoot."""
+        lead = jnp.sum(normal * (z - x), range(1, x.ndim))
+        from_z = self.threat.step_to_hyperplane(z, normal, gap)
+        from_x = self.threat.step_to_hyperplane(x, normal, gap + lead)
+        near, far = (jnp.maximum(_size(self.threat, d), 1e-8) for d in (from_z, from_x))
+        alpha = per_example(jnp.minimum(near / (near + far), self.alpha_max), x)
+        z = (1 - alpha) * (z + self.eta * from_z) + alpha * (x + self.eta * from_x)
+        return jnp.clip(z, *self.threat.bounds).astype(x.dtype)
 
 
-@method()
+@attack_factory()
 def fab(
     threat: Threat,
     *,
@@ -367,40 +392,34 @@ def fab(
     Deviations: the nearest boundary is the nearest inside the box (the paper ranks the classes by
     |z_y - z_t| over the gradient's dual norm, blind to the box), and the final search runs once, on
     the nearest point of all runs.
+
+    >>> import jax
+    >>> from jaxdefense import attacks, threat
+    >>> attack = attacks.fab(threat.L2(1.0), steps=5, minimal=True)
+    >>> x, labels = jax.numpy.array([[0.625, 0.5, 0.25]]), jax.numpy.array([0])
+    >>> x_adv = attack(lambda x: 10 * x, jax.random.key(0), x, labels)
+    >>> threat.L2(1.0).distance(x_adv, x)  # to z_0 = z_1: 0.125 / sqrt(2)
+    Array([0.088...], dtype=float32)
     """
-    _check_options(steps, restarts, alpha_max, eta, beta, search)
+    runs = _Search(
+        threat, steps, restarts, alpha_max, eta, beta, search, minimal=minimal, targeted=targeted
+    )
 
     def attack(predict: Predict, key: Key, images: Images, labels: Labels) -> Images:
         x = jax.lax.stop_gradient(images)
 
-        def linearise(numbers: Array, rows: Array) -> Boundary:
+        def boundaries(numbers: Array, rows: Array) -> Boundary:
             if targeted:
-                return target_boundary(predict, labels[rows])
+                return boundary_of_target(predict, labels[rows])
             return nearest_boundary(predict, labels[rows], threat_of_rows(threat, rows))
 
-        return _runs(
-            linearise,
-            predict,
-            key,
-            x,
-            labels,
-            threat,
-            ~fooled(predict(x), labels, targeted),
-            runs=restarts,
-            restarts=restarts,
-            minimal=minimal,
-            search=search,
-            targeted=targeted,
-            steps=steps,
-            alpha_max=alpha_max,
-            eta=eta,
-            beta=beta,
-        )
+        right = ~fooled(predict(x), labels, targeted)
+        return runs.nearest(predict, key, x, labels, right, boundaries)
 
     return attack
 
 
-@method()
+@attack_factory()
 def fab_targeted(
     threat: Threat,
     *,
@@ -437,9 +456,17 @@ def fab_targeted(
     With K <= targets there are K - 1 targets (a FewClassesWarning says so).
 
     Reference: Croce, Hein, arXiv 1907.02044 and arXiv 2003.01690, section 5.
+
+    >>> import jax
+    >>> from jaxdefense import attacks, threat
+    >>> attack = attacks.fab_targeted(threat.L1(1.0), targets=1, steps=5, minimal=True)
+    >>> x, labels = jax.numpy.array([[0.625, 0.5, 0.25]]), jax.numpy.array([0])
+    >>> x_adv = attack(lambda x: 10 * x, jax.random.key(0), x, labels)
+    >>> threat.L1(1.0).distance(x_adv, x)
+    Array([0.12...], dtype=float32)
     """
-    _check_options(steps, restarts, alpha_max, eta, beta, search)
     checks.check_count("targets", targets)
+    runs = _Search(threat, steps, restarts, alpha_max, eta, beta, search, minimal=minimal)
 
     def attack(predict: Predict, key: Key, images: Images, labels: Labels) -> Images:
         x = jax.lax.stop_gradient(images)
@@ -448,24 +475,12 @@ def fab_targeted(
             tried = clean.shape[-1] - 1
             warn_few_classes(f"{targets} targets", clean.shape[-1], f"{tried} are tried")
         ranked = runner_up_classes(clean, labels, targets)
-        return _runs(
-            lambda numbers, rows: boundary(
-                predict, labels[rows], ranked[rows, numbers // restarts]
-            ),
-            predict,
-            key,
-            x,
-            labels,
-            threat,
-            ~fooled(clean, labels),
-            runs=ranked.shape[1] * restarts,
-            restarts=restarts,
-            minimal=minimal,
-            search=search,
-            steps=steps,
-            alpha_max=alpha_max,
-            eta=eta,
-            beta=beta,
-        )
+
+        def boundaries(numbers: Array, rows: Array) -> Boundary:
+            return boundary_between(predict, labels[rows], ranked[rows, numbers // restarts])
+
+        right = ~fooled(clean, labels)
+        tried = ranked.shape[1]
+        return runs.nearest(predict, key, x, labels, right, boundaries, targets=tried)
 
     return attack

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 from jaxdefense import losses, registry
 from jaxdefense.attacks import checks
-from jaxdefense.attacks.method import method
+from jaxdefense.attacks.method import attack_factory
 from jaxdefense.attacks.outcome import attack_loss, zero_non_finite
 from jaxdefense.types import (
     Attack,
@@ -24,12 +24,14 @@ from jaxdefense.types import (
 
 
 def value_and_grad(objective: Objective, x: Images) -> tuple[PerExample, Images]:
-    """Each example's objective and its gradient, 0 where an entry is not finite.
+    """Each example's objective and its gradient, with 0 for entries that are not finite.
 
-    Examples do not mix, so one sum serves all.
+    Args:
+      objective: images (B, ...) -> (B,), each example's value of its own image alone.
+      x: (B, ...) images.
     """
 
-    def total(z):
+    def total(z):  # the gradient of the sum holds each example's own
         values = objective(z)
         return jnp.sum(values), values
 
@@ -80,6 +82,15 @@ def maximize(
 
     Returns:
       (B, ...) images inside ball and box, without gradient to `x`.
+
+    >>> import jax
+    >>> import jax.numpy as jnp
+    >>> from jaxdefense import attacks, threat
+    >>> x = jnp.array([[0.625, 0.5, 0.25]])
+    >>> ball, first_pixel = threat.Linf(0.125), lambda z: z[:, 0]
+    >>> key, options = jax.random.key(0), dict(steps=3, step_size=0.0625, random_start=False)
+    >>> attacks.maximize(first_pixel, x, ball, key, **options)
+    Array([[0.75, 0.5 , 0.25]], dtype=float32)
     """
     x = jax.lax.stop_gradient(x)
     keys = example_keys(key, x.shape[0])
@@ -110,7 +121,7 @@ def maximize(
             x_adv = threat.project(x_adv + threat.ascent(grad, x_adv, step_size), x)
             return x_adv, memory, best_x, best_value
 
-        # Unused places of the carry are empty: XLA then has no copies to keep.
+        # What is not needed is empty in the carry, so that XLA keeps no copies of it.
         none = jnp.zeros((0,))
         memory = jnp.zeros_like(x) if decay is not None else none
         kept = (first, lowest) if best else (none, none)
@@ -136,16 +147,16 @@ def maximize(
 
 def _ascent_attack(
     threat: Threat,
-    *,
     steps: int,
     step_size: Any,
-    length: float,
     loss: LossFn | str,
     targeted: bool,
+    *,
+    length: float,
     restarts: int = 1,
     **options: Any,
 ) -> Attack:
-    """`maximize` on a loss of predict's logits; without a step size all steps make length * eps."""
+    """`maximize` on a loss of the logits; the default step size is length * eps / steps."""
     checks.check_count("steps", steps)
     checks.check_count("restarts", restarts)
     checks.check_step("step_size", step_size)
@@ -172,7 +183,7 @@ def _ascent_attack(
     return attack
 
 
-@method()
+@attack_factory()
 def pgd(
     threat: Threat,
     *,
@@ -205,21 +216,20 @@ def pgd(
 
     Reference: Madry et al., Towards deep learning models resistant to adversarial attacks,
       arXiv 1706.06083.
+
+    >>> import jax
+    >>> from jaxdefense import attacks, threat
+    >>> attack = attacks.pgd(threat.Linf(0.125), steps=20)
+    >>> x, labels = jax.numpy.array([[0.625, 0.5, 0.25]]), jax.numpy.array([0])
+    >>> x_adv = attack(lambda x: 10 * x, jax.random.key(0), x, labels)
+    >>> attacks.fooled(10 * x_adv, labels)
+    Array([ True], dtype=bool)
     """
-    return _ascent_attack(
-        threat,
-        steps=steps,
-        step_size=step_size,
-        length=2.5,
-        loss=loss,
-        targeted=targeted,
-        random_start=random_start,
-        restarts=restarts,
-        best=best,
-    )
+    options: dict[str, Any] = dict(random_start=random_start, restarts=restarts, best=best)
+    return _ascent_attack(threat, steps, step_size, loss, targeted, length=2.5, **options)
 
 
-@method()
+@attack_factory()
 def bim(
     threat: Threat,
     *,
@@ -230,20 +240,26 @@ def bim(
 ) -> Attack:
     """Basic iterative method: PGD from the image itself; default step eps / steps.
 
+    Args:
+      threat: norm, eps, bounds.
+      steps: gradient steps.
+      step_size: image units; default eps / steps.
+      loss: see `pgd`.
+      targeted: see `pgd`.
+
     Reference: Kurakin et al., Adversarial examples in the physical world, arXiv 1607.02533.
+
+    >>> import jax
+    >>> from jaxdefense import attacks, threat
+    >>> attack = attacks.bim(threat.Linf(0.125), steps=2)
+    >>> x, labels = jax.numpy.array([[0.625, 0.5, 0.25]]), jax.numpy.array([0])
+    >>> attack(lambda x: 10 * x, jax.random.key(0), x, labels)
+    Array([[0.5  , 0.625, 0.375]], dtype=float32)
     """
-    return _ascent_attack(
-        threat,
-        steps=steps,
-        step_size=step_size,
-        length=1.0,
-        loss=loss,
-        targeted=targeted,
-        random_start=False,
-    )
+    return _ascent_attack(threat, steps, step_size, loss, targeted, length=1.0, random_start=False)
 
 
-@method()
+@attack_factory()
 def fgsm(
     threat: Threat,
     *,
@@ -257,20 +273,28 @@ def fgsm(
     With `random_start=True, step_size=1.25 * eps` it is the attack of fast adversarial training
     (Wong et al., arXiv 2001.03994).
 
+    Args:
+      threat: norm, eps, bounds.
+      step_size: image units; default eps.
+      loss: see `pgd`.
+      random_start: see `pgd`.
+      targeted: see `pgd`.
+
     Reference: Goodfellow et al., Explaining and harnessing adversarial examples, arXiv 1412.6572.
+
+    >>> import jax
+    >>> from jaxdefense import attacks, threat
+    >>> attack = attacks.fgsm(threat.Linf(0.125))
+    >>> x, labels = jax.numpy.array([[0.625, 0.5, 0.25]]), jax.numpy.array([0])
+    >>> attack(lambda x: 10 * x, jax.random.key(0), x, labels)
+    Array([[0.5  , 0.625, 0.375]], dtype=float32)
     """
     return _ascent_attack(
-        threat,
-        steps=1,
-        step_size=step_size,
-        length=1.0,
-        loss=loss,
-        targeted=targeted,
-        random_start=random_start,
+        threat, 1, step_size, loss, targeted, length=1.0, random_start=random_start
     )
 
 
-@method()
+@attack_factory()
 def mi_fgsm(
     threat: Threat,
     *,
@@ -285,23 +309,27 @@ def mi_fgsm(
     """Momentum iterative FGSM: m <- decay m + g / ||g||_1, a step along m; default eps / steps.
 
     Args:
+      threat: norm, eps, bounds.
+      steps: gradient steps.
+      step_size: image units; default eps / steps.
       decay: mu.
       accumulate: 'gradient' is the paper's sum; 'direction' sums the steps' unit directions
         (sign g in L_inf), which is what Foolbox 3 does.
+      loss: see `pgd`.
+      random_start: see `pgd`.
+      targeted: see `pgd`.
 
     Reference: Dong et al., Boosting adversarial attacks with momentum, arXiv 1710.06081, eq. 6-7.
+
+    >>> import jax
+    >>> from jaxdefense import attacks, threat
+    >>> attack = attacks.mi_fgsm(threat.Linf(0.125), steps=2)
+    >>> x, labels = jax.numpy.array([[0.625, 0.5, 0.25]]), jax.numpy.array([0])
+    >>> attack(lambda x: 10 * x, jax.random.key(0), x, labels)
+    Array([[0.5  , 0.625, 0.375]], dtype=float32)
     """
     if accumulate not in ("gradient", "direction"):
         registry.raise_unknown("accumulate", accumulate, ("gradient", "direction"))
     checks.check_step("decay", decay)
-    return _ascent_attack(
-        threat,
-        steps=steps,
-        step_size=step_size,
-        length=1.0,
-        loss=loss,
-        targeted=targeted,
-        random_start=random_start,
-        decay=decay,
-        accumulate=accumulate,
-    )
+    options: dict[str, Any] = dict(random_start=random_start, decay=decay, accumulate=accumulate)
+    return _ascent_attack(threat, steps, step_size, loss, targeted, length=1.0, **options)

@@ -1,7 +1,8 @@
-"""An attack as a value: callable, frozen, equal to another of the same name, threat and options.
+"""`Method`, an attack as a value: callable, frozen, with a name, a threat and options.
 
-`attacks.pgd(threat.Linf(8 / 255), steps=20)` is such a value. Its `repr` reads like the call that
-made it; compiled programs, journals and records go by `description`, which holds every option.
+`attacks.pgd(threat.Linf(8 / 255), steps=20)` is such a value, equal to any other of the same
+options. Its `repr` reads like the call that made it; compiled programs, journals and records
+identify it by `description`, which holds every option.
 """
 
 import dataclasses
@@ -26,7 +27,7 @@ P = ParamSpec("P")
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class Method:
-    """An `Attack` that knows what it is; what every factory in `jaxdefense.attacks` returns.
+    """An `Attack` with its name, threat and options, made by the factories of this package.
 
     Two are equal where their descriptions are: the same factory, threat and options, arrays by
     their values, functions by what they are.
@@ -34,13 +35,18 @@ class Method:
     Attributes:
       factory: the function that makes the pure attack from `arguments`.
       arguments: of the factory by name, defaults included.
-      spatial: the attack needs (B, H, W, C); others get rows (B, H W C), over which XLA:CPU's norms
-        take a tenth of the time that they take over the few channels of pixels.
+      flatten_images: the attack gets images as rows (B, H W C), over which XLA:CPU's norms take a
+        tenth of the time that they take over (B, H, W, C).
+
+    >>> from jaxdefense import attacks, threat
+    >>> attack = attacks.pgd(threat.Linf(0.125), steps=20)
+    >>> attack.name, attack.options["restarts"], attack.replace(steps=50)
+    ('pgd', 1, pgd(Linf(eps=0.125, bounds=(0.0, 1.0)), steps=50))
     """
 
     factory: Callable[..., Attack]
     arguments: dict[str, Any]
-    spatial: bool
+    flatten_images: bool
     _attack: Attack = dataclasses.field(init=False)
 
     def __post_init__(self) -> None:
@@ -63,12 +69,12 @@ class Method:
 
     @property
     def parts(self) -> list["Method"]:
-        """The attacks that this one is made of, bare functions left out."""
+        """The `Method`s among the attacks that this one combines."""
         return [part for part in self.combined if isinstance(part, Method)]
 
     @property
     def combined(self) -> list[Attack]:
-        """What a combination is made of, bare functions too; nothing for an attack of its own."""
+        """The attacks that this one combines, bare functions too; [] if it is no combination."""
         if "threat" in self.arguments:
             return []
         attacks = self.arguments.get("attacks", ())
@@ -76,7 +82,7 @@ class Method:
 
     @property
     def threat(self) -> Threat | None:
-        """The set that its images lie in; of a combination, its parts' where they agree."""
+        """The set that its images lie in; of a combination, the one that its parts agree on."""
         if "threat" in self.arguments:
             return self.arguments["threat"]
         found = [part.threat for part in self.parts]
@@ -86,7 +92,7 @@ class Method:
 
     @property
     def targeted(self) -> bool:
-        """Whether its last argument holds targets to be reached instead of labels to be left."""
+        """Whether `labels` are targets to be reached instead of labels to be left."""
         return (
             bool(self.arguments.get("targeted"))
             or self.arguments.get("version") == "targeted"
@@ -95,7 +101,7 @@ class Method:
 
     @property
     def samples(self) -> int | None:
-        """Draws a step, if its first argument is a randomised model, (key, images) -> logits."""
+        """Draws per step of a randomised model, (key, images) -> logits; None for other models."""
         return self.arguments.get("samples")
 
     @functools.cached_property
@@ -105,7 +111,11 @@ class Method:
         return f"{self.name}({given})"
 
     def replace(self, **arguments: Any) -> "Method":
-        """The attack with other arguments, checked again; a threat is every part's too."""
+        """The attack with other arguments, checked by the factory; all parts get a new threat.
+
+        Args:
+          arguments: of the factory, by name.
+        """
         if "threat" in arguments and "threat" not in self.arguments:
             ball = arguments.pop("threat")
 
@@ -127,7 +137,11 @@ class Method:
         return found
 
     def with_per_example(self, arrays: Iterator[Any]) -> "Method":
-        """The attack with other arrays in the places of `per_example`'s."""
+        """The attack with other arrays in the places of `per_example`'s.
+
+        Args:
+          arrays: as many, in the same order.
+        """
         arguments = _map_per_example(lambda _: next(arrays), self.arguments)
         return dataclasses.replace(self, arguments=arguments)
 
@@ -164,23 +178,26 @@ class Method:
         Raises:
           ValueError: bad images, labels, keys or models.
         """
-        if self.threat is None or "threat" not in self.arguments:
+        threat = self.arguments.get("threat")
+        if threat is None:  # a combination, whose parts check their arguments themselves
             return self._attack(predict, key, images, labels)
         images, labels = jnp.asarray(images), jnp.asarray(labels)
-        images = checks.check_images(images, self.threat.bounds)
-        checks.check_eps(self.threat, images)
+        images = checks.check_images(images, threat.bounds)
+        checks.check_eps(threat, images)
         checks.check_keys(key, images.shape[0])
         classes = checks.count_classes(predict, images, keyed=self.samples is not None)
         checks.check_labels(labels, images.shape[0], classes)
-        shape = images.shape if self.spatial else (len(images), math.prod(images.shape[1:]))
-        # In half precision a projection leaves the ball by its own rounding.
+        shape = images.shape
+        if self.flatten_images:
+            shape = (len(images), math.prod(images.shape[1:]))
+        # In half precision a projection's rounding error would leave the ball.
         wide = images.astype(jnp.promote_types(images.dtype, jnp.float32))
 
-        def predict_rows(*arguments: Array) -> Logits:
+        def predict_reshaped(*arguments: Array) -> Logits:
             *keys, z = arguments
             return predict(*keys, z.reshape(len(z), *images.shape[1:]).astype(images.dtype))
 
-        x_adv = self._attack(predict_rows, key, wide.reshape(shape), labels)
+        x_adv = self._attack(predict_reshaped, key, wide.reshape(shape), labels)
         return x_adv.reshape(images.shape)
 
     def _make(self) -> Attack:
@@ -197,11 +214,17 @@ class Method:
         return self.factory(*args, **kwargs)
 
 
-def method(*, spatial: bool = False) -> Callable[[Callable[P, Attack]], Callable[P, Method]]:
-    """Makes a factory of pure functions one of `Method`s.
+def attack_factory(
+    *, flatten_images: bool = True
+) -> Callable[[Callable[P, Attack]], Callable[P, Method]]:
+    """A decorator: the factory of a pure attack then returns a `Method` around that attack.
 
-    The pure function gets checked images as rows (B, H W C), or (B, H, W, C) if `spatial`, in
-    float32 or wider.
+    The `Method` checks threat, images, labels, keys and model, widens images to float32, and
+    flattens them to rows unless told not to; the pure attack sees only such images.
+
+    Args:
+      flatten_images: give the pure attack rows (B, H W C); False: images as they come,
+        (B, H, W, C).
     """
 
     def decorate(factory: Callable[P, Attack]) -> Callable[P, Method]:
@@ -216,7 +239,7 @@ def method(*, spatial: bool = False) -> Callable[[Callable[P, Attack]], Callable
                     bound.arguments[name] = np.asarray(value, np.float32)
             if "threat" in bound.arguments:
                 checks.check_threat(factory.__name__, bound.arguments["threat"])
-            return Method(factory, dict(bound.arguments), spatial)
+            return Method(factory, dict(bound.arguments), flatten_images)
 
         return make
 
@@ -224,7 +247,7 @@ def method(*, spatial: bool = False) -> Callable[[Callable[P, Attack]], Callable
 
 
 def takes_targets(attack: Attack) -> bool:
-    """Whether an attack's last argument holds targets; of a bare function, no.
+    """Whether an attack's `labels` are targets to be reached; never those of a bare function.
 
     Args:
       attack: any, also a `functools.partial` of one.
@@ -235,12 +258,15 @@ def takes_targets(attack: Attack) -> bool:
 
 
 def describe(value: Any) -> str:
-    """What a value is, in words that another process finds for an equal one.
+    """A string that identifies a value: equal values give equal strings, in any process.
 
-    Arrays are told by shape, dtype and a hash of their values, attacks, threats and other
-    dataclasses by their fields, functions and classes by the names that they are imported by. What
-    cannot be told so (a lambda, a closure, an object of its own) is told by its address, " at 0x":
-    it equals itself alone, and no later process.
+    Arrays give their shape, dtype and a hash of their values; attacks, threats and other
+    dataclasses their fields; functions and classes the name that they are imported by. Anything
+    else (a lambda, a closure, an object) gives its address, " at 0x", which no other object and no
+    other process has.
+
+    Args:
+      value: of an argument.
     """
     if isinstance(value, Method):
         return value.description
@@ -298,7 +324,7 @@ def _show(value: Any) -> str:
 
 
 def _map(leaf: Callable[[Any], Any], arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """The arguments with leaf(value) for each leaf of theirs; an attack is a leaf."""
+    """The arguments with each leaf replaced by leaf(value); an attack is a leaf."""
     return {
         name: jax.tree.map(leaf, value, is_leaf=lambda v: isinstance(v, Method))
         for name, value in arguments.items()
@@ -308,9 +334,10 @@ def _map(leaf: Callable[[Any], Any], arguments: Mapping[str, Any]) -> dict[str, 
 def _map_per_example(
     function: Callable[[Any], Any], arguments: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """The arguments with function(array) for each array of one axis: options, eps, parts' too.
+    """The arguments with function(array) in place of each array of one axis.
 
-    What callables and other pytrees hold is their own.
+    Such arrays are looked for in options, in the threat's eps and in the parts of a combination,
+    not inside callables and other pytrees.
     """
 
     def leaf(value: Any) -> Any:

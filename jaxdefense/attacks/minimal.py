@@ -18,14 +18,15 @@ import optax
 from jaxdefense import losses
 from jaxdefense.attacks import checks
 from jaxdefense.attacks.fab import nearest_boundary
-from jaxdefense.attacks.method import method
+from jaxdefense.attacks.method import attack_factory
 from jaxdefense.attacks.outcome import (
     fooled,
     initial_radii,
-    keep_in_ball,
     minimize_distance,
+    nearest_found,
     runner_up_classes,
     success_margin,
+    value_fooled_grad,
     zero_non_finite,
 )
 from jaxdefense.types import (
@@ -35,7 +36,6 @@ from jaxdefense.types import (
     Key,
     Labels,
     Logits,
-    LossFn,
     PerExample,
     Predict,
     Threat,
@@ -43,7 +43,7 @@ from jaxdefense.types import (
 )
 
 
-def _only_l2(threat: Threat, attack: str) -> None:
+def _check_l2(threat: Threat, attack: str) -> None:
     if threat.norm != "l2":
         raise ValueError(f"{attack} is an L2 attack, got {threat}; fmn and fab know every norm")
 
@@ -53,27 +53,13 @@ def _cosine(first: float, last: float, n: Any, steps: int) -> Array:
     return last + (first - last) * (1 + jnp.cos(jnp.pi * n / max(steps - 1, 1))) / 2
 
 
-def _value_hit_grad(
-    predict: Predict, labels: Labels, loss: LossFn, z: Images, targeted: bool
-) -> tuple[PerExample, Array, Images]:
-    """The loss, who is fooled and the loss's gradient, from one pass."""
-
-    def total(z):
-        logits = predict(z)
-        values = loss(logits, labels)
-        return jnp.sum(values), (values, fooled(logits, labels, targeted))
-
-    grad, (values, hit) = jax.grad(total, has_aux=True)(z)
-    return values.astype(z.dtype), hit, zero_non_finite(grad).astype(z.dtype)
-
-
 def _width(threat: Threat) -> float:
-    """The box's, which lengths of images in [0, 1] are multiplied with."""
+    """The box's width: lengths meant for images in [0, 1] are multiplied by it."""
     return threat.bounds[1] - threat.bounds[0]
 
 
-def _length2(x: Images) -> PerExample:
-    """||x||_2, with 1 for 0 so that it divides."""
+def _l2_divisor(x: Images) -> PerExample:
+    """||x||_2 as a divisor: 1 where it is 0."""
     length = jnp.sqrt(jnp.sum(jnp.square(x), range(1, x.ndim)))
     return jnp.where(length > 0, length, 1)
 
@@ -82,14 +68,10 @@ def _unit(grad: Images) -> Images:
     """grad / ||grad||_2, or 0."""
     scale = jnp.max(jnp.abs(grad), range(1, grad.ndim))
     grad = grad / per_example(jnp.where(scale > 0, scale, 1), grad)
-    return grad / per_example(_length2(grad), grad)
+    return grad / per_example(_l2_divisor(grad), grad)
 
 
-def _finish(best_x: Images, x: Images, threat: Threat, minimal: bool) -> Images:
-    return jax.lax.stop_gradient(best_x if minimal else keep_in_ball(best_x, x, threat))
-
-
-@method()
+@attack_factory()
 def deepfool(
     threat: Threat,
     *,
@@ -120,6 +102,14 @@ def deepfool(
       networks, arXiv 1511.04599.
 
     Deviation: the steps are exact inside the box; the paper's leave it and are clipped.
+
+    >>> import jax
+    >>> from jaxdefense import attacks, threat
+    >>> attack = attacks.deepfool(threat.L2(1.0), minimal=True)
+    >>> x, labels = jax.numpy.array([[0.625, 0.5, 0.25]]), jax.numpy.array([0])
+    >>> x_adv = attack(lambda x: 10 * x, jax.random.key(0), x, labels)
+    >>> threat.L2(1.0).distance(x_adv, x)
+    Array([0.090...], dtype=float32)
     """
     checks.check_count("steps", steps)
     checks.check_count("candidates", candidates)
@@ -141,13 +131,15 @@ def deepfool(
         best, _ = initial_radii(~fooled(clean, labels), x, threat, minimal)
         # The first fooling point ends the method, near or far.
         anywhere = jnp.full_like(best, jnp.finfo(best.dtype).max)
-        best_x = minimize_distance(advance, x, x, x, best, threat, steps=steps, enough=anywhere)[1]
-        return _finish(best_x, x, threat, minimal)
+        _, best_x, _ = minimize_distance(
+            advance, x, x, x, best, threat, steps=steps, enough=anywhere
+        )
+        return nearest_found(best_x, x, threat, minimal)
 
     return attack
 
 
-@method()
+@attack_factory()
 def ddn(
     threat: Threat,
     *,
@@ -182,8 +174,16 @@ def ddn(
 
     Reference: Rony et al., Decoupling direction and norm for efficient gradient-based L2
       adversarial attacks and defenses, arXiv 1811.09600.
+
+    >>> import jax
+    >>> from jaxdefense import attacks, threat
+    >>> attack = attacks.ddn(threat.L2(1.0), steps=50, minimal=True)
+    >>> x, labels = jax.numpy.array([[0.625, 0.5, 0.25]]), jax.numpy.array([0])
+    >>> x_adv = attack(lambda x: 10 * x, jax.random.key(0), x, labels)
+    >>> threat.L2(1.0).distance(x_adv, x) < 0.1
+    Array([ True], dtype=bool)
     """
-    _only_l2(threat, "ddn")
+    _check_l2(threat, "ddn")
     checks.check_count("steps", steps)
     for name, value in (("gamma", gamma), ("init_norm", init_norm), ("step_size", step_size)):
         checks.check_step(name, value)
@@ -198,24 +198,25 @@ def ddn(
 
         def advance(n: Any, state: Any, best: PerExample) -> tuple[Images, Array, Any]:
             z, radius = state
-            _, hit, grad = _value_hit_grad(predict, labels, loss, z, targeted)
+            _, hit, grad = value_fooled_grad(predict, z, labels, loss, targeted)
+            grad = grad.astype(x.dtype)
             alpha = _cosine(alpha_0, alpha_0 / 100, n, steps).astype(x.dtype)
             delta = z - x + alpha * _unit(grad)
             radius = radius * jnp.where(hit, 1 - gamma, 1 + gamma).astype(x.dtype)
-            moved = x + delta * per_example(radius / _length2(delta), x)
+            moved = x + delta * per_example(radius / _l2_divisor(delta), x)
             return z, hit, (jnp.clip(moved, *threat.bounds), radius)
 
         best, enough = initial_radii(~fooled(predict(x), labels, targeted), x, threat, minimal)
         start = (x, jnp.full_like(best, radius_0))
-        best_x = minimize_distance(advance, start, x, x, best, threat, steps=steps, enough=enough)[
-            1
-        ]
-        return _finish(best_x, x, threat, minimal)
+        _, best_x, _ = minimize_distance(
+            advance, start, x, x, best, threat, steps=steps, enough=enough
+        )
+        return nearest_found(best_x, x, threat, minimal)
 
     return attack
 
 
-@method()
+@attack_factory()
 def fmn(
     threat: Threat,
     *,
@@ -251,6 +252,14 @@ def fmn(
 
     Deviations: the projection is the nearest point of ball and box, not of the ball alone; the
     first radius is 1 + gamma times the paper's, because a point on the boundary fools nobody.
+
+    >>> import jax
+    >>> from jaxdefense import attacks, threat
+    >>> attack = attacks.fmn(threat.Linf(1.0), steps=50, minimal=True)
+    >>> x, labels = jax.numpy.array([[0.625, 0.5, 0.25]]), jax.numpy.array([0])
+    >>> x_adv = attack(lambda x: 10 * x, jax.random.key(0), x, labels)
+    >>> threat.Linf(1.0).distance(x_adv, x) < 0.07
+    Array([ True], dtype=bool)
     """
     checks.check_count("steps", steps)
     for name, value in (("gamma", gamma), ("step_size", step_size)):
@@ -263,7 +272,8 @@ def fmn(
 
         def advance(n: Any, state: Any, best: PerExample) -> tuple[Images, Array, Any]:
             z, radius, found = state
-            value, hit, grad = _value_hit_grad(predict, labels, aim, z, targeted)
+            value, hit, grad = value_fooled_grad(predict, z, labels, aim, targeted)
+            value, grad = value.astype(x.dtype), grad.astype(x.dtype)
             distance = threat.distance(z, x)
             found = found | hit
             share = _cosine(gamma, gamma / 1000, n, steps).astype(x.dtype)
@@ -279,15 +289,15 @@ def fmn(
         right = ~fooled(predict(x), labels, targeted)
         best, enough = initial_radii(right, x, threat, minimal)
         start = (x, jnp.full_like(best, jnp.inf), ~right)
-        best_x = minimize_distance(advance, start, x, x, best, threat, steps=steps, enough=enough)[
-            1
-        ]
-        return _finish(best_x, x, threat, minimal)
+        _, best_x, _ = minimize_distance(
+            advance, start, x, x, best, threat, steps=steps, enough=enough
+        )
+        return nearest_found(best_x, x, threat, minimal)
 
     return attack
 
 
-@method()
+@attack_factory()
 def cw(
     threat: Threat,
     *,
@@ -326,8 +336,16 @@ def cw(
       arXiv 1608.04644, section VI-A.
 
     Deviation: the original stops a search early when Adam stalls; here it takes its steps.
+
+    >>> import jax
+    >>> from jaxdefense import attacks, threat
+    >>> attack = attacks.cw(threat.L2(1.0), steps=50, searches=5, minimal=True)
+    >>> x, labels = jax.numpy.array([[0.625, 0.5, 0.25]]), jax.numpy.array([0])
+    >>> x_adv = attack(lambda x: 10 * x, jax.random.key(0), x, labels)
+    >>> threat.L2(1.0).distance(x_adv, x) < 0.1
+    Array([ True], dtype=bool)
     """
-    _only_l2(threat, "cw")
+    _check_l2(threat, "cw")
     checks.check_count("steps", steps)
     checks.check_count("searches", searches)
     for name, value in (
@@ -344,7 +362,7 @@ def cw(
 
     def attack(predict: Predict, key: Key, images: Images, labels: Labels) -> Images:
         x = jax.lax.stop_gradient(images)
-        # A hair inside the box: tanh reaches it at infinity.
+        # Slightly inside the box, whose edge tanh reaches at infinity only.
         origin = jnp.arctanh((2 * (x - low) / (high - low) - 1) * (1 - 1e-6))
 
         def advance(_: Any, state: Any, best: PerExample) -> tuple[Images, Array, Any]:
@@ -377,6 +395,6 @@ def cw(
         zeros = jnp.zeros_like(best)
         start = (zeros + initial_const, zeros, zeros + jnp.inf, x, best)
         best_x = jax.lax.fori_loop(0, searches, search, start)[3]
-        return _finish(best_x, x, threat, minimal)
+        return nearest_found(best_x, x, threat, minimal)
 
     return attack

@@ -42,7 +42,13 @@ class FewClassesWarning(UserWarning):
 
 
 def warn_few_classes(attack: str, num_classes: int, instead: str) -> None:
-    """Says at trace time that `attack` does not exist for so few classes, and what runs."""
+    """Warns, while a program is traced, that a fallback runs because there are too few classes.
+
+    Args:
+      attack: what cannot run.
+      num_classes: K of the model.
+      instead: the fallback, in words.
+    """
     warnings.warn(
         f"{attack} needs more than {num_classes} classes: {instead}",
         FewClassesWarning,
@@ -51,7 +57,10 @@ def warn_few_classes(attack: str, num_classes: int, instead: str) -> None:
 
 
 def attack_loss(loss: LossFn | str) -> LossFn:
-    """The loss that an attack maximises: the cross-entropy in the form that does not saturate.
+    """The loss that an attack maximises: `losses.log_odds` in place of the cross-entropy.
+
+    The two rise together, but the cross-entropy's gradient vanishes in float32 where the model is
+    sure.
 
     Args:
       loss: (logits, labels) -> (B,), or the name of one of `losses`.
@@ -66,9 +75,35 @@ def attack_loss(loss: LossFn | str) -> LossFn:
 def zero_non_finite(grad: Array) -> Array:
     """`grad` with 0 for every entry that is NaN or infinite.
 
-    One such entry would spoil its image's step for good: sign(NaN) is NaN, and momentum keeps it.
+    One NaN would spoil its image for the rest of the attack: sign(NaN) is NaN, and momentum keeps
+    it.
     """
     return jnp.where(jnp.isfinite(grad), grad, 0)
+
+
+def value_fooled_grad(
+    predict: Predict, x: Images, labels: Labels, loss: LossFn, targeted: bool = False
+) -> tuple[PerExample, Array, Images]:
+    """The loss, who is fooled, and the loss's gradient, from one forward and one backward pass.
+
+    Args:
+      predict: the model.
+      x: (B, ...) images.
+      labels: (B,) labels, or targets.
+      loss: (logits, labels) -> (B,).
+      targeted: whether the labels are targets.
+
+    Returns:
+      (B,) values, (B,) bool, (B, ...) gradients with 0 where an entry is not finite.
+    """
+
+    def total(x):
+        logits = predict(x)
+        values = loss(logits, labels)
+        return jnp.sum(values), (values, fooled(logits, labels, targeted))
+
+    grad, (values, wrong) = jax.grad(total, has_aux=True)(x)
+    return values, wrong, zero_non_finite(grad)
 
 
 _REQUIRED: contextvars.ContextVar[Any] = contextvars.ContextVar("required lead", default=0.0)
@@ -76,7 +111,9 @@ _REQUIRED: contextvars.ContextVar[Any] = contextvars.ContextVar("required lead",
 
 @contextlib.contextmanager
 def require_margin(lead: Array | float) -> Iterator[None]:
-    """Attacks that are traced inside have won only where they lead by more than that.
+    """A context in which an attack succeeds only with a lead of more than `lead` logits.
+
+    It counts where the attack is traced.
 
     Args:
       lead: in logits, ().
@@ -89,10 +126,10 @@ def require_margin(lead: Array | float) -> Iterator[None]:
 
 
 def required_margin(logits: Logits) -> PerExample | float:
-    """What a win has to exceed: `require_margin`'s, and in half precision a rounding of the logits.
+    """The lead in logits that a success has to exceed: 0, unless `require_margin` asks for more.
 
-    A compiled attack computes with more precision than it stores, and a plain pass may break the
-    tie that it left either way.
+    In half precision one rounding of the logits is added: a compiled attack computes with more
+    digits than it stores, so a later forward pass may decide a tie either way.
 
     Args:
       logits: (B, K).
@@ -132,6 +169,11 @@ def fooled(logits: Logits, labels: Labels, targeted: bool = False) -> Array:
       logits: (B, K).
       labels: (B,) labels, or targets.
       targeted: whether they are targets; then the target is strictly larger than all others.
+
+    >>> import jax.numpy as jnp
+    >>> from jaxdefense import attacks
+    >>> attacks.fooled(jnp.array([[1.0, 2.0], [3.0, 0.0], [1.0, 1.0]]), jnp.array([0, 0, 0]))
+    Array([ True, False, False], dtype=bool)
     """
     return success_margin(logits, labels, targeted) > 0
 
@@ -164,7 +206,7 @@ def mean_over_draws(
 
 
 def select_rows(mask: Array, x: Array, y: Array) -> Array:
-    """x (B, ...) where mask (B,), else y."""
+    """x (B, ...) in the rows where mask (B,) holds, y in the others."""
     return jnp.where(mask.reshape(mask.shape + (1,) * (x.ndim - 1)), x, y)
 
 
@@ -183,13 +225,22 @@ def runner_up_class(logits: Logits, labels: Labels) -> Labels:
     return runner_up_classes(logits, labels, 1)[:, 0]
 
 
-def keep_in_ball(x_adv: Images, x: Images, threat: Threat) -> Images:
-    """x_adv where it lies in the threat's ball, else x."""
-    return select_rows(threat.distance(x_adv, x) <= threat.eps, x_adv, x)
+def nearest_found(best_x: Images, x: Images, threat: Threat, minimal: bool) -> Images:
+    """What a minimal-norm attack returns of its nearest fooling points, without a gradient.
+
+    Args:
+      best_x: (B, ...) the nearest fooling points, x itself where none was found.
+      x: (B, ...) images.
+      threat: its ball is what the points have to lie in.
+      minimal: return them outside the ball too; else x stands there.
+    """
+    if not minimal:
+        best_x = select_rows(threat.distance(best_x, x) <= threat.eps, best_x, x)
+    return jax.lax.stop_gradient(best_x)
 
 
 def interpolate(x: Images, x_adv: Images, fraction: PerExample) -> Images:
-    """The point at that fraction of the way from x to x_adv."""
+    """The point at a fraction (B,) of the way from x to x_adv, (B, ...)."""
     return x + per_example(fraction, x) * (x_adv - x)
 
 
@@ -234,7 +285,7 @@ def minimize_distance(
 
 
 def threat_of_rows(threat: Threat, rows: Array) -> Threat:
-    """The threat of those examples: its eps, where it has one for each."""
+    """The threat of the examples `rows`: their eps, where each example has its own."""
     return threat.with_eps(jnp.asarray(threat.eps)[rows]) if jnp.ndim(threat.eps) else threat
 
 
@@ -290,9 +341,16 @@ def best_of_runs(
 def initial_radii(
     right: Array, x: Images, threat: Threat, minimal: bool
 ) -> tuple[PerExample, PerExample]:
-    """Where a minimal-norm attack starts and ends: best distances so far, and what is enough.
+    """The distances that a minimal-norm attack starts with, and those at which it may stop.
 
-    What is misclassified already is at distance 0. Inside the ball is enough, unless `minimal`.
+    Args:
+      right: (B,) bool, classified rightly; other images start at distance 0, these at infinity.
+      x: (B, ...) images.
+      threat: its eps is where an example may stop.
+      minimal: never stop; then the second is 0.
+
+    Returns:
+      (B,) best distances so far, (B,) distances that are enough.
     """
     best = jnp.where(right, jnp.inf, 0).astype(x.dtype)
     eps = jnp.broadcast_to(jnp.asarray(threat.eps, x.dtype), right.shape)

@@ -9,7 +9,7 @@ import numpy as np
 
 from jaxdefense import registry
 from jaxdefense.attacks import checks
-from jaxdefense.attacks.method import method
+from jaxdefense.attacks.method import attack_factory
 from jaxdefense.attacks.outcome import DRAWS, Passes, mean_over_draws, select_rows, success_margin
 from jaxdefense.types import (
     Array,
@@ -30,7 +30,7 @@ _HALVED_AFTER = (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000)
 
 
 class _Proposal(Protocol):
-    """A norm's way to start and to change a perturbation; u are uniform numbers (B, draws)."""
+    """How a norm's perturbation starts and changes; u are uniform numbers, (B, draws)."""
 
     def side(self, p: float, height: int, width: int) -> int: ...
     def tables(self, sides: np.ndarray) -> np.ndarray: ...
@@ -52,7 +52,7 @@ def _corner(u: Array, side: Array, length: int) -> Array:
 
 
 def _window(x: Images, row: Array, column: Array, side: Array) -> tuple[Array, Array, Array]:
-    """(B, H, W) mask of each example's window, and the pixels' (B, H), (B, W) places in it."""
+    """(B, H, W) mask of each window, and each row's (B, H) and column's (B, W) place in it."""
     rows = jnp.arange(x.shape[1])[None] - row[:, None]
     columns = jnp.arange(x.shape[2])[None] - column[:, None]
     in_rows, in_columns = (rows >= 0) & (rows < side), (columns >= 0) & (columns < side)
@@ -176,7 +176,7 @@ class _Masses(NamedTuple):
         return bump / np.sum(np.abs(bump) ** self.power) ** (1 / self.power)
 
     def _placed(self, table, rows, columns, flip):
-        """(B, H, W, 1): the bump at each example's window, upright or on its side; junk outside."""
+        """(B, H, W, 1): the bump at each window, upright or on its side; arbitrary outside."""
         last = table.shape[0] - 1
         i = jnp.clip(rows, 0, last)[:, :, None]
         j = jnp.clip(columns, 0, last)[:, None, :]
@@ -214,7 +214,7 @@ def _shares(queries: int, p_init: float, rescale: bool) -> np.ndarray:
 
 
 def passes(*, queries: int = 5000, samples: int | None = None) -> Passes:
-    """A forward pass on the image, one on the start, one a query; no gradients.
+    """One forward pass on the image, one on the start and one a query; no gradients.
 
     Args:
       queries: changes tried.
@@ -224,15 +224,15 @@ def passes(*, queries: int = 5000, samples: int | None = None) -> Passes:
 
 
 def check_layout(shape: tuple[int, ...], layout: str | None) -> None:
-    """Square's windows can be laid over images of this shape.
+    """Checks that images of this shape have a height and a width for Square's windows.
 
     Args:
       shape: (B, H, W, C), (B, H, W) or (B, D).
-      layout: 'NHWC', 'NCHW', or None where nobody has said it.
+      layout: 'NHWC', 'NCHW', or None where it is not given.
 
     Raises:
-      ValueError: another number of axes, an unknown layout, or a shape that looks like channels
-        first without a word about it.
+      ValueError: another number of axes, an unknown layout, or no layout for a shape that looks
+        like channels first.
     """
     if layout not in (None, "NHWC", "NCHW"):
         registry.raise_unknown("layout", layout, ("NHWC", "NCHW"))
@@ -246,13 +246,13 @@ def check_layout(shape: tuple[int, ...], layout: str | None) -> None:
 
 
 class _Layout(NamedTuple):
-    """How images of another shape become (B, H, W, C) and back."""
+    """Reshapes images of another shape to (B, H, W, C) and back."""
 
     shape: tuple[int, ...]
     channels_first: bool
-    low: float  # what fills vectors up
+    low: float  # the value of padding, by which a vector becomes a square
 
-    def images(self, x: Images) -> Images:
+    def to_nhwc(self, x: Images) -> Images:
         if len(self.shape) == 2:
             side = math.isqrt(self.shape[1] - 1) + 1
             spare = side * side - self.shape[1]
@@ -262,7 +262,7 @@ class _Layout(NamedTuple):
             return x[..., None]
         return jnp.moveaxis(x, 1, -1) if self.channels_first else x
 
-    def back(self, x: Images) -> Images:
+    def from_nhwc(self, x: Images) -> Images:
         if len(self.shape) == 2:
             return x.reshape(len(x), -1)[:, : self.shape[1]]
         if len(self.shape) == 3:
@@ -270,7 +270,7 @@ class _Layout(NamedTuple):
         return jnp.moveaxis(x, -1, 1) if self.channels_first else x
 
 
-@method(spatial=True)
+@attack_factory(flatten_images=False)
 def square(
     threat: Threat,
     *,
@@ -313,6 +313,14 @@ def square(
 
     Deviations: as in the paper, each example has windows and signs of its own, and a window may
     lie at the last rows and columns (in the authors' code a batch shares them, and it may not).
+
+    >>> import jax
+    >>> from jaxdefense import attacks, threat
+    >>> attack = attacks.square(threat.Linf(0.25), queries=100)
+    >>> x, labels = jax.numpy.array([[0.625, 0.5, 0.25]]), jax.numpy.array([0])
+    >>> x_adv = attack(lambda x: 10 * x, jax.random.key(0), x, labels)
+    >>> attacks.fooled(10 * x_adv, labels)
+    Array([ True], dtype=bool)
     """
     checks.check_count("queries", queries)
     if not 0 < p_init <= 1:
@@ -324,8 +332,8 @@ def square(
 
     def attack(predict: Any, key: Key, images: Images, labels: Labels) -> Images:
         check_layout(images.shape, layout)
-        form = _Layout(images.shape, layout == "NCHW", threat.bounds[0])
-        x = form.images(jax.lax.stop_gradient(images))
+        reshape = _Layout(images.shape, layout == "NCHW", threat.bounds[0])
+        x = reshape.to_nhwc(jax.lax.stop_gradient(images))
         batch, height, width, channels = x.shape
         keys = example_keys(key, batch)
         draws = fold_in(keys, DRAWS)
@@ -339,7 +347,7 @@ def square(
 
         def score(x_adv: Images, n: Any) -> PerExample:
             def values(fixed: Predict) -> PerExample:
-                return success_margin(fixed(form.back(x_adv)), labels, targeted)
+                return success_margin(fixed(reshape.from_nhwc(x_adv)), labels, targeted)
 
             if samples is None:
                 found = values(predict)
@@ -357,9 +365,9 @@ def square(
         def going(carry: Any) -> Array:
             return (carry[0] < queries) & ~jnp.all(finished(carry[2]))
 
-        # A turn ends with the next turn's proposal: what a loop carries lies in memory, while an
-        # image made in the turn that looks at it is made anew by XLA:CPU for each tap of the
-        # network's first convolution (a query of 64 MNIST images takes 1.4 times as long).
+        # A turn ends by proposing the next turn's image. As part of the carry that image is in
+        # memory; if the turn that scores it made it, XLA:CPU would compute it again for each tap of
+        # the network's first convolution (a query of 64 MNIST images takes 1.4 times as long).
         def query(carry: Any) -> Any:
             n, x_best, best, x_new = carry
             value = score(x_new, n)
@@ -377,6 +385,6 @@ def square(
         else:
             best, x_best = score(first, queries), first
         start = (jnp.array(0), x_best, best, proposed(0, x_best))
-        return form.back(jax.lax.while_loop(going, query, start)[1])
+        return reshape.from_nhwc(jax.lax.while_loop(going, query, start)[1])
 
     return attack

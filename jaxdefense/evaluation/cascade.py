@@ -19,13 +19,14 @@ from tqdm import tqdm
 
 from jaxdefense import registry
 from jaxdefense.attacks import checks, ensemble
+from jaxdefense.attacks.ensemble import Stage
 from jaxdefense.attacks.method import describe
 from jaxdefense.attacks.square import check_layout
 from jaxdefense.evaluation import examine, flags, randomised
 from jaxdefense.evaluation.evaluator import Apply, Evaluator, check_attack, check_ids, check_targets
 from jaxdefense.evaluation.flags import Flag
 from jaxdefense.evaluation.journal import Journal, hash_arrays
-from jaxdefense.evaluation.verdict import Stage, Verdict
+from jaxdefense.evaluation.verdict import Verdict
 from jaxdefense.types import HostArray, PredictWithKey, PyTree, Threat
 
 
@@ -56,11 +57,7 @@ def stages(
     for name in attacks or ():
         if name not in known:
             registry.raise_unknown(f"stage of {version}", name, known)
-    return [
-        Stage(stage.name, stage.attack, *stage.passes, stage.note)
-        for stage in found
-        if attacks is None or stage.name in attacks
-    ]
+    return [stage for stage in found if attacks is None or stage.name in attacks]
 
 
 def autoattack(

@@ -6,10 +6,10 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
+from jaxdefense.attacks.ensemble import Stage
 from jaxdefense.evaluation import flags
 from jaxdefense.evaluation.evaluator import Evaluator, has_unknown_threat
 from jaxdefense.evaluation.flags import Flag
-from jaxdefense.evaluation.verdict import Stage
 from jaxdefense.types import Images, Labels, PyTree
 
 _ASKED = 128  # images of which, with points beside them, a gradient is asked before any attack

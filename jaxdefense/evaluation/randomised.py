@@ -18,13 +18,14 @@ from tqdm import tqdm
 
 from jaxdefense import losses
 from jaxdefense.attacks import checks
+from jaxdefense.attacks.ensemble import Stage
 from jaxdefense.attacks.method import describe
 from jaxdefense.attacks.outcome import mean_over_draws
 from jaxdefense.evaluation import examine, flags
 from jaxdefense.evaluation.evaluator import Evaluator, attack_keys, check_attack, check_ids
 from jaxdefense.evaluation.flags import Flag
 from jaxdefense.evaluation.journal import Journal, hash_arrays
-from jaxdefense.evaluation.verdict import RandomVerdict, Stage
+from jaxdefense.evaluation.verdict import RandomVerdict
 from jaxdefense.types import HostArray, Images, Labels, Predict, PyTree
 
 

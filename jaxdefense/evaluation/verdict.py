@@ -1,30 +1,10 @@
 """What a cascade of attacks found, of a classifier and of a randomised one."""
 
 import dataclasses
-from typing import NamedTuple
 
 import numpy as np
 
 from jaxdefense.evaluation.flags import Flag
-from jaxdefense.types import Attack
-
-
-class Stage(NamedTuple):
-    """One attack of a cascade, and the most passes it spends on an example.
-
-    Attributes:
-      name: of the stage, part of its random keys.
-      attack: any `Attack` of the evaluation's threat.
-      forward: passes.
-      backward: passes.
-      note: what few classes changed, "" for nothing.
-    """
-
-    name: str
-    attack: Attack
-    forward: int
-    backward: int
-    note: str = ""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
