@@ -34,6 +34,7 @@ from jaxdefense.types import (
     PerExample,
     Predict,
     PyTree,
+    Scalar,
     Threat,
 )
 
@@ -42,9 +43,10 @@ AXIS = "batch"
 Params = dict[str, PyTree]
 Carry = dict[str, PyTree]
 Batch = dict[str, Any]
-Metrics = dict[str, tuple[Array, Array]]
+Metrics = dict[str, tuple[Scalar, Scalar]]
 Craft = Callable[[Params, Carry, Batch, Key], Batch]
-Loss = Callable[[Params, Carry, Batch, Key], tuple[Array, tuple[Carry, Metrics]]]
+LossValue = tuple[Scalar, tuple[Carry, Metrics]]
+Loss = Callable[[Params, Carry, Batch, Key], LossValue]
 After = Callable[[Params, Carry, Batch], Carry]
 View = Callable[[Key, Images], dict[str, Images]]
 Predictor = Callable[[Params, Carry], Predict]
@@ -315,7 +317,12 @@ def eps_ramp(batch: Batch, epochs: float) -> Array | float:
     return jnp.minimum(batch["epoch"] / epochs, 1.0) if epochs else 1.0
 
 
-def accuracy(logits: Logits, labels: Labels) -> tuple[Array, Array]:
-    """(correct, count) as a metric."""
+def mean_metric(values: PerExample) -> tuple[Scalar, Scalar]:
+    """The mean of one number per example as a metric: (sum, count)."""
+    return jnp.sum(values), jnp.float32(values.size)
+
+
+def accuracy(logits: Logits, labels: Labels) -> tuple[Scalar, Scalar]:
+    """The accuracy as a metric: (correct, count)."""
     hits = jnp.argmax(logits, -1) == labels
     return jnp.sum(hits, dtype=jnp.float32), jnp.float32(hits.size)
