@@ -130,7 +130,7 @@ def contrast_phase(
     """
     check_temperature(temperature)
 
-    def loss(params: Any, carry: Any, batch: base.Batch, key: Key) -> Any:
+    def loss(params: base.Params, carry: base.Carry, batch: base.Batch, key: Key) -> base.LossValue:
         z, _, carry = parts.embed(params, carry, batch["view1"], batch["view2"])
         value = losses.supcon(
             z,
@@ -169,14 +169,14 @@ def head_phase(
       **kwargs: of the model's call (`bn_set`).
     """
 
-    def craft(params: Any, carry: Any, batch: base.Batch, key: Key) -> base.Batch:
+    def craft(params: base.Params, carry: base.Carry, batch: base.Batch, key: Key) -> base.Batch:
         predict = parts.predict(params, carry, **kwargs)
         found = batch["image"]
         if attack is not None:
             found = attack(predict, key, batch["image"], batch["label"])
         return {**batch, "adversarial": found}
 
-    def loss(params: Any, carry: Any, batch: base.Batch, key: Key) -> Any:
+    def loss(params: base.Params, carry: base.Carry, batch: base.Batch, key: Key) -> base.LossValue:
         x = batch["adversarial"]
         if train_bn:
             logits, carry = parts.train(params, carry, x, **kwargs)

@@ -108,7 +108,9 @@ class System:
     def discriminate(self, craft: base.Craft) -> base.Update:
         """D's step on BCE(D(x), 1) + BCE(D(purify(x')), 0): it raises what G lowers."""
 
-        def loss(params: Any, carry: Any, batch: base.Batch, key: Any) -> Any:
+        def loss(
+            params: base.Params, carry: base.Carry, batch: base.Batch, key: Key
+        ) -> base.LossValue:
             cleaned = self.clean(params, carry, batch["adversarial"])[0]
             real, carry = self.judge(params, carry, batch["image"])
             fake, carry = self.judge(params, carry, jax.lax.stop_gradient(cleaned))
@@ -226,7 +228,7 @@ def mixture_craft(
         if kind not in made:
             registry.raise_unknown("attack", kind, made)
 
-    def craft(params: Any, carry: Any, batch: base.Batch, key: Any) -> base.Batch:
+    def craft(params: base.Params, carry: base.Carry, batch: base.Batch, key: Key) -> base.Batch:
         predict = target(params, carry)
         n = batch["image"].shape[0]
         parts = []

@@ -126,10 +126,14 @@ def _renamed(phase: base.Phase, length: float | str | None) -> base.Phase:
     """A defence's phase with `teacher` in place of its role `classifier`."""
 
     def wrapped(update: base.Update) -> base.Update:
-        def craft(params: Any, carry: Any, batch: base.Batch, key: Key) -> base.Batch:
+        def craft(
+            params: base.Params, carry: base.Carry, batch: base.Batch, key: Key
+        ) -> base.Batch:
             return update.craft(_inside(params), _inside(carry), batch, key)
 
-        def loss(params: Any, carry: Any, batch: base.Batch, key: Key) -> Any:
+        def loss(
+            params: base.Params, carry: base.Carry, batch: base.Batch, key: Key
+        ) -> base.LossValue:
             value, (new, metrics) = update.loss(_inside(params), _inside(carry), batch, key)
             return value, ({**carry, **_outside(new)}, metrics)
 

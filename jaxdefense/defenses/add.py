@@ -1,14 +1,12 @@
 """ADD: a lightweight network learns from a robust teacher's soft labels, and from nothing else."""
 
-from typing import Any
-
 import flax.linen as nn
 import jax.numpy as jnp
 
 from jaxdefense import losses
 from jaxdefense.attacks import checks
 from jaxdefense.defenses import _teachers, base
-from jaxdefense.types import Objective, Threat
+from jaxdefense.types import Key, Objective, Threat
 
 
 def make(
@@ -63,7 +61,7 @@ def make(
         checks.check_step(name, weight)
     student, guide = base.Net(model), _teachers.make_teacher(teacher, model, threat)
 
-    def objective(params: Any, carry: Any, batch: base.Batch) -> Objective:
+    def objective(params: base.Params, carry: base.Carry, batch: base.Batch) -> Objective:
         predict = student.predict(params, carry)
         return lambda z: losses.distillation(batch["soft"], predict(z), temperature=temperature)
 
@@ -71,11 +69,11 @@ def make(
         objective, threat, steps=steps, step_size=step_size, noise=noise, ramp_epochs=ramp_epochs
     )
 
-    def craft(params: Any, carry: Any, batch: base.Batch, key: Any) -> base.Batch:
+    def craft(params: base.Params, carry: base.Carry, batch: base.Batch, key: Key) -> base.Batch:
         soft = guide.predict(params, carry)(batch["image"])
         return climb(params, carry, {**batch, "soft": soft}, key)
 
-    def loss(params: Any, carry: Any, batch: base.Batch, key: Any) -> Any:
+    def loss(params: base.Params, carry: base.Carry, batch: base.Batch, key: Key) -> base.LossValue:
         moved, carry = student.train(params, carry, batch["adversarial"])
         clean, carry = student.train(params, carry, batch["image"])
         robust = losses.distillation(batch["soft"], moved, temperature=temperature)

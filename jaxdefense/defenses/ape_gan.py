@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jaxdefense import losses
 from jaxdefense.attacks import checks
 from jaxdefense.defenses import _purifying, base
-from jaxdefense.types import Threat
+from jaxdefense.types import Key, Threat
 
 
 def make(
@@ -73,7 +73,7 @@ def make(
         discriminator=True,
     )
 
-    def loss(params: Any, carry: Any, batch: base.Batch, key: Any) -> Any:
+    def loss(params: base.Params, carry: base.Carry, batch: base.Batch, key: Key) -> base.LossValue:
         x = batch["image"]
         cleaned, carry = system.clean(params, carry, batch["adversarial"])
         pixels = losses.squared_error(cleaned, x)
@@ -82,7 +82,7 @@ def make(
             pixels = jnp.where(pixels > 0, jnp.sqrt(jnp.where(pixels > 0, pixels, 1)), 0)
         real = system.judge(params, carry, cleaned)[0]
         value = pixel_weight * pixels + adversarial_weight * losses.binary_cross_entropy(real, 1.0)
-        metrics = {"pixels": (jnp.sum(pixels), jnp.float32(pixels.size))}
+        metrics = {"pixels": base.mean_metric(pixels)}
         return jnp.mean(value), (carry, metrics)
 
     craft = _purifying.mixture_craft(

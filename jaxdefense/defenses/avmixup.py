@@ -1,14 +1,12 @@
 """AVmixup: between an image and a vertex beyond its adversarial example, labels between too."""
 
-from typing import Any
-
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 from jaxdefense import losses, mixing
 from jaxdefense.defenses import base
-from jaxdefense.types import Threat
+from jaxdefense.types import Key, Threat
 
 
 def make(
@@ -56,7 +54,7 @@ def make(
     net = base.Net(model)
     attack = base.pgd_craft(net, threat, steps=steps, step_size=step_size, ramp_epochs=ramp_epochs)
 
-    def craft(params: Any, carry: Any, batch: base.Batch, key: Any) -> base.Batch:
+    def craft(params: base.Params, carry: base.Carry, batch: base.Batch, key: Key) -> base.Batch:
         k_attack, k_lam = jax.random.split(key)
         batch = attack(params, carry, batch, k_attack)
         x = batch["image"]
@@ -64,7 +62,7 @@ def make(
         lam = mixing.weights(k_lam, len(x), alpha=lam_alpha)
         return {**batch, "lam": lam, "mixed": mixing.mix(lam, x, vertex)}
 
-    def loss(params: Any, carry: Any, batch: base.Batch, key: Any) -> Any:
+    def loss(params: base.Params, carry: base.Carry, batch: base.Batch, key: Key) -> base.LossValue:
         logits, carry = net.train(params, carry, batch["mixed"])
         target = mixing.soften(base.targets(batch, logits), 1 - batch["lam"], l1, l2)
         value = jnp.mean(losses.cross_entropy(logits, target))

@@ -14,7 +14,7 @@ Craft and loss run inside the mapped axis `AXIS`; the step averages over it.
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -150,6 +150,10 @@ class Defense:
       purifiers: {name of a predictor that cleans images first: its Purifier}.
       pretrained: {role: the trained network that `init` puts there}. No update trains such a role,
         and checkpoints leave it out.
+      variant_classes: the class that each variant protects, where the carry's "member" chooses
+        among variants and each protects one class (see `transforms.stacked`).
+      judged: {predictor: the one class that it is judged on}, of predictors that each protect one
+        class; empty where every predictor is judged on all classes.
     """
 
     init: Callable[[Key, Images], tuple[Params, Carry]]
@@ -157,6 +161,8 @@ class Defense:
     predictors: Mapping[str, Predictor]
     purifiers: Mapping[str, Purifier] = dataclasses.field(default_factory=dict)
     pretrained: Mapping[str, Trained] = dataclasses.field(default_factory=dict)
+    variant_classes: Sequence[int] = ()
+    judged: Mapping[str, int] = dataclasses.field(default_factory=dict)
 
     @property
     def primary(self) -> str:
@@ -166,6 +172,19 @@ class Defense:
     def without_pretrained(self, by_role: Mapping[str, PyTree]) -> dict[str, PyTree]:
         """Parameters or carry without the roles of pretrained networks."""
         return {role: tree for role, tree in by_role.items() if role not in self.pretrained}
+
+    def map_phases(self, change: Callable[[Phase], Phase]) -> tuple[Phase, ...]:
+        """Every phase changed; what is one Phase in several places stays one."""
+        changed = {phase: change(phase) for phase in self.phases}
+        return tuple(changed[phase] for phase in self.phases)
+
+    def map_updates(self, change: Callable[[Update], Update]) -> tuple[Phase, ...]:
+        """Every phase with its updates changed."""
+
+        def with_updates(phase: Phase) -> Phase:
+            return dataclasses.replace(phase, updates=tuple(map(change, phase.updates)))
+
+        return self.map_phases(with_updates)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,7 +1,5 @@
 """CLAF: the adversarial example is one more positive, and the head it is made with stays fresh."""
 
-from typing import Any
-
 import flax.linen as nn
 import jax.numpy as jnp
 
@@ -9,7 +7,7 @@ from jaxdefense import attacks, losses, registry
 from jaxdefense.attacks import checks
 from jaxdefense.defenses import _contrastive, base
 from jaxdefense.threat import Linf
-from jaxdefense.types import Array, Attack, Images, Key, Labels, Predict, Threat
+from jaxdefense.types import Array, Attack, Images, Key, Labels, PerExample, Predict, Threat
 
 
 def literal_pgd(
@@ -45,7 +43,7 @@ def literal_pgd(
         centre = jnp.asarray(mean, images.dtype).reshape(1, 1, 1, -1)
         scale = jnp.asarray(std, images.dtype).reshape(1, 1, 1, -1)
 
-        def objective(n: Images) -> Any:
+        def objective(n: Images) -> PerExample:
             return losses.cross_entropy(predict(n * scale + centre), labels)
 
         n = (images - centre) / scale
@@ -149,11 +147,11 @@ def make(
     parts = _contrastive.Parts(model, projection=projection)
     view = _contrastive.views(dataset)
 
-    def craft(params: Any, carry: Any, batch: base.Batch, key: Key) -> base.Batch:
+    def craft(params: base.Params, carry: base.Carry, batch: base.Batch, key: Key) -> base.Batch:
         predict = parts.predict(params, carry)
         return {**batch, "adversarial": attack(predict, key, batch["image"], batch["label"])}
 
-    def loss(params: Any, carry: Any, batch: base.Batch, key: Key) -> Any:
+    def loss(params: base.Params, carry: base.Carry, batch: base.Batch, key: Key) -> base.LossValue:
         z, logits, carry = parts.embed(
             params, carry, batch["view1"], batch["view2"], batch["adversarial"]
         )

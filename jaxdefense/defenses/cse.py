@@ -2,14 +2,13 @@
 
 import functools
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import flax.linen as nn
 import jax.numpy as jnp
 
 from jaxdefense import losses
 from jaxdefense.defenses import base, fgsm_at, min_max
-from jaxdefense.types import Labels, Logits, LossFn, PerExample, Threat
+from jaxdefense.types import Images, Key, Labels, Logits, LossFn, PerExample, Threat
 
 
 def make(
@@ -87,7 +86,7 @@ def make(
         expected = losses.expected_cost(logits, batch["label"], matrix)
         return natural(logits, batch, carry) + cost_weight * expected
 
-    def init(key: Any, images: Any) -> tuple[base.Params, base.Carry]:
+    def init(key: Key, images: Images) -> tuple[base.Params, base.Carry]:
         params, carry = net.init(key, images)
         if penalty is not None:
             penalty(params[net.role])  # its layers exist
@@ -100,7 +99,8 @@ def make(
     phase = base.Phase("cse", steps if adversarial else steps[:1])
     start = start or ("adv" if adversarial else "normal")
     phases = fgsm_at.warm_start(net, start, updates(natural), pretrain, phase)
-    return base.Defense(init, phases, {net.role: net.predict})
+    variants = range(model.num_classes) if each else ()
+    return base.Defense(init, phases, {net.role: net.predict}, variant_classes=variants)
 
 
 def attack_loss(

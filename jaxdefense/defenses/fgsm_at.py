@@ -2,19 +2,16 @@
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import flax.linen as nn
 import jax.numpy as jnp
 
 from jaxdefense import attacks, losses, registry
-from jaxdefense.defenses import base
-from jaxdefense.types import Array, Logits, PerExample, Threat
+from jaxdefense.defenses import base, min_max
+from jaxdefense.types import Key, Logits, PerExample, Threat
 
 # What is minimised, one number per example: (logits, batch, carry) -> (B,).
 Criterion = Callable[[Logits, base.Batch, base.Carry], PerExample]
-# What is added to its mean: parameters of the role -> ().
-Penalty = Callable[[Any], Array]
 
 
 def make(
@@ -69,7 +66,7 @@ def updates(
     threat: Threat,
     criterion: Criterion,
     *,
-    penalty: Penalty | None = None,
+    penalty: min_max.Penalty | None = None,
     step_size: float | None = None,
     bounds: Sequence[float] | None = None,
     ramp_epochs: float = 0.0,
@@ -88,7 +85,7 @@ def updates(
         threat = dataclasses.replace(threat, bounds=(float(bounds[0]), float(bounds[1])))
     length = threat.eps if step_size is None else step_size
 
-    def craft(params: Any, carry: Any, batch: base.Batch, key: Any) -> base.Batch:
+    def craft(params: base.Params, carry: base.Carry, batch: base.Batch, key: Key) -> base.Batch:
         factor = base.eps_ramp(batch, ramp_epochs)
         attack = attacks.fgsm(
             threat.scaled(factor),
@@ -99,7 +96,9 @@ def updates(
         return {**batch, "adversarial": x_adv}
 
     def loss_on(images: str, metric: str) -> base.Loss:
-        def loss(params: Any, carry: Any, batch: base.Batch, key: Any) -> Any:
+        def loss(
+            params: base.Params, carry: base.Carry, batch: base.Batch, key: Key
+        ) -> base.LossValue:
             logits, carry = net.train(params, carry, batch[images])
             value = jnp.mean(criterion(logits, batch, carry))
             metrics = {metric: base.accuracy(logits, batch["label"])}

@@ -1,14 +1,12 @@
 """FRL: TRADES whose classes weigh more, or get a larger ball, while they err more than the mean."""
 
-from typing import Any
-
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 from jaxdefense import losses
 from jaxdefense.defenses import base
-from jaxdefense.types import Array, Threat
+from jaxdefense.types import Array, Images, Key, PerExample, PyTree, Threat
 
 
 def make(
@@ -79,7 +77,7 @@ def make(
     classes = model.num_classes
     top = jnp.log(jnp.float32(largest_margin))
 
-    def init(key: Any, images: Any) -> tuple[base.Params, base.Carry]:
+    def init(key: Key, images: Images) -> tuple[base.Params, base.Carry]:
         params, carry = net.init(key, images)
         state = {
             "epoch": jnp.float32(0),
@@ -88,7 +86,7 @@ def make(
         }
         return params, {**carry, "frl": state}
 
-    def growth(carry: Any, batch: base.Batch) -> Array:
+    def growth(carry: base.Carry, batch: base.Batch) -> PerExample:
         return jnp.exp(carry["frl"]["multipliers"][2])[batch["label"]]
 
     craft = base.objective_craft(
@@ -104,7 +102,7 @@ def make(
     def weights(multipliers: Array) -> Array:
         return 1 + classes * multipliers - jnp.sum(multipliers)
 
-    def follow(state: Any, batch: base.Batch, wrong: Array, crossed: Array) -> Any:
+    def follow(state: PyTree, batch: base.Batch, wrong: PerExample, crossed: PerExample) -> PyTree:
         own = jax.nn.one_hot(batch["label"], classes)
         sums = jnp.stack([jnp.ones_like(wrong), wrong, crossed]) @ own
         sums = jax.lax.pmean(sums, base.AXIS)  # of the whole batch, not of one device
@@ -124,7 +122,7 @@ def make(
         multipliers = jnp.concatenate([limited, margins])
         return {"epoch": batch["epoch"], "errors": errors, "multipliers": multipliers}
 
-    def loss(params: Any, carry: Any, batch: base.Batch, key: Any) -> Any:
+    def loss(params: base.Params, carry: base.Carry, batch: base.Batch, key: Key) -> base.LossValue:
         labels, state = batch["label"], carry["frl"]
         clean, carry = net.train(params, carry, batch["image"])
         moved, carry = net.train(params, carry, batch["adversarial"])

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from jaxdefense.attacks import bpda
 from jaxdefense.defenses import _purifying, base
-from jaxdefense.types import Images, Predict, Threat
+from jaxdefense.types import Images, Key, Predict, Threat
 
 
 def make(
@@ -62,13 +62,13 @@ def make(
         model, generator, generator_options, finish, classifier=classifier
     )
 
-    def straight_through(params: Any, carry: Any) -> Predict:
+    def straight_through(params: base.Params, carry: base.Carry) -> Predict:
         generate = system.generator.predict(params, carry)
         classify = system.classifier.predict(params, carry)
         cut = bpda(lambda z: jnp.clip(z, low, high))
         return lambda x: classify(cut(x + generate(x)))
 
-    def loss(params: Any, carry: Any, batch: base.Batch, key: Any) -> Any:
+    def loss(params: base.Params, carry: base.Carry, batch: base.Batch, key: Key) -> base.LossValue:
         cleaned, carry = system.clean(params, carry, batch["adversarial"])
         logits, distance = _purifying.feature_distance(
             system.classifier, params, carry, cleaned, batch["image"], layer

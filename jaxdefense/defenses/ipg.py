@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jaxdefense import losses, registry
 from jaxdefense.attacks import bpda
 from jaxdefense.defenses import _purifying, base
-from jaxdefense.types import Images, Predict, Threat
+from jaxdefense.types import Images, Key, Predict, Threat
 
 PHASES = ("oblivious", "end_to_end")
 
@@ -99,13 +99,13 @@ def make(
         discriminator=adversarial_weight > 0,
     )
 
-    def straight_through(params: Any, carry: Any) -> Predict:
+    def straight_through(params: base.Params, carry: base.Carry) -> Predict:
         generate = system.generator.predict(params, carry)
         classify = system.classifier.predict(params, carry)
         squash, cut = bpda(jnp.tanh), bpda(lambda z: jnp.clip(z, low, high))
         return lambda x: classify(cut(x + eps_d * squash(generate(x))))
 
-    def loss(params: Any, carry: Any, batch: base.Batch, key: Any) -> Any:
+    def loss(params: base.Params, carry: base.Carry, batch: base.Batch, key: Key) -> base.LossValue:
         x, labels = batch["image"], batch["label"]
         both = jnp.concatenate((batch["adversarial"], x))
         cleaned, carry = system.clean(params, carry, both)
@@ -124,7 +124,7 @@ def make(
         metrics = {
             "accuracy": base.accuracy(kept, labels),
             "restored_accuracy": base.accuracy(restored, labels),
-            "pixels": (jnp.sum(pixels), jnp.float32(pixels.size)),
+            "pixels": base.mean_metric(pixels),
         }
         return jnp.mean(value), (carry, metrics)
 

@@ -7,15 +7,13 @@ images (a mask and its complement on one image), the laws of mask and weight, th
 the label rule (AVmixup's, by area) and its end points.
 """
 
-from typing import Any
-
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 from jaxdefense import losses, mixing, registry
 from jaxdefense.defenses import base
-from jaxdefense.types import Threat
+from jaxdefense.types import Key, Threat
 
 PAIRINGS = ("complement", "shuffle")
 LABELS = ("area", "onehot")
@@ -85,7 +83,7 @@ def make(
     net = base.Net(model)
     attack = base.pgd_craft(net, threat, steps=steps, step_size=step_size, ramp_epochs=ramp_epochs)
 
-    def craft(params: Any, carry: Any, batch: base.Batch, key: Any) -> base.Batch:
+    def craft(params: base.Params, carry: base.Carry, batch: base.Batch, key: Key) -> base.Batch:
         k_attack, k_mask, k_lam, k_order = jax.random.split(key, 4)
         batch = attack(params, carry, batch, k_attack)
         x, x_adv = batch["image"], batch["adversarial"]
@@ -99,7 +97,7 @@ def make(
         mixed = mixing.mix(lam, first, second[order])
         return {**batch, "mask": mask, "lam": lam, "order": order, "mixed": mixed}
 
-    def loss(params: Any, carry: Any, batch: base.Batch, key: Any) -> Any:
+    def loss(params: base.Params, carry: base.Carry, batch: base.Batch, key: Key) -> base.LossValue:
         logits, carry = net.train(params, carry, batch["mixed"])
         target, area = base.targets(batch, logits), mixing.area(batch["mask"])
         first = second = target

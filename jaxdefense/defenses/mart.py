@@ -1,13 +1,11 @@
 """MART: adversarial training that weighs misclassified examples most."""
 
-from typing import Any
-
 import flax.linen as nn
 import jax.numpy as jnp
 
 from jaxdefense import losses
 from jaxdefense.defenses import base
-from jaxdefense.types import Threat
+from jaxdefense.types import Key, Threat
 
 
 def make(
@@ -47,7 +45,7 @@ def make(
     net = base.Net(model)
     craft = base.pgd_craft(net, threat, steps=steps, step_size=step_size, ramp_epochs=ramp_epochs)
 
-    def loss(params: Any, carry: Any, batch: base.Batch, key: Any) -> Any:
+    def loss(params: base.Params, carry: base.Carry, batch: base.Batch, key: Key) -> base.LossValue:
         label = batch["label"]
         clean, carry = net.train(params, carry, batch["image"])
         moved, carry = net.train(params, carry, batch["adversarial"])

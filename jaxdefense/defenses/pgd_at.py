@@ -1,13 +1,11 @@
 """Adversarial training: train on what PGD finds."""
 
-from typing import Any
-
 import flax.linen as nn
 import jax.numpy as jnp
 
 from jaxdefense import losses
 from jaxdefense.defenses import base
-from jaxdefense.types import Threat
+from jaxdefense.types import Key, Threat
 
 
 def make(
@@ -52,7 +50,7 @@ def make(
         ramp_epochs=ramp_epochs,
     )
 
-    def loss(params: Any, carry: Any, batch: base.Batch, key: Any) -> Any:
+    def loss(params: base.Params, carry: base.Carry, batch: base.Batch, key: Key) -> base.LossValue:
         logits, carry = net.train(params, carry, batch["adversarial"])
         target = base.targets(batch, logits, smoothing=smoothing)
         value = jnp.mean(losses.cross_entropy(logits, target))

@@ -1,14 +1,12 @@
 """RoCL: robust contrastive learning without labels, by instance-wise attacks."""
 
-from typing import Any
-
 import flax.linen as nn
 import jax.numpy as jnp
 
 from jaxdefense import attacks, losses, registry
 from jaxdefense.attacks import checks
 from jaxdefense.defenses import _contrastive, base
-from jaxdefense.types import Images, Key, PerExample, Threat
+from jaxdefense.types import Array, Images, Key, PerExample, Threat
 
 
 def make(
@@ -62,10 +60,10 @@ def make(
     parts = _contrastive.Parts(model, projection=projection)
     view = _contrastive.views(dataset)
 
-    def contrast(z: Any) -> PerExample:
+    def contrast(z: Array) -> PerExample:
         return losses.supcon(z, temperature=temperature, axis_name=base.AXIS)
 
-    def craft(params: Any, carry: Any, batch: base.Batch, key: Key) -> base.Batch:
+    def craft(params: base.Params, carry: base.Carry, batch: base.Batch, key: Key) -> base.Batch:
         def objective(x: Images) -> PerExample:
             return contrast(parts.embed_eval(params, carry, x, batch["view2"]))
 
@@ -74,7 +72,7 @@ def make(
         )
         return {**batch, "moved": moved}
 
-    def loss(params: Any, carry: Any, batch: base.Batch, key: Key) -> Any:
+    def loss(params: base.Params, carry: base.Carry, batch: base.Batch, key: Key) -> base.LossValue:
         z, _, carry = parts.embed(params, carry, batch["view1"], batch["view2"], batch["moved"])
         value = contrast(z) + weight * contrast(z[1:])
         return jnp.mean(value), (carry, {})

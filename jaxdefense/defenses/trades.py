@@ -1,13 +1,11 @@
 """TRADES: the natural loss, and how far an attack can move the prediction."""
 
-from typing import Any
-
 import flax.linen as nn
 import jax.numpy as jnp
 
 from jaxdefense import losses
 from jaxdefense.defenses import base
-from jaxdefense.types import Threat
+from jaxdefense.types import Key, Threat
 
 
 def make(
@@ -49,7 +47,7 @@ def make(
         ramp_epochs=ramp_epochs,
     )
 
-    def loss(params: Any, carry: Any, batch: base.Batch, key: Any) -> Any:
+    def loss(params: base.Params, carry: base.Carry, batch: base.Batch, key: Key) -> base.LossValue:
         clean, carry = net.train(params, carry, batch["image"])
         moved, carry = net.train(params, carry, batch["adversarial"])
         target = base.targets(batch, clean, smoothing=smoothing)
@@ -58,7 +56,7 @@ def make(
         metrics = {
             "accuracy": base.accuracy(clean, batch["label"]),
             "robust_accuracy": base.accuracy(moved, batch["label"]),
-            "kl": (jnp.sum(robust), jnp.float32(robust.size)),
+            "kl": base.mean_metric(robust),
         }
         return jnp.mean(natural + beta * robust), (carry, metrics)
 
