@@ -42,7 +42,8 @@ def make(
       dataset: whose strong and weak views are drawn (`data.make_augment`).
       temperature: of the contrast.
       projection: size of the projector's output.
-      steps, step_size: of every PGD; step_size in image units, by default eps / 4.
+      steps: number of steps of every PGD.
+      step_size: of every PGD, in image units; default eps / 4.
       branch: the BatchNorm set that is deployed, 'adversarial' or 'clean'.
       head: 'clean' trains the head on weak crops, 'adv' on what PGD on its cross-entropy finds.
       head_epochs: length of the phase `head`.

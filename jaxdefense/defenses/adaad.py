@@ -31,8 +31,9 @@ def make(
         the run's first phase trains one (`_teachers.make_teacher`).
       alpha: share of the adversarial examples.
       scale: of the whole loss.
-      steps, step_size: of the inner maximisation; step_size in image units, by default eps / 4.
-        Each step differentiates the teacher, which is the price of this defence.
+      steps: number of steps of the inner maximisation. Each step differentiates the teacher, which
+        is the price of this defence.
+      step_size: of those steps, in image units; default eps / 4.
       noise: standard deviation of its Gaussian start, image units.
       ramp_epochs: eps and step size grow linearly from 0 over so many epochs of the run.
 

@@ -35,10 +35,12 @@ def make(
       teacher: T, a trained network (in a config {"workdir": ..., "checkpoint": "best"}), or how
         the run's first phase trains one (`_teachers.make_teacher`).
       temperature: tau, INFERRED; at 1 this is RSLAD.
-      robust_weight, clean_weight: RSLAD's 5/6 and 1/6.
+      robust_weight: of D(x'); RSLAD's 5/6.
+      clean_weight: of D(x); RSLAD's 1/6.
       scale: of the whole loss. RSLAD's code averages the KL over the classes too: .1 is its loss on
         ten classes and, as it multiplies by 10 there, on a hundred.
-      steps, step_size: of the inner maximisation; step_size in image units, by default eps / 4.
+      steps: number of steps of the inner maximisation.
+      step_size: of those steps, in image units; default eps / 4.
       noise: standard deviation of its Gaussian start, image units.
       ramp_epochs: eps and step size grow linearly from 0 over so many epochs of the run.
 

@@ -32,7 +32,8 @@ def make(
       temperature: tau; the authors' 30 on CIFAR-10.
       alpha: the teacher's share of the loss.
       scale: of the KL. The authors' code averages it over the classes too: .1 is its loss on ten.
-      steps, step_size: of the PGD; step_size in image units, by default eps / 4.
+      steps: number of PGD steps.
+      step_size: of the PGD, in image units; default eps / 4.
       ramp_epochs: eps and step size grow linearly from 0 over so many epochs of the run.
 
     Returns:

@@ -30,11 +30,13 @@ def make(
       model: images (B, H, W, C) -> logits (B, K).
       threat: the ball that PGD searches; with gamma above 1 the mixture may leave it.
       gamma: the vertex' distance, in units of PGD's.
-      l1, l2: what the true class keeps at the image and at the vertex. .1 is the uniform label of
-        ten classes; below 1 / K the label would no longer be the likeliest class at the vertex.
+      l1: what the true class keeps at the image.
+      l2: what the true class keeps at the vertex. .1 is the uniform label of ten classes; below
+        1 / K the label would no longer be the likeliest class there.
       lam_alpha: of w's Beta law; 1 is uniform.
-      steps, step_size, ramp_epochs: of the PGD, see `base.pgd_craft`; step_size in image units,
-        by default eps / 4.
+      steps: number of PGD steps.
+      step_size: of the PGD, in image units; default eps / 4.
+      ramp_epochs: eps and step size grow linearly from 0 over so many epochs.
 
     Returns:
       A `Defense` with the role and predictor `classifier`. Its soft labels flatter attacks on the

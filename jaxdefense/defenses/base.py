@@ -125,7 +125,8 @@ class Trained:
 
     Attributes:
       module: the network.
-      params, batch_stats: its variables, on the host.
+      params: its parameters, on the host.
+      batch_stats: its running statistics, on the host.
       source: where they come from, for messages.
     """
 
@@ -240,8 +241,10 @@ def pgd_craft(
     Args:
       net: what is attacked.
       threat: the set.
-      steps, step_size, loss, random_start: of the PGD; step_size in image units, by default
-        eps / 4.
+      steps: number of PGD steps.
+      step_size: of the PGD, in image units; default eps / 4.
+      loss: what the PGD raises.
+      random_start: whether it starts at a random point of the ball, else at the image.
       ramp_epochs: eps and step size grow linearly from 0 over so many epochs.
 
     Raises:
@@ -277,7 +280,8 @@ def objective_craft(
     Args:
       objective: (params, carry, batch) -> per-example objective of images; networks in eval mode.
       threat: the set around batch["image"].
-      steps, step_size: of the ascent; step_size in image units, by default eps / 4.
+      steps: number of steps of the ascent.
+      step_size: of those steps, in image units; default eps / 4.
       noise: standard deviation of the start, image units; a KL's gradient vanishes at x itself.
       ramp_epochs: eps and step size grow linearly from 0 over so many epochs of the run.
       growth: (carry, batch) -> (B,), a further factor of eps and step size per example.

@@ -27,8 +27,10 @@ def literal_pgd(
 
     Args:
       threat: its eps counts in units of std; its bounds are the clamp's.
-      mean, std: C numbers each.
-      steps, step_size: the latter in units of std.
+      mean: C numbers.
+      std: C numbers.
+      steps: number of PGD steps.
+      step_size: in units of std.
 
     Returns:
       An `Attack` of images in [0, 1], whose results lie in [mean, mean + std].
@@ -112,7 +114,8 @@ def make(
       labels: whether views of one class are positives, or only views of one image (NT-Xent).
       temperature: of the contrast.
       projection: size of the projector's output.
-      steps, step_size: of the PGD; step_size in image units (literal: of std), default eps / 4.
+      steps: number of PGD steps.
+      step_size: of the PGD, in image units (literal: of std); default eps / 4.
       cycles: of stage 2.
       refresh_epochs: length of each refresh (passes over the data, or as `Phase.length`).
       refresh_every: length of each `encode`.

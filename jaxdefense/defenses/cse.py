@@ -50,7 +50,9 @@ def make(
       adversarial: the second step (CSE+AT; with `layers={}` it is CSA).
       start: the warm start, "normal" or "adv"; default "adv" with `adversarial`, else "normal".
       pretrain: its length; 0 for none.
-      step_size, bounds, ramp_epochs: of the FGSM, as in `fgsm_at`.
+      step_size: of the FGSM, image units; default eps.
+      bounds: box of the crafted images where it is not the threat's, see `fgsm_at`.
+      ramp_epochs: eps and step size grow linearly from 0 over so many epochs.
 
     Returns:
       A `Defense` with the role and predictor `classifier`.
@@ -110,7 +112,20 @@ def attack_loss(
     cost: float = 10.0,
     cost_weight: float = 1.0,
 ) -> LossFn:
-    """The part of L_CSE that sees images, of logits and labels: what the paper's attacks raise."""
+    """The part of L_CSE that depends on images: the loss that the paper's attacks raise.
+
+    Args:
+      num_classes: K.
+      protect: the class, or classes, whose errors cost `cost`.
+      cost: c of the cost matrix.
+      cost_weight: l1.
+
+    Returns:
+      (logits, labels) -> (B,).
+
+    Raises:
+      ValueError: a class or a cost outside its range.
+    """
     matrix = losses.cost_matrix(num_classes, protect, cost)
 
     def loss(logits: Logits, labels: Labels) -> PerExample:

@@ -75,9 +75,12 @@ def updates(
 
     Args:
       net: what is trained and attacked.
-      threat, step_size, bounds, ramp_epochs: as in `make`.
+      threat: as in `make`.
       criterion: minimised on both, and raised by the FGSM.
       penalty: added to both steps' losses; it has no gradient to the images.
+      step_size: as in `make`.
+      bounds: as in `make`.
+      ramp_epochs: as in `make`.
     """
     if bounds is not None:
         if len(bounds) != 2:
@@ -122,11 +125,11 @@ def warm_start(
     length: float | str,
     phase: base.Phase,
 ) -> tuple[base.Phase, ...]:
-    """A phase named `start`, and `phase` behind it with a fresh optimiser; `phase` alone if 0 long.
+    """A warm start and, with a fresh optimiser, `phase`; `phase` alone where the start is 0 long.
 
     Args:
       net: whose optimiser begins anew.
-      start: "normal" takes the first of the updates, "adv" both.
+      start: name of the warm start; "normal" takes the first of the updates, "adv" both.
       updates: clean and adversarial (see `updates`), the same for all variants.
       length: of the first phase (`train.optim.steps_of`); 0 for none.
       phase: what follows.

@@ -47,13 +47,19 @@ def make(
       beta: weight of the KL, as in TRADES.
       reweight: u moves (else v = 1); l always does.
       remargin: m moves (else the radius is eps).
-      natural_slack, boundary_slack: how far above the mean a class's error may lie.
-      natural_rate, boundary_rate, margin_rate: per epoch.
+      natural_slack: how far above the mean a class's natural error may lie.
+      boundary_slack: how far above the mean its boundary error may lie.
+      natural_rate: of l, per epoch.
+      boundary_rate: of u, per epoch.
+      margin_rate: of m, per epoch.
       total_limit: sum l and sum u are scaled down to at most this, below 1, so that no weight
         becomes negative.
       largest_margin: most that a class's radius grows, as a factor.
       memory: of the running averages of the class errors, per batch, in [0, 1).
-      steps, step_size, noise, ramp_epochs: of the inner maximisation, as in `trades`.
+      steps: number of steps of the inner maximisation.
+      step_size: of those steps, in image units; default eps / 4.
+      noise: standard deviation of the Gaussian start, image units.
+      ramp_epochs: eps and step size grow linearly from 0 over so many epochs.
 
     Returns:
       A `Defense` with the role and predictor `classifier`; the carry `frl` holds the class errors
@@ -103,8 +109,8 @@ def make(
         return 1 + classes * multipliers - jnp.sum(multipliers)
 
     def follow(state: PyTree, batch: base.Batch, wrong: PerExample, crossed: PerExample) -> PyTree:
-        own = jax.nn.one_hot(batch["label"], classes)
-        sums = jnp.stack([jnp.ones_like(wrong), wrong, crossed]) @ own
+        hot = jax.nn.one_hot(batch["label"], classes)
+        sums = jnp.stack([jnp.ones_like(wrong), wrong, crossed]) @ hot
         sums = jax.lax.pmean(sums, base.AXIS)  # of the whole batch, not of one device
         count, past = sums[:1], state["errors"]
         now = sums[1:] / jnp.maximum(count, 1e-6)

@@ -69,7 +69,7 @@ def make(
       threat: the kind of ball that x' lies in.
       eps: its size in image units, by default the threat's. The examples are lessons, not the
         attack to be withstood: the method wants far smaller ones.
-      steps: of the PGD.
+      steps: number of PGD steps.
       step_size: of the PGD, in image units, by default eps / 4.
       attacked: which BatchNorm set the PGD attacks, "clean", or "screened" as AdvProp does.
       screen: "generated" s = G(x'), "residual" s = x' - G(x') (CD-VAE), "none" s = x' (AdvProp).

@@ -35,11 +35,13 @@ def make(
       threat: the set that x' is searched in.
       classifier: F's weights, trained in a run of their own; `model` is then not used and there
         is no phase `classifier`.
-      generator, generator_options: G, one of `models.generators()`, and its fields.
+      generator: G, one of `models.generators()`.
+      generator_options: its fields.
       lengths: {'classifier' or 'denoise': its length}; the other has the rest of the run.
       optimizer: of G; by default Adam with 2e-4 and b1 .5, APE-GAN's.
       attacks: kinds of x' that each batch holds in equal shares: 'fgsm', 'pgd', 'clean'.
-      steps, step_size: of PGD; step_size in image units, by default eps / 4.
+      steps: number of PGD steps.
+      step_size: of the PGD, in image units; default eps / 4.
       layer: l, 'logits' (the paper's LGD), 'features' (the head's input, near its FGD) or a
         submodule of F by its name.
 

@@ -37,7 +37,8 @@ def make(
       beta: how sharply trust falls with the teacher's probability of the label.
       begin_epochs: epochs of the run before the student listens to itself (the authors: 60 of 200).
       scale: of the whole loss.
-      steps, step_size: of the PGD; step_size in image units, by default eps / 4.
+      steps: number of PGD steps.
+      step_size: of the PGD, in image units; default eps / 4.
       ramp_epochs: eps and step size grow linearly from 0 over so many epochs of the run.
 
     Returns:

@@ -30,8 +30,9 @@ def make(
       threat: the set of x'.
       alpha: of lam's Beta law; 1 is uniform.
       lam_per_sample: one lam per image; else one per batch and device, as mixup's authors have it.
-      steps, step_size, ramp_epochs: of the PGD, see `base.pgd_craft`; step_size in image units,
-        by default eps / 4.
+      steps: number of PGD steps.
+      step_size: of the PGD, in image units; default eps / 4.
+      ramp_epochs: eps and step size grow linearly from 0 over so many epochs.
       smoothing: label smoothing of both losses, in [0, 1).
 
     Returns:

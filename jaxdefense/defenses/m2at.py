@@ -56,10 +56,12 @@ def make(
       mask_per_sample: a box per image; else one per batch and device.
       lam_alpha: of the Beta law of lam, which is drawn per image.
       labels: 'area': the rule above; 'onehot': t(s) = y.
-      l1, l2: what the true class keeps at s = 0 and at s = 1. AVmixup's pair, at gamma 2 and ten
-        classes, is 1 and .1; at half the length, half of that fall is .55.
-      steps, step_size, ramp_epochs: of the PGD, see `base.pgd_craft`; step_size in image units,
-        by default eps / 4.
+      l1: what the true class keeps at s = 0; 1 in AVmixup.
+      l2: what the true class keeps at s = 1. AVmixup has .1 at gamma 2 and ten classes; at half the
+        length, half of that fall is .55.
+      steps: number of PGD steps.
+      step_size: of the PGD, in image units; default eps / 4.
+      ramp_epochs: eps and step size grow linearly from 0 over so many epochs.
 
     Returns:
       A `Defense` with the role and predictor `classifier`. Masks and mixtures exist in training

@@ -25,8 +25,9 @@ def make(
       model: images (B, H, W, C) -> logits (B, K).
       threat: the set of x'.
       beta: weight of the KL (the paper's lambda; 5 and 6 in the authors' scripts).
-      steps, step_size, ramp_epochs: of the PGD, see `base.pgd_craft`; step_size in image units,
-        by default eps / 4.
+      steps: number of PGD steps.
+      step_size: of the PGD, in image units; default eps / 4.
+      ramp_epochs: eps and step size grow linearly from 0 over so many epochs.
 
     Returns:
       A `Defense` with the role and predictor `classifier`.

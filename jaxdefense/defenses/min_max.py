@@ -92,16 +92,16 @@ def penalty(layers: Mapping[str, float], kurtosis: Mapping[str, float]) -> Penal
             raise ValueError(f"weight of {name} must be finite and not negative, got {weight}")
 
     def total(params: PyTree) -> Scalar:
-        found = kernels(params)
+        by_name = kernels(params)
         value = jnp.float32(0)
         for weights, sign, term in (
             (layers, 1, losses.min_max),
             (kurtosis, -1, losses.excess_kurtosis),
         ):
             for name, weight in weights.items():
-                if name not in found:
-                    registry.raise_unknown("convolution", name, found)
-                value = value + sign * weight * term(found[name])
+                if name not in by_name:
+                    registry.raise_unknown("convolution", name, by_name)
+                value = value + sign * weight * term(by_name[name])
         return value
 
     return total

@@ -36,7 +36,8 @@ def make(
       temperature: of the contrast.
       weight: of the second term.
       projection: size of the projector's output.
-      steps, step_size: of every PGD; step_size in image units, by default eps / 4.
+      steps: number of steps of every PGD.
+      step_size: of every PGD, in image units; default eps / 4.
       head: 'clean' trains the head on weak crops, 'adv' on what PGD on its cross-entropy finds.
       head_epochs: length of the phase `head`.
       head_lr: Adam's rate there.

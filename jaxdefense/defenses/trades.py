@@ -25,7 +25,8 @@ def make(
       model: images (B, H, W, C) -> logits (B, K).
       threat: the set that x' is searched in.
       beta: weight of the KL (the paper's 1 / lambda).
-      steps, step_size: of the inner maximisation; step_size in image units, by default eps / 4.
+      steps: number of steps of the inner maximisation.
+      step_size: of those steps, in image units; default eps / 4.
       noise: standard deviation of the Gaussian start; the KL's gradient vanishes at x itself.
       smoothing: label smoothing of the natural loss, in [0, 1).
       ramp_epochs: eps and step size grow linearly from 0 over so many epochs.

@@ -37,7 +37,8 @@ def make(
       others: of every other error; 0 leaves it to the clean cross-entropy.
       columns: the cost is also of taking another class's image for a protected one.
       alpha: weight of the margin cost.
-      steps, step_size: of the PGD; step_size in image units, by default eps / 4.
+      steps: number of PGD steps.
+      step_size: of the PGD, in image units; default eps / 4.
       ramp_epochs: eps and step size grow linearly from 0 over so many epochs.
 
     Returns:
