@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 Array = jax.Array
+Scalar = jax.Array  # ()
 Images = jax.Array  # (B, H, W, C)
 Labels = jax.Array  # (B,)
 Logits = jax.Array  # (B, K)

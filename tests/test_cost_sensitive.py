@@ -286,6 +286,29 @@ def test_a_warm_start_is_computed_once_for_all_members(adversarial):
     assert float(stepped(own, phase=0)[2][accuracy][1]) == 32
 
 
+def test_each_member_of_a_stack_declares_the_class_it_is_judged_on():
+    stack = {"stacked": {"members": 4, "prefix": "protect"}}
+    expected = {f"protect{i}": i for i in range(4)}
+    options = {"cse": {"layers": {}}, "csa": {}}
+    for name, more in options.items():
+        each = defenses.make(name, Linear(), BALL, protect="each", **more)
+        assert each.judged == {}
+        chosen = {**stack, "ema": {}, "weight_perturbation": {}}
+        each = defenses.make(name, Linear(), BALL, protect="each", transforms=chosen, **more)
+        assert each.judged == expected
+        assert set(expected) < set(each.predictors)
+        seeds = defenses.make(name, Linear(), BALL, protect=2, transforms=stack, **more)
+        assert seeds.judged == {}
+    for parts in (
+        {"cse": {"protect": "each", "layers": {}, "pretrain": 0}, "standard": 0.5},
+        {"standard": 0.5, "cse": {"protect": "each", "layers": {}, "pretrain": 0}},
+    ):
+        both = defenses.make("combine", Linear(), BALL, parts=parts, transforms=stack)
+        assert both.judged == expected
+    parts = {"csa": {"protect": "each", "pretrain": 0, "transforms": stack}}
+    assert defenses.make("combine", Linear(), BALL, parts=parts).judged == expected
+
+
 def test_a_stack_of_seeds_differs_and_errors_say_why():
     standard = defenses.make("standard", Linear(), BALL)
     params, _ = transforms.stacked(standard, members=3).init(KEY, IMAGES[:1])

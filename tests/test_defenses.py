@@ -289,6 +289,15 @@ def test_transforms_keep_the_contract(transform):
     assert defense.predictors[defense.primary](state.params, state.carry)(IMAGES).shape == (8, 4)
 
 
+def test_averages_and_soft_labels_of_one_defence():
+    """The average is of the defence's own roles, not of the teacher that is added later."""
+    chosen = {"ema": {}, "soft_labels": {"teacher": teacher()}}
+    defense = build("standard", transforms=chosen)
+    _, state, metrics = run_steps(defense, defense.phases[0])
+    assert np.isfinite(metrics["loss"][0])
+    assert list(state.carry["ema"]["params"]) == ["classifier"]
+
+
 def test_errors_name_the_nearest():
     with pytest.raises(ValueError, match="nearest: trades"):
         build("trade")

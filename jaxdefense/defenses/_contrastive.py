@@ -1,4 +1,4 @@
-"""What the contrastive defences share: a classifier in three roles, its views, its head's phase.
+"""Shared by the contrastive defences: a classifier in three roles, its views, its phases.
 
 roles   encoder    the network f without its last layer, h = f(x); it owns the statistics
         head       that last, linear layer c on h
@@ -106,7 +106,7 @@ def views(dataset: str) -> base.View:
 
 
 def check_temperature(temperature: float) -> None:
-    """The contrast divides by it.
+    """The contrast's temperature is positive.
 
     Raises:
       ValueError: it is not positive.
@@ -123,14 +123,21 @@ def contrast_phase(
     temperature: float,
     length: float | str | None = None,
 ) -> base.Phase:
-    """f and g on SupCon of the two strong views; without labels on NT-Xent, which is SimCLR.
+    """A phase of f and g on SupCon of the two strong views; without labels on NT-Xent (SimCLR).
+
+    Args:
+      parts: the model and the projector.
+      view: makes the strong views (see `views`).
+      labels: whether views of one class are positives, or only views of one image.
+      temperature: of the contrast.
+      length: of the phase.
 
     Raises:
       ValueError: a temperature that is not positive.
     """
     check_temperature(temperature)
 
-    def loss(params: Any, carry: Any, batch: base.Batch, key: Key) -> Any:
+    def loss(params: base.Params, carry: base.Carry, batch: base.Batch, key: Key) -> base.LossValue:
         z, _, carry = parts.embed(params, carry, batch["view1"], batch["view2"])
         value = losses.supcon(
             z,
@@ -155,28 +162,29 @@ def head_phase(
     train_bn: bool = False,
     **kwargs: Any,
 ) -> base.Phase:
-    """The head alone, by a fresh Adam on the cross-entropy of weak crops; f's weights stay.
+    """A phase of the head alone, by a fresh Adam on the cross-entropy of weak crops.
 
     Args:
       name: of the phase.
-      parts, view: of the defence.
+      parts: the model and the projector.
+      view: makes the weak crops (see `views`).
       length: of the phase.
       lr: Adam's rate.
       fresh: whether the head begins anew too.
-      attack: trains on what it finds; None: on clean crops.
+      attack: makes the images that the head is trained on; None: clean crops.
       train_bn: the encoder's BatchNorm uses, and its running averages follow, the batch's
         statistics; else they too stay.
       **kwargs: of the model's call (`bn_set`).
     """
 
-    def craft(params: Any, carry: Any, batch: base.Batch, key: Key) -> base.Batch:
+    def craft(params: base.Params, carry: base.Carry, batch: base.Batch, key: Key) -> base.Batch:
         predict = parts.predict(params, carry, **kwargs)
-        found = batch["image"]
+        x = batch["image"]
         if attack is not None:
-            found = attack(predict, key, batch["image"], batch["label"])
-        return {**batch, "adversarial": found}
+            x = attack(predict, key, batch["image"], batch["label"])
+        return {**batch, "adversarial": x}
 
-    def loss(params: Any, carry: Any, batch: base.Batch, key: Key) -> Any:
+    def loss(params: base.Params, carry: base.Carry, batch: base.Batch, key: Key) -> base.LossValue:
         x = batch["adversarial"]
         if train_bn:
             logits, carry = parts.train(params, carry, x, **kwargs)

@@ -1,4 +1,4 @@
-"""What the purifying defences share: a classifier, frozen once trained, and what cleans its images.
+"""Shared by the purifying defences: a classifier, frozen once trained, behind a generator.
 
     predict(x) = F(purify(x)),    purify(x) = finish(x, G(x))
 
@@ -81,8 +81,8 @@ class System:
                 new_params, new_carry = net.init(jax.random.fold_in(key, i), images)
                 params, carry = {**params, **new_params}, {**carry, **new_carry}
         if self.trained is not None:
-            given, statistics = self.trained.init(self.classifier.role)
-            params, carry = {**params, **given}, {**carry, **statistics}
+            weights, statistics = self.trained.init(self.classifier.role)
+            params, carry = {**params, **weights}, {**carry, **statistics}
         return params, carry
 
     def purify(self, params: base.Params, carry: base.Carry) -> Callable[[Images], Images]:
@@ -108,7 +108,9 @@ class System:
     def discriminate(self, craft: base.Craft) -> base.Update:
         """D's step on BCE(D(x), 1) + BCE(D(purify(x')), 0): it raises what G lowers."""
 
-        def loss(params: Any, carry: Any, batch: base.Batch, key: Any) -> Any:
+        def loss(
+            params: base.Params, carry: base.Carry, batch: base.Batch, key: Key
+        ) -> base.LossValue:
             cleaned = self.clean(params, carry, batch["adversarial"])[0]
             real, carry = self.judge(params, carry, batch["image"])
             fake, carry = self.judge(params, carry, jax.lax.stop_gradient(cleaned))
@@ -157,8 +159,8 @@ class System:
 
         predictors = {"purified": self.purified, "classifier": self.classifier.predict}
         purifier = base.Purifier("classifier", self.purify, detours or {})
-        given = {} if self.trained is None else {self.classifier.role: self.trained}
-        return base.Defense(init, tuple(phases), predictors, {"purified": purifier}, given)
+        pretrained = {} if self.trained is None else {self.classifier.role: self.trained}
+        return base.Defense(init, tuple(phases), predictors, {"purified": purifier}, pretrained)
 
 
 def make_system(
@@ -171,6 +173,14 @@ def make_system(
     discriminator: bool = False,
 ) -> System:
     """The system of a classifier, trained where one is given, and a generator by name.
+
+    Args:
+      model: F; not used where `classifier` is given.
+      generator: the name of G.
+      options: G's fields.
+      finish: (images, G's output on them) -> cleaned images.
+      classifier: F's module and weights, trained in a run of their own.
+      discriminator: whether there is one.
 
     Raises:
       ValueError: an unknown generator or option of it, or a classifier that is no `base.Trained`.
@@ -199,7 +209,7 @@ def mixture_craft(
     steps: int = 10,
     step_size: float | None = None,
 ) -> base.Craft:
-    """x': equal shares of the batch by each kind of attack on `target`, in `batch["adversarial"]`.
+    """The craft that adds batch["adversarial"]: equal shares by each kind of attack on `target`.
 
     The order of a batch is random, so this is a draw of the kind for each image, and a third of
     the work of crafting all three.
@@ -208,7 +218,8 @@ def mixture_craft(
       threat: the set.
       target: what is attacked.
       kinds: of `ATTACKS`; a kind may stand there twice.
-      steps, step_size: of PGD, in image units, by default eps / 4.
+      steps: number of PGD steps.
+      step_size: of the PGD, in image units; default eps / 4.
 
     Raises:
       ValueError: no or an unknown kind, or steps that are no positive integer.
@@ -226,7 +237,7 @@ def mixture_craft(
         if kind not in made:
             registry.raise_unknown("attack", kind, made)
 
-    def craft(params: Any, carry: Any, batch: base.Batch, key: Any) -> base.Batch:
+    def craft(params: base.Params, carry: base.Carry, batch: base.Batch, key: Key) -> base.Batch:
         predict = target(params, carry)
         n = batch["image"].shape[0]
         parts = []
@@ -247,7 +258,8 @@ def activations(
 
     Args:
       net: the network.
-      params, carry: of its role.
+      params: by role.
+      carry: by role.
       x: (B, H, W, C).
       layer: "logits", "features" (the head's input), or the name of a submodule.
     """
@@ -273,9 +285,15 @@ def feature_distance(
     images: Images,
     layer: str,
 ) -> tuple[Logits, PerExample]:
-    """(F(cleaned), mean |F_l(cleaned) - F_l(images)| (B,)), no gradient through the latter.
+    """(F(cleaned), mean |F_l(cleaned) - F_l(images)| (B,)), no gradient through F_l(images).
 
-    `cleaned` may hold more images than `images`; only as many are compared.
+    Args:
+      net: F.
+      params: by role.
+      carry: by role.
+      cleaned: at least as many images as `images`; only as many are compared.
+      images: (B, H, W, C), the targets.
+      layer: l, as in `activations`.
     """
     logits, got = activations(net, params, carry, cleaned, layer)
     wanted = activations(net, params, carry, images, layer)[1]

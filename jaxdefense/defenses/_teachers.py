@@ -1,4 +1,4 @@
-"""What the distilling defences share: a teacher, trained before or in the run's first phase.
+"""Shared by the distilling defences: a teacher, trained before or in the run's first phase.
 
 A trained one (`base.Trained`; in a config {"workdir": ..., "checkpoint": "best"}) stands in the
 role `teacher` and never moves. Otherwise the run begins with a phase that trains one.
@@ -43,6 +43,11 @@ class Teacher:
         """The defence whose last phase trains the student; predictors `classifier` and `teacher`.
 
         The student starts as it would without a teacher, from the same seed.
+
+        Args:
+          student: in the role `classifier`.
+          loss: of the student.
+          craft: of the student's phase.
         """
 
         def init(key: Key, images: Images) -> tuple[base.Params, base.Carry]:
@@ -72,8 +77,8 @@ def make_teacher(spec: Spec, model: nn.Module, threat: Threat) -> Teacher:
       threat: what a teacher in the run is defended against.
 
     Raises:
-      ValueError: a path that nobody has read, a defence of several phases, or wrong names or
-        options.
+      ValueError: a workdir that is not loaded yet, a defence of several phases, or wrong names
+        or options.
     """
     if isinstance(spec, base.Trained):
         return frozen_teacher(spec)
@@ -118,18 +123,22 @@ def _inside(by_role: Mapping[str, PyTree]) -> dict[str, PyTree]:
     """The teacher's own roles under the names that its defence gave them."""
     prefix = f"{ROLE}_"
     more = {role: tree for role, tree in by_role.items() if role.startswith(prefix)}
-    own = {role.removeprefix(prefix): tree for role, tree in more.items()}
-    return {"classifier": by_role[ROLE], **own}
+    others = {role.removeprefix(prefix): tree for role, tree in more.items()}
+    return {"classifier": by_role[ROLE], **others}
 
 
 def _renamed(phase: base.Phase, length: float | str | None) -> base.Phase:
     """A defence's phase with `teacher` in place of its role `classifier`."""
 
     def wrapped(update: base.Update) -> base.Update:
-        def craft(params: Any, carry: Any, batch: base.Batch, key: Key) -> base.Batch:
+        def craft(
+            params: base.Params, carry: base.Carry, batch: base.Batch, key: Key
+        ) -> base.Batch:
             return update.craft(_inside(params), _inside(carry), batch, key)
 
-        def loss(params: Any, carry: Any, batch: base.Batch, key: Key) -> Any:
+        def loss(
+            params: base.Params, carry: base.Carry, batch: base.Batch, key: Key
+        ) -> base.LossValue:
             value, (new, metrics) = update.loss(_inside(params), _inside(carry), batch, key)
             return value, ({**carry, **_outside(new)}, metrics)
 
@@ -153,7 +162,13 @@ def _renamed(phase: base.Phase, length: float | str | None) -> base.Phase:
 
 
 def metrics(batch: base.Batch, clean: Logits, moved: Logits) -> base.Metrics:
-    """The student's accuracy on both images, and how often it says what the teacher says of x."""
+    """The student's accuracy on x and x', and its agreement at x' with the teacher at x.
+
+    Args:
+      batch: with "label" and "soft", the teacher's logits of x.
+      clean: the student's logits of x.
+      moved: the student's logits of x'.
+    """
     return {
         "accuracy": base.accuracy(clean, batch["label"]),
         "robust_accuracy": base.accuracy(moved, batch["label"]),

@@ -9,7 +9,7 @@ from jaxdefense import attacks, losses, registry
 from jaxdefense.attacks import checks
 from jaxdefense.defenses import _contrastive, base
 from jaxdefense.models import layers
-from jaxdefense.types import Images, Key, PerExample, Threat
+from jaxdefense.types import Array, Images, Key, PerExample, Predict, Threat
 
 BRANCHES = ("clean", "adversarial")
 
@@ -42,7 +42,8 @@ def make(
       dataset: whose strong and weak views are drawn (`data.make_augment`).
       temperature: of the contrast.
       projection: size of the projector's output.
-      steps, step_size: of every PGD; step_size in image units, by default eps / 4.
+      steps: number of steps of every PGD.
+      step_size: of every PGD, in image units; default eps / 4.
       branch: the BatchNorm set that is deployed, 'adversarial' or 'clean'.
       head: 'clean' trains the head on weak crops, 'adv' on what PGD on its cross-entropy finds.
       head_epochs: length of the phase `head`.
@@ -74,10 +75,10 @@ def make(
     parts = _contrastive.Parts(model.clone(bn_sets=2) if dual else model, projection=projection)
     view = _contrastive.views(dataset)
 
-    def contrast(z: Any) -> PerExample:
+    def contrast(z: Array) -> PerExample:
         return losses.supcon(z, temperature=temperature, axis_name=base.AXIS)
 
-    def craft(params: Any, carry: Any, batch: base.Batch, key: Key) -> base.Batch:
+    def craft(params: base.Params, carry: base.Carry, batch: base.Batch, key: Key) -> base.Batch:
         def objective(both: Images) -> PerExample:
             z = parts.embed_eval(params, carry, *jnp.split(both, 2), **adversarial)
             return jnp.tile(contrast(z), 2)  # one value per image: either moves the pair's loss
@@ -86,15 +87,15 @@ def make(
         moved = attacks.maximize(objective, both, threat, key, steps=steps, step_size=length)
         return {**batch, "moved": moved}
 
-    def loss(params: Any, carry: Any, batch: base.Batch, key: Key) -> Any:
+    def loss(params: base.Params, carry: base.Carry, batch: base.Batch, key: Key) -> base.LossValue:
         z, _, carry = parts.embed(params, carry, batch["view1"], batch["view2"], **clean)
         moved = jnp.split(batch["moved"], 2)
         z_adv, _, carry = parts.embed(params, carry, *moved, **adversarial)
         natural, robust = contrast(z), contrast(z_adv)
-        metrics = {"robust_contrast": (jnp.sum(robust), jnp.float32(robust.size))}
+        metrics = {"robust_contrast": base.mean_metric(robust)}
         return jnp.mean(natural + robust) / 2, (carry, metrics)
 
-    def predict(params: Any, carry: Any) -> Any:
+    def predict(params: base.Params, carry: base.Carry) -> Predict:
         return parts.predict(params, carry, **deployed)
 
     contrast_phase = base.Phase(

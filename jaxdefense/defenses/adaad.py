@@ -1,13 +1,11 @@
 """AdaAD: the attack looks for where teacher and student disagree, and the teacher answers there."""
 
-from typing import Any
-
 import flax.linen as nn
 import jax.numpy as jnp
 
 from jaxdefense import losses
 from jaxdefense.defenses import _teachers, base
-from jaxdefense.types import Images, Objective, PerExample, Threat
+from jaxdefense.types import Images, Key, Objective, PerExample, Threat
 
 
 def make(
@@ -33,8 +31,9 @@ def make(
         the run's first phase trains one (`_teachers.make_teacher`).
       alpha: share of the adversarial examples.
       scale: of the whole loss.
-      steps, step_size: of the inner maximisation; step_size in image units, by default eps / 4.
-        Each step differentiates the teacher, which is the price of this defence.
+      steps: number of steps of the inner maximisation. Each step differentiates the teacher, which
+        is the price of this defence.
+      step_size: of those steps, in image units; default eps / 4.
       noise: standard deviation of its Gaussian start, image units.
       ramp_epochs: eps and step size grow linearly from 0 over so many epochs of the run.
 
@@ -52,7 +51,7 @@ def make(
     _teachers.check_temperature_scale(scale)
     student, guide = base.Net(model), _teachers.make_teacher(teacher, model, threat)
 
-    def objective(params: Any, carry: Any, batch: base.Batch) -> Objective:
+    def objective(params: base.Params, carry: base.Carry, batch: base.Batch) -> Objective:
         teach, learn = guide.predict(params, carry), student.predict(params, carry)
 
         def disagreement(z: Images) -> PerExample:
@@ -64,12 +63,12 @@ def make(
         objective, threat, steps=steps, step_size=step_size, noise=noise, ramp_epochs=ramp_epochs
     )
 
-    def craft(params: Any, carry: Any, batch: base.Batch, key: Any) -> base.Batch:
+    def craft(params: base.Params, carry: base.Carry, batch: base.Batch, key: Key) -> base.Batch:
         batch, predict = climb(params, carry, batch, key), guide.predict(params, carry)
         answers = {"soft": predict(batch["image"]), "soft_moved": predict(batch["adversarial"])}
         return {**batch, **answers}
 
-    def loss(params: Any, carry: Any, batch: base.Batch, key: Any) -> Any:
+    def loss(params: base.Params, carry: base.Carry, batch: base.Batch, key: Key) -> base.LossValue:
         moved, carry = student.train(params, carry, batch["adversarial"])
         clean, carry = student.train(params, carry, batch["image"])
         robust, natural = losses.kl(batch["soft_moved"], moved), losses.kl(batch["soft"], clean)

@@ -1,14 +1,12 @@
 """ADD: a lightweight network learns from a robust teacher's soft labels, and from nothing else."""
 
-from typing import Any
-
 import flax.linen as nn
 import jax.numpy as jnp
 
 from jaxdefense import losses
 from jaxdefense.attacks import checks
 from jaxdefense.defenses import _teachers, base
-from jaxdefense.types import Objective, Threat
+from jaxdefense.types import Key, Objective, Threat
 
 
 def make(
@@ -37,10 +35,12 @@ def make(
       teacher: T, a trained network (in a config {"workdir": ..., "checkpoint": "best"}), or how
         the run's first phase trains one (`_teachers.make_teacher`).
       temperature: tau, INFERRED; at 1 this is RSLAD.
-      robust_weight, clean_weight: RSLAD's 5/6 and 1/6.
+      robust_weight: of D(x'); RSLAD's 5/6.
+      clean_weight: of D(x); RSLAD's 1/6.
       scale: of the whole loss. RSLAD's code averages the KL over the classes too: .1 is its loss on
         ten classes and, as it multiplies by 10 there, on a hundred.
-      steps, step_size: of the inner maximisation; step_size in image units, by default eps / 4.
+      steps: number of steps of the inner maximisation.
+      step_size: of those steps, in image units; default eps / 4.
       noise: standard deviation of its Gaussian start, image units.
       ramp_epochs: eps and step size grow linearly from 0 over so many epochs of the run.
 
@@ -63,7 +63,7 @@ def make(
         checks.check_step(name, weight)
     student, guide = base.Net(model), _teachers.make_teacher(teacher, model, threat)
 
-    def objective(params: Any, carry: Any, batch: base.Batch) -> Objective:
+    def objective(params: base.Params, carry: base.Carry, batch: base.Batch) -> Objective:
         predict = student.predict(params, carry)
         return lambda z: losses.distillation(batch["soft"], predict(z), temperature=temperature)
 
@@ -71,11 +71,11 @@ def make(
         objective, threat, steps=steps, step_size=step_size, noise=noise, ramp_epochs=ramp_epochs
     )
 
-    def craft(params: Any, carry: Any, batch: base.Batch, key: Any) -> base.Batch:
+    def craft(params: base.Params, carry: base.Carry, batch: base.Batch, key: Key) -> base.Batch:
         soft = guide.predict(params, carry)(batch["image"])
         return climb(params, carry, {**batch, "soft": soft}, key)
 
-    def loss(params: Any, carry: Any, batch: base.Batch, key: Any) -> Any:
+    def loss(params: base.Params, carry: base.Carry, batch: base.Batch, key: Key) -> base.LossValue:
         moved, carry = student.train(params, carry, batch["adversarial"])
         clean, carry = student.train(params, carry, batch["image"])
         robust = losses.distillation(batch["soft"], moved, temperature=temperature)

@@ -1,7 +1,7 @@
 """Anti-adversary: at test time, a few steps that make the classifier surer of what it says."""
 
 import dataclasses
-from typing import Any
+from collections.abc import Callable
 
 import flax.linen as nn
 import jax
@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jaxdefense import losses
 from jaxdefense.attacks import checks
 from jaxdefense.defenses import base, standard
-from jaxdefense.types import Images, Predict, Threat
+from jaxdefense.types import Array, Images, Predict, Scalar, Threat
 
 
 def make(
@@ -49,14 +49,14 @@ def make(
     checks.check_step("step_size", step_size)
     net = base.Net(model)
 
-    def purify(params: Any, carry: Any) -> Any:
+    def purify(params: base.Params, carry: base.Carry) -> Callable[[Images], Images]:
         predict = net.predict(params, carry)
 
         def clean(x: Images) -> Images:
             guess = jnp.argmax(predict(x), -1)
 
-            def step(_: Any, z: Images) -> Images:
-                def doubt(z: Images) -> Any:
+            def step(_: Array, z: Images) -> Images:
+                def doubt(z: Images) -> Scalar:
                     return jnp.sum(losses.cross_entropy(predict(z), guess))
 
                 # The sign's derivative is 0 anyhow; so no second one is built.
@@ -67,7 +67,7 @@ def make(
 
         return clean
 
-    def surer(params: Any, carry: Any) -> Predict:
+    def surer(params: base.Params, carry: base.Carry) -> Predict:
         predict, clean = net.predict(params, carry), purify(params, carry)
         return lambda x: predict(clean(x))
 

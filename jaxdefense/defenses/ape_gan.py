@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jaxdefense import losses
 from jaxdefense.attacks import checks
 from jaxdefense.defenses import _purifying, base
-from jaxdefense.types import Threat
+from jaxdefense.types import Key, Threat
 
 
 def make(
@@ -41,12 +41,15 @@ def make(
       threat: the set that x' is searched in.
       classifier: F's weights, trained in a run of their own; `model` is then not used and there
         is no phase `classifier`.
-      generator, generator_options: G, one of `models.generators()`, and its fields.
+      generator: G, one of `models.generators()`.
+      generator_options: its fields.
       lengths: {'classifier' or 'gan': its length}; the other has the rest of the run.
       optimizer: of G and D; by default the authors' Adam with 2e-4 and b1 .5.
       attacks: kinds of x' that each batch holds in equal shares: 'fgsm', 'pgd', 'clean'.
-      steps, step_size: of PGD; step_size in image units, by default eps / 4.
-      pixel_weight, adversarial_weight: the authors' .7 and .3.
+      steps: number of PGD steps.
+      step_size: of the PGD, in image units; default eps / 4.
+      pixel_weight: of the squared error; the authors' .7.
+      adversarial_weight: of the discriminator's term; the authors' .3.
       root: the square root of the mean square, as in the authors' code (there over the batch,
         here per image); the PyTorch port has none.
       generator_updates: of G for one of D; 2 in the authors' code, which says that its paper has
@@ -73,7 +76,7 @@ def make(
         discriminator=True,
     )
 
-    def loss(params: Any, carry: Any, batch: base.Batch, key: Any) -> Any:
+    def loss(params: base.Params, carry: base.Carry, batch: base.Batch, key: Key) -> base.LossValue:
         x = batch["image"]
         cleaned, carry = system.clean(params, carry, batch["adversarial"])
         pixels = losses.squared_error(cleaned, x)
@@ -82,7 +85,7 @@ def make(
             pixels = jnp.where(pixels > 0, jnp.sqrt(jnp.where(pixels > 0, pixels, 1)), 0)
         real = system.judge(params, carry, cleaned)[0]
         value = pixel_weight * pixels + adversarial_weight * losses.binary_cross_entropy(real, 1.0)
-        metrics = {"pixels": (jnp.sum(pixels), jnp.float32(pixels.size))}
+        metrics = {"pixels": base.mean_metric(pixels)}
         return jnp.mean(value), (carry, metrics)
 
     craft = _purifying.mixture_craft(

@@ -1,13 +1,11 @@
 """ARD: a student's answer to adversarial examples is taught by a teacher's to clean images."""
 
-from typing import Any
-
 import flax.linen as nn
 import jax.numpy as jnp
 
 from jaxdefense import losses
 from jaxdefense.defenses import _teachers, base
-from jaxdefense.types import Threat
+from jaxdefense.types import Key, Threat
 
 
 def make(
@@ -34,7 +32,8 @@ def make(
       temperature: tau; the authors' 30 on CIFAR-10.
       alpha: the teacher's share of the loss.
       scale: of the KL. The authors' code averages it over the classes too: .1 is its loss on ten.
-      steps, step_size: of the PGD; step_size in image units, by default eps / 4.
+      steps: number of PGD steps.
+      step_size: of the PGD, in image units; default eps / 4.
       ramp_epochs: eps and step size grow linearly from 0 over so many epochs of the run.
 
     Returns:
@@ -54,11 +53,11 @@ def make(
         student, threat, steps=steps, step_size=step_size, ramp_epochs=ramp_epochs
     )
 
-    def craft(params: Any, carry: Any, batch: base.Batch, key: Any) -> base.Batch:
+    def craft(params: base.Params, carry: base.Carry, batch: base.Batch, key: Key) -> base.Batch:
         soft = guide.predict(params, carry)(batch["image"])
         return {**attack(params, carry, batch, key), "soft": soft}
 
-    def loss(params: Any, carry: Any, batch: base.Batch, key: Any) -> Any:
+    def loss(params: base.Params, carry: base.Carry, batch: base.Batch, key: Key) -> base.LossValue:
         moved, carry = student.train(params, carry, batch["adversarial"])
         clean, carry = student.train(params, carry, batch["image"])
         taught = losses.distillation(batch["soft"], moved, temperature=temperature)

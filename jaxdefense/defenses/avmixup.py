@@ -1,14 +1,12 @@
 """AVmixup: between an image and a vertex beyond its adversarial example, labels between too."""
 
-from typing import Any
-
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 from jaxdefense import losses, mixing
 from jaxdefense.defenses import base
-from jaxdefense.types import Threat
+from jaxdefense.types import Key, Threat
 
 
 def make(
@@ -32,11 +30,13 @@ def make(
       model: images (B, H, W, C) -> logits (B, K).
       threat: the ball that PGD searches; with gamma above 1 the mixture may leave it.
       gamma: the vertex' distance, in units of PGD's.
-      l1, l2: what the true class keeps at the image and at the vertex. .1 is the uniform label of
-        ten classes; below 1 / K the label would no longer be the likeliest class at the vertex.
+      l1: what the true class keeps at the image.
+      l2: what the true class keeps at the vertex. .1 is the uniform label of ten classes; below
+        1 / K the label would no longer be the likeliest class there.
       lam_alpha: of w's Beta law; 1 is uniform.
-      steps, step_size, ramp_epochs: of the PGD, see `base.pgd_craft`; step_size in image units,
-        by default eps / 4.
+      steps: number of PGD steps.
+      step_size: of the PGD, in image units; default eps / 4.
+      ramp_epochs: eps and step size grow linearly from 0 over so many epochs.
 
     Returns:
       A `Defense` with the role and predictor `classifier`. Its soft labels flatter attacks on the
@@ -56,7 +56,7 @@ def make(
     net = base.Net(model)
     attack = base.pgd_craft(net, threat, steps=steps, step_size=step_size, ramp_epochs=ramp_epochs)
 
-    def craft(params: Any, carry: Any, batch: base.Batch, key: Any) -> base.Batch:
+    def craft(params: base.Params, carry: base.Carry, batch: base.Batch, key: Key) -> base.Batch:
         k_attack, k_lam = jax.random.split(key)
         batch = attack(params, carry, batch, k_attack)
         x = batch["image"]
@@ -64,7 +64,7 @@ def make(
         lam = mixing.weights(k_lam, len(x), alpha=lam_alpha)
         return {**batch, "lam": lam, "mixed": mixing.mix(lam, x, vertex)}
 
-    def loss(params: Any, carry: Any, batch: base.Batch, key: Any) -> Any:
+    def loss(params: base.Params, carry: base.Carry, batch: base.Batch, key: Key) -> base.LossValue:
         logits, carry = net.train(params, carry, batch["mixed"])
         target = mixing.soften(base.targets(batch, logits), 1 - batch["lam"], l1, l2)
         value = jnp.mean(losses.cross_entropy(logits, target))

@@ -14,7 +14,7 @@ Craft and loss run inside the mapped axis `AXIS`; the step averages over it.
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -34,6 +34,7 @@ from jaxdefense.types import (
     PerExample,
     Predict,
     PyTree,
+    Scalar,
     Threat,
 )
 
@@ -42,9 +43,10 @@ AXIS = "batch"
 Params = dict[str, PyTree]
 Carry = dict[str, PyTree]
 Batch = dict[str, Any]
-Metrics = dict[str, tuple[Array, Array]]
+Metrics = dict[str, tuple[Scalar, Scalar]]
 Craft = Callable[[Params, Carry, Batch, Key], Batch]
-Loss = Callable[[Params, Carry, Batch, Key], tuple[Array, tuple[Carry, Metrics]]]
+LossValue = tuple[Scalar, tuple[Carry, Metrics]]
+Loss = Callable[[Params, Carry, Batch, Key], LossValue]
 After = Callable[[Params, Carry, Batch], Carry]
 View = Callable[[Key, Images], dict[str, Images]]
 Predictor = Callable[[Params, Carry], Predict]
@@ -123,7 +125,8 @@ class Trained:
 
     Attributes:
       module: the network.
-      params, batch_stats: its variables, on the host.
+      params: its parameters, on the host.
+      batch_stats: its running statistics, on the host.
       source: where they come from, for messages.
     """
 
@@ -148,6 +151,10 @@ class Defense:
       purifiers: {name of a predictor that cleans images first: its Purifier}.
       pretrained: {role: the trained network that `init` puts there}. No update trains such a role,
         and checkpoints leave it out.
+      variant_classes: the class that each variant protects, where the carry's "member" chooses
+        among variants and each protects one class (see `transforms.stacked`).
+      judged: {predictor: the one class that it is judged on}, of predictors that each protect one
+        class; empty where every predictor is judged on all classes.
     """
 
     init: Callable[[Key, Images], tuple[Params, Carry]]
@@ -155,6 +162,8 @@ class Defense:
     predictors: Mapping[str, Predictor]
     purifiers: Mapping[str, Purifier] = dataclasses.field(default_factory=dict)
     pretrained: Mapping[str, Trained] = dataclasses.field(default_factory=dict)
+    variant_classes: Sequence[int] = ()
+    judged: Mapping[str, int] = dataclasses.field(default_factory=dict)
 
     @property
     def primary(self) -> str:
@@ -164,6 +173,19 @@ class Defense:
     def without_pretrained(self, by_role: Mapping[str, PyTree]) -> dict[str, PyTree]:
         """Parameters or carry without the roles of pretrained networks."""
         return {role: tree for role, tree in by_role.items() if role not in self.pretrained}
+
+    def map_phases(self, change: Callable[[Phase], Phase]) -> tuple[Phase, ...]:
+        """Every phase changed; what is one Phase in several places stays one."""
+        changed = {phase: change(phase) for phase in self.phases}
+        return tuple(changed[phase] for phase in self.phases)
+
+    def map_updates(self, change: Callable[[Update], Update]) -> tuple[Phase, ...]:
+        """Every phase with its updates changed."""
+
+        def with_updates(phase: Phase) -> Phase:
+            return dataclasses.replace(phase, updates=tuple(map(change, phase.updates)))
+
+        return self.map_phases(with_updates)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -219,8 +241,10 @@ def pgd_craft(
     Args:
       net: what is attacked.
       threat: the set.
-      steps, step_size, loss, random_start: of the PGD; step_size in image units, by default
-        eps / 4.
+      steps: number of PGD steps.
+      step_size: of the PGD, in image units; default eps / 4.
+      loss: what the PGD raises.
+      random_start: whether it starts at a random point of the ball, else at the image.
       ramp_epochs: eps and step size grow linearly from 0 over so many epochs.
 
     Raises:
@@ -256,7 +280,8 @@ def objective_craft(
     Args:
       objective: (params, carry, batch) -> per-example objective of images; networks in eval mode.
       threat: the set around batch["image"].
-      steps, step_size: of the ascent; step_size in image units, by default eps / 4.
+      steps: number of steps of the ascent.
+      step_size: of those steps, in image units; default eps / 4.
       noise: standard deviation of the start, image units; a KL's gradient vanishes at x itself.
       ramp_epochs: eps and step size grow linearly from 0 over so many epochs of the run.
       growth: (carry, batch) -> (B,), a further factor of eps and step size per example.
@@ -315,7 +340,12 @@ def eps_ramp(batch: Batch, epochs: float) -> Array | float:
     return jnp.minimum(batch["epoch"] / epochs, 1.0) if epochs else 1.0
 
 
-def accuracy(logits: Logits, labels: Labels) -> tuple[Array, Array]:
-    """(correct, count) as a metric."""
+def mean_metric(values: PerExample) -> tuple[Scalar, Scalar]:
+    """The mean of one number per example as a metric: (sum, count)."""
+    return jnp.sum(values), jnp.float32(values.size)
+
+
+def accuracy(logits: Logits, labels: Labels) -> tuple[Scalar, Scalar]:
+    """The accuracy as a metric: (correct, count)."""
     hits = jnp.argmax(logits, -1) == labels
     return jnp.sum(hits, dtype=jnp.float32), jnp.float32(hits.size)

@@ -1,7 +1,5 @@
 """CLAF: the adversarial example is one more positive, and the head it is made with stays fresh."""
 
-from typing import Any
-
 import flax.linen as nn
 import jax.numpy as jnp
 
@@ -9,7 +7,7 @@ from jaxdefense import attacks, losses, registry
 from jaxdefense.attacks import checks
 from jaxdefense.defenses import _contrastive, base
 from jaxdefense.threat import Linf
-from jaxdefense.types import Array, Attack, Images, Key, Labels, Predict, Threat
+from jaxdefense.types import Array, Attack, Images, Key, Labels, PerExample, Predict, Threat
 
 
 def literal_pgd(
@@ -29,8 +27,10 @@ def literal_pgd(
 
     Args:
       threat: its eps counts in units of std; its bounds are the clamp's.
-      mean, std: C numbers each.
-      steps, step_size: the latter in units of std.
+      mean: C numbers.
+      std: C numbers.
+      steps: number of PGD steps.
+      step_size: in units of std.
 
     Returns:
       An `Attack` of images in [0, 1], whose results lie in [mean, mean + std].
@@ -45,7 +45,7 @@ def literal_pgd(
         centre = jnp.asarray(mean, images.dtype).reshape(1, 1, 1, -1)
         scale = jnp.asarray(std, images.dtype).reshape(1, 1, 1, -1)
 
-        def objective(n: Images) -> Any:
+        def objective(n: Images) -> PerExample:
             return losses.cross_entropy(predict(n * scale + centre), labels)
 
         n = (images - centre) / scale
@@ -114,7 +114,8 @@ def make(
       labels: whether views of one class are positives, or only views of one image (NT-Xent).
       temperature: of the contrast.
       projection: size of the projector's output.
-      steps, step_size: of the PGD; step_size in image units (literal: of std), default eps / 4.
+      steps: number of PGD steps.
+      step_size: of the PGD, in image units (literal: of std); default eps / 4.
       cycles: of stage 2.
       refresh_epochs: length of each refresh (passes over the data, or as `Phase.length`).
       refresh_every: length of each `encode`.
@@ -149,11 +150,11 @@ def make(
     parts = _contrastive.Parts(model, projection=projection)
     view = _contrastive.views(dataset)
 
-    def craft(params: Any, carry: Any, batch: base.Batch, key: Key) -> base.Batch:
+    def craft(params: base.Params, carry: base.Carry, batch: base.Batch, key: Key) -> base.Batch:
         predict = parts.predict(params, carry)
         return {**batch, "adversarial": attack(predict, key, batch["image"], batch["label"])}
 
-    def loss(params: Any, carry: Any, batch: base.Batch, key: Key) -> Any:
+    def loss(params: base.Params, carry: base.Carry, batch: base.Batch, key: Key) -> base.LossValue:
         z, logits, carry = parts.embed(
             params, carry, batch["view1"], batch["view2"], batch["adversarial"]
         )

@@ -9,7 +9,7 @@ import jax
 
 from jaxdefense import defenses
 from jaxdefense.defenses import base
-from jaxdefense.types import Threat
+from jaxdefense.types import Images, Key, Threat
 
 
 def make(
@@ -52,7 +52,7 @@ def combine(parts: Sequence[tuple[float, base.Defense]]) -> base.Defense:
     longest = max((part for _, part in parts), key=lambda d: len(d.phases))
     phases = tuple(_phase(i, phase, parts) for i, phase in enumerate(longest.phases))
 
-    def init(key: Any, images: Any) -> tuple[base.Params, base.Carry]:
+    def init(key: Key, images: Images) -> tuple[base.Params, base.Carry]:
         params: base.Params = {}
         carry: base.Carry = {}
         for _, part in reversed(parts):  # the first part's word counts
@@ -61,8 +61,14 @@ def combine(parts: Sequence[tuple[float, base.Defense]]) -> base.Defense:
         return params, carry
 
     first = parts[0][1]
-    given = {role: net for _, part in reversed(parts) for role, net in part.pretrained.items()}
-    return base.Defense(init, phases, first.predictors, first.purifiers, given)
+    pretrained = {role: net for _, part in reversed(parts) for role, net in part.pretrained.items()}
+    return dataclasses.replace(
+        first,
+        init=init,
+        phases=phases,
+        pretrained=pretrained,
+        variant_classes=next((p.variant_classes for _, p in parts if p.variant_classes), ()),
+    )
 
 
 def _phase(i: int, phase: base.Phase, parts: Sequence[tuple[float, base.Defense]]) -> base.Phase:
@@ -93,14 +99,14 @@ def _update(j: int, update: base.Update, phases: Sequence[tuple[float, base.Phas
     if len(terms) < len(phases):
         raise ValueError(f"no loss of every part trains {update.roles}")
 
-    def craft(params: Any, carry: Any, batch: base.Batch, key: Any) -> base.Batch:
+    def craft(params: base.Params, carry: base.Carry, batch: base.Batch, key: Key) -> base.Batch:
         crafted = []
         for i, (_, term) in enumerate(terms):
             k = jax.random.fold_in(key, i)
             crafted.append(term.craft(params, carry, batch, k))
         return {**batch, "parts": tuple(crafted)}
 
-    def loss(params: Any, carry: Any, batch: base.Batch, key: Any) -> Any:
+    def loss(params: base.Params, carry: base.Carry, batch: base.Batch, key: Key) -> base.LossValue:
         total: Any = 0.0
         metrics: base.Metrics = {}
         for i, ((weight, term), part) in enumerate(zip(terms, batch["parts"], strict=True)):

@@ -28,9 +28,14 @@ def make(
     Args:
       model: images (B, H, W, C) -> logits (B, K).
       threat: of the FGSM.
-      protect, cost, cost_weight: the cost matrix and l1, see `cse`.
-      start, pretrain: the warm start ("adv" or "normal") and its length.
-      step_size, bounds, ramp_epochs: of the FGSM, see `fgsm_at`.
+      protect: the class, or classes, whose errors cost `cost`; or "each", see `cse`.
+      cost: of an error of a protected class; all others' cost 1.
+      cost_weight: l1.
+      start: the warm start, "adv" or "normal".
+      pretrain: its length; 0 for none.
+      step_size: of the FGSM, image units; default eps.
+      bounds: box of the crafted images where it is not the threat's, see `fgsm_at`.
+      ramp_epochs: eps and step size grow linearly from 0 over so many epochs.
 
     Returns:
       A `Defense` with the role and predictor `classifier`.

@@ -2,14 +2,13 @@
 
 import functools
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import flax.linen as nn
 import jax.numpy as jnp
 
 from jaxdefense import losses
 from jaxdefense.defenses import base, fgsm_at, min_max
-from jaxdefense.types import Labels, Logits, LossFn, PerExample, Threat
+from jaxdefense.types import Images, Key, Labels, Logits, LossFn, PerExample, Threat
 
 
 def make(
@@ -51,7 +50,9 @@ def make(
       adversarial: the second step (CSE+AT; with `layers={}` it is CSA).
       start: the warm start, "normal" or "adv"; default "adv" with `adversarial`, else "normal".
       pretrain: its length; 0 for none.
-      step_size, bounds, ramp_epochs: of the FGSM, as in `fgsm_at`.
+      step_size: of the FGSM, image units; default eps.
+      bounds: box of the crafted images where it is not the threat's, see `fgsm_at`.
+      ramp_epochs: eps and step size grow linearly from 0 over so many epochs.
 
     Returns:
       A `Defense` with the role and predictor `classifier`.
@@ -87,7 +88,7 @@ def make(
         expected = losses.expected_cost(logits, batch["label"], matrix)
         return natural(logits, batch, carry) + cost_weight * expected
 
-    def init(key: Any, images: Any) -> tuple[base.Params, base.Carry]:
+    def init(key: Key, images: Images) -> tuple[base.Params, base.Carry]:
         params, carry = net.init(key, images)
         if penalty is not None:
             penalty(params[net.role])  # its layers exist
@@ -100,7 +101,8 @@ def make(
     phase = base.Phase("cse", steps if adversarial else steps[:1])
     start = start or ("adv" if adversarial else "normal")
     phases = fgsm_at.warm_start(net, start, updates(natural), pretrain, phase)
-    return base.Defense(init, phases, {net.role: net.predict})
+    variants = range(model.num_classes) if each else ()
+    return base.Defense(init, phases, {net.role: net.predict}, variant_classes=variants)
 
 
 def attack_loss(
@@ -110,7 +112,20 @@ def attack_loss(
     cost: float = 10.0,
     cost_weight: float = 1.0,
 ) -> LossFn:
-    """The part of L_CSE that sees images, of logits and labels: what the paper's attacks raise."""
+    """The part of L_CSE that depends on images: the loss that the paper's attacks raise.
+
+    Args:
+      num_classes: K.
+      protect: the class, or classes, whose errors cost `cost`.
+      cost: c of the cost matrix.
+      cost_weight: l1.
+
+    Returns:
+      (logits, labels) -> (B,).
+
+    Raises:
+      ValueError: a class or a cost outside its range.
+    """
     matrix = losses.cost_matrix(num_classes, protect, cost)
 
     def loss(logits: Logits, labels: Labels) -> PerExample:

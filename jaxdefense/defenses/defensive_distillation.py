@@ -1,7 +1,6 @@
 """Defensive distillation: a network trained at a high temperature. A control: it is broken."""
 
 from collections.abc import Callable
-from typing import Any
 
 import flax.linen as nn
 import jax
@@ -9,7 +8,7 @@ import jax.numpy as jnp
 
 from jaxdefense import losses
 from jaxdefense.defenses import _teachers, base
-from jaxdefense.types import Array, Logits, Threat
+from jaxdefense.types import Array, Key, Logits, Threat
 
 
 def make(
@@ -50,7 +49,9 @@ def make(
         raise ValueError(f"teacher must be a trained network or None, got {teacher!r}")
 
     def at_temperature(net: base.Net, target: Callable[..., Array]) -> base.Loss:
-        def loss(params: Any, carry: Any, batch: base.Batch, key: Any) -> Any:
+        def loss(
+            params: base.Params, carry: base.Carry, batch: base.Batch, key: Key
+        ) -> base.LossValue:
             logits, carry = net.train(params, carry, batch["image"])
             wanted = target(params, carry, batch, logits)
             value = jnp.mean(losses.cross_entropy(_over(logits, temperature), wanted))
@@ -58,10 +59,12 @@ def make(
 
         return loss
 
-    def labels(params: Any, carry: Any, batch: base.Batch, logits: Logits) -> Array:
+    def labels(params: base.Params, carry: base.Carry, batch: base.Batch, logits: Logits) -> Array:
         return base.targets(batch, logits)
 
-    def softened(params: Any, carry: Any, batch: base.Batch, logits: Logits) -> Array:
+    def softened(
+        params: base.Params, carry: base.Carry, batch: base.Batch, logits: Logits
+    ) -> Array:
         answer = guide.predict(params, carry)(batch["image"])
         return jax.lax.stop_gradient(jax.nn.softmax(_over(answer, temperature)))
 

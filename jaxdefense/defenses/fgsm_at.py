@@ -2,19 +2,16 @@
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import flax.linen as nn
 import jax.numpy as jnp
 
 from jaxdefense import attacks, losses, registry
-from jaxdefense.defenses import base
-from jaxdefense.types import Array, Logits, PerExample, Threat
+from jaxdefense.defenses import base, min_max
+from jaxdefense.types import Key, Logits, PerExample, Threat
 
 # What is minimised, one number per example: (logits, batch, carry) -> (B,).
 Criterion = Callable[[Logits, base.Batch, base.Carry], PerExample]
-# What is added to its mean: parameters of the role -> ().
-Penalty = Callable[[Any], Array]
 
 
 def make(
@@ -69,7 +66,7 @@ def updates(
     threat: Threat,
     criterion: Criterion,
     *,
-    penalty: Penalty | None = None,
+    penalty: min_max.Penalty | None = None,
     step_size: float | None = None,
     bounds: Sequence[float] | None = None,
     ramp_epochs: float = 0.0,
@@ -78,9 +75,12 @@ def updates(
 
     Args:
       net: what is trained and attacked.
-      threat, step_size, bounds, ramp_epochs: as in `make`.
+      threat: as in `make`.
       criterion: minimised on both, and raised by the FGSM.
       penalty: added to both steps' losses; it has no gradient to the images.
+      step_size: as in `make`.
+      bounds: as in `make`.
+      ramp_epochs: as in `make`.
     """
     if bounds is not None:
         if len(bounds) != 2:
@@ -88,7 +88,7 @@ def updates(
         threat = dataclasses.replace(threat, bounds=(float(bounds[0]), float(bounds[1])))
     length = threat.eps if step_size is None else step_size
 
-    def craft(params: Any, carry: Any, batch: base.Batch, key: Any) -> base.Batch:
+    def craft(params: base.Params, carry: base.Carry, batch: base.Batch, key: Key) -> base.Batch:
         factor = base.eps_ramp(batch, ramp_epochs)
         attack = attacks.fgsm(
             threat.scaled(factor),
@@ -99,7 +99,9 @@ def updates(
         return {**batch, "adversarial": x_adv}
 
     def loss_on(images: str, metric: str) -> base.Loss:
-        def loss(params: Any, carry: Any, batch: base.Batch, key: Any) -> Any:
+        def loss(
+            params: base.Params, carry: base.Carry, batch: base.Batch, key: Key
+        ) -> base.LossValue:
             logits, carry = net.train(params, carry, batch[images])
             value = jnp.mean(criterion(logits, batch, carry))
             metrics = {metric: base.accuracy(logits, batch["label"])}
@@ -123,11 +125,11 @@ def warm_start(
     length: float | str,
     phase: base.Phase,
 ) -> tuple[base.Phase, ...]:
-    """A phase named `start`, and `phase` behind it with a fresh optimiser; `phase` alone if 0 long.
+    """A warm start and, with a fresh optimiser, `phase`; `phase` alone where the start is 0 long.
 
     Args:
       net: whose optimiser begins anew.
-      start: "normal" takes the first of the updates, "adv" both.
+      start: name of the warm start; "normal" takes the first of the updates, "adv" both.
       updates: clean and adversarial (see `updates`), the same for all variants.
       length: of the first phase (`train.optim.steps_of`); 0 for none.
       phase: what follows.

@@ -1,14 +1,12 @@
 """FRL: TRADES whose classes weigh more, or get a larger ball, while they err more than the mean."""
 
-from typing import Any
-
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 from jaxdefense import losses
 from jaxdefense.defenses import base
-from jaxdefense.types import Array, Threat
+from jaxdefense.types import Array, Images, Key, PerExample, PyTree, Threat
 
 
 def make(
@@ -49,13 +47,19 @@ def make(
       beta: weight of the KL, as in TRADES.
       reweight: u moves (else v = 1); l always does.
       remargin: m moves (else the radius is eps).
-      natural_slack, boundary_slack: how far above the mean a class's error may lie.
-      natural_rate, boundary_rate, margin_rate: per epoch.
+      natural_slack: how far above the mean a class's natural error may lie.
+      boundary_slack: how far above the mean its boundary error may lie.
+      natural_rate: of l, per epoch.
+      boundary_rate: of u, per epoch.
+      margin_rate: of m, per epoch.
       total_limit: sum l and sum u are scaled down to at most this, below 1, so that no weight
         becomes negative.
       largest_margin: most that a class's radius grows, as a factor.
       memory: of the running averages of the class errors, per batch, in [0, 1).
-      steps, step_size, noise, ramp_epochs: of the inner maximisation, as in `trades`.
+      steps: number of steps of the inner maximisation.
+      step_size: of those steps, in image units; default eps / 4.
+      noise: standard deviation of the Gaussian start, image units.
+      ramp_epochs: eps and step size grow linearly from 0 over so many epochs.
 
     Returns:
       A `Defense` with the role and predictor `classifier`; the carry `frl` holds the class errors
@@ -79,7 +83,7 @@ def make(
     classes = model.num_classes
     top = jnp.log(jnp.float32(largest_margin))
 
-    def init(key: Any, images: Any) -> tuple[base.Params, base.Carry]:
+    def init(key: Key, images: Images) -> tuple[base.Params, base.Carry]:
         params, carry = net.init(key, images)
         state = {
             "epoch": jnp.float32(0),
@@ -88,7 +92,7 @@ def make(
         }
         return params, {**carry, "frl": state}
 
-    def growth(carry: Any, batch: base.Batch) -> Array:
+    def growth(carry: base.Carry, batch: base.Batch) -> PerExample:
         return jnp.exp(carry["frl"]["multipliers"][2])[batch["label"]]
 
     craft = base.objective_craft(
@@ -104,9 +108,9 @@ def make(
     def weights(multipliers: Array) -> Array:
         return 1 + classes * multipliers - jnp.sum(multipliers)
 
-    def follow(state: Any, batch: base.Batch, wrong: Array, crossed: Array) -> Any:
-        own = jax.nn.one_hot(batch["label"], classes)
-        sums = jnp.stack([jnp.ones_like(wrong), wrong, crossed]) @ own
+    def follow(state: PyTree, batch: base.Batch, wrong: PerExample, crossed: PerExample) -> PyTree:
+        hot = jax.nn.one_hot(batch["label"], classes)
+        sums = jnp.stack([jnp.ones_like(wrong), wrong, crossed]) @ hot
         sums = jax.lax.pmean(sums, base.AXIS)  # of the whole batch, not of one device
         count, past = sums[:1], state["errors"]
         now = sums[1:] / jnp.maximum(count, 1e-6)
@@ -124,7 +128,7 @@ def make(
         multipliers = jnp.concatenate([limited, margins])
         return {"epoch": batch["epoch"], "errors": errors, "multipliers": multipliers}
 
-    def loss(params: Any, carry: Any, batch: base.Batch, key: Any) -> Any:
+    def loss(params: base.Params, carry: base.Carry, batch: base.Batch, key: Key) -> base.LossValue:
         labels, state = batch["label"], carry["frl"]
         clean, carry = net.train(params, carry, batch["image"])
         moved, carry = net.train(params, carry, batch["adversarial"])

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from jaxdefense.attacks import bpda
 from jaxdefense.defenses import _purifying, base
-from jaxdefense.types import Images, Predict, Threat
+from jaxdefense.types import Images, Key, Predict, Threat
 
 
 def make(
@@ -35,11 +35,13 @@ def make(
       threat: the set that x' is searched in.
       classifier: F's weights, trained in a run of their own; `model` is then not used and there
         is no phase `classifier`.
-      generator, generator_options: G, one of `models.generators()`, and its fields.
+      generator: G, one of `models.generators()`.
+      generator_options: its fields.
       lengths: {'classifier' or 'denoise': its length}; the other has the rest of the run.
       optimizer: of G; by default Adam with 2e-4 and b1 .5, APE-GAN's.
       attacks: kinds of x' that each batch holds in equal shares: 'fgsm', 'pgd', 'clean'.
-      steps, step_size: of PGD; step_size in image units, by default eps / 4.
+      steps: number of PGD steps.
+      step_size: of the PGD, in image units; default eps / 4.
       layer: l, 'logits' (the paper's LGD), 'features' (the head's input, near its FGD) or a
         submodule of F by its name.
 
@@ -62,13 +64,13 @@ def make(
         model, generator, generator_options, finish, classifier=classifier
     )
 
-    def straight_through(params: Any, carry: Any) -> Predict:
+    def straight_through(params: base.Params, carry: base.Carry) -> Predict:
         generate = system.generator.predict(params, carry)
         classify = system.classifier.predict(params, carry)
         cut = bpda(lambda z: jnp.clip(z, low, high))
         return lambda x: classify(cut(x + generate(x)))
 
-    def loss(params: Any, carry: Any, batch: base.Batch, key: Any) -> Any:
+    def loss(params: base.Params, carry: base.Carry, batch: base.Batch, key: Key) -> base.LossValue:
         cleaned, carry = system.clean(params, carry, batch["adversarial"])
         logits, distance = _purifying.feature_distance(
             system.classifier, params, carry, cleaned, batch["image"], layer

@@ -1,14 +1,12 @@
 """IAD-I: a student trusts its teacher as far as the teacher withstands the student's attacks."""
 
-from typing import Any
-
 import flax.linen as nn
 import jax.numpy as jnp
 
 from jaxdefense import losses
 from jaxdefense.attacks import checks
 from jaxdefense.defenses import _teachers, base
-from jaxdefense.types import Threat
+from jaxdefense.types import Key, Threat
 
 
 def make(
@@ -39,7 +37,8 @@ def make(
       beta: how sharply trust falls with the teacher's probability of the label.
       begin_epochs: epochs of the run before the student listens to itself (the authors: 60 of 200).
       scale: of the whole loss.
-      steps, step_size: of the PGD; step_size in image units, by default eps / 4.
+      steps: number of PGD steps.
+      step_size: of the PGD, in image units; default eps / 4.
       ramp_epochs: eps and step size grow linearly from 0 over so many epochs of the run.
 
     Returns:
@@ -62,7 +61,7 @@ def make(
         student, threat, steps=steps, step_size=step_size, ramp_epochs=ramp_epochs
     )
 
-    def craft(params: Any, carry: Any, batch: base.Batch, key: Any) -> base.Batch:
+    def craft(params: base.Params, carry: base.Carry, batch: base.Batch, key: Key) -> base.Batch:
         predict = guide.predict(params, carry)
         batch = attack(params, carry, batch, key)
         # softmax(z)_y = exp(-CE(z, y)), in float32.
@@ -70,13 +69,13 @@ def make(
         trust = jnp.where(batch["epoch"] >= begin_epochs, right**beta, 1.0)
         return {**batch, "soft": predict(batch["image"]), "trust": trust}
 
-    def loss(params: Any, carry: Any, batch: base.Batch, key: Any) -> Any:
+    def loss(params: base.Params, carry: base.Carry, batch: base.Batch, key: Key) -> base.LossValue:
         moved, carry = student.train(params, carry, batch["adversarial"])
         clean, carry = student.train(params, carry, batch["image"])
         taught = losses.distillation(batch["soft"], moved, temperature=temperature)
         trust = batch["trust"]
         value = scale * jnp.mean(taught + (1 - trust) * losses.kl(clean, moved))
         metrics = _teachers.metrics(batch, clean, moved)
-        return value, (carry, {**metrics, "trust": (jnp.sum(trust), jnp.float32(trust.size))})
+        return value, (carry, {**metrics, "trust": base.mean_metric(trust)})
 
     return guide.defense(student, loss, craft=craft)

@@ -1,14 +1,12 @@
 """IAT: mixup of the clean images and, apart from it, of the adversarial ones."""
 
-from typing import Any
-
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 from jaxdefense import losses, mixing
 from jaxdefense.defenses import base
-from jaxdefense.types import Threat
+from jaxdefense.types import Key, Threat
 
 
 def make(
@@ -32,8 +30,9 @@ def make(
       threat: the set of x'.
       alpha: of lam's Beta law; 1 is uniform.
       lam_per_sample: one lam per image; else one per batch and device, as mixup's authors have it.
-      steps, step_size, ramp_epochs: of the PGD, see `base.pgd_craft`; step_size in image units,
-        by default eps / 4.
+      steps: number of PGD steps.
+      step_size: of the PGD, in image units; default eps / 4.
+      ramp_epochs: eps and step size grow linearly from 0 over so many epochs.
       smoothing: label smoothing of both losses, in [0, 1).
 
     Returns:
@@ -52,7 +51,7 @@ def make(
     attack = base.pgd_craft(net, threat, steps=steps, step_size=step_size, ramp_epochs=ramp_epochs)
     kinds = {"image": "accuracy", "adversarial": "robust_accuracy"}
 
-    def craft(params: Any, carry: Any, batch: base.Batch, key: Any) -> base.Batch:
+    def craft(params: base.Params, carry: base.Carry, batch: base.Batch, key: Key) -> base.Batch:
         k_attack, key = jax.random.split(key)
         batch = attack(params, carry, batch, k_attack)
         mixtures = {}
@@ -64,7 +63,7 @@ def make(
             mixtures[kind] = {"image": mixing.mix(lam, x, x[order]), "lam": lam, "order": order}
         return {**batch, "mixtures": mixtures}
 
-    def loss(params: Any, carry: Any, batch: base.Batch, key: Any) -> Any:
+    def loss(params: base.Params, carry: base.Carry, batch: base.Batch, key: Key) -> base.LossValue:
         total, metrics = jnp.zeros(()), {}
         for kind, metric in kinds.items():
             mixture = batch["mixtures"][kind]

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jaxdefense import losses, registry
 from jaxdefense.attacks import bpda
 from jaxdefense.defenses import _purifying, base
-from jaxdefense.types import Images, Predict, Threat
+from jaxdefense.types import Images, Key, Predict, Threat
 
 PHASES = ("oblivious", "end_to_end")
 
@@ -47,16 +47,20 @@ def make(
       threat: the set that x' is searched in.
       classifier: F's weights, trained in a run of their own; `model` is then not used and there
         is no phase `classifier`.
-      generator, generator_options: G, one of `models.generators()`, and its fields.
+      generator: G, one of `models.generators()`.
+      generator_options: its fields.
       reach: eps_d in units of the threat's eps.
       phases: of 'oblivious' (x' crafted on F, as in the paper) and 'end_to_end' (crafted on the
         whole, F(purify(.))), in that order or one of them.
       lengths: {'classifier' or a phase: its length}; the others share the rest of the run.
       optimizer: of G and D; by default Adam with 2e-4 and b1 .5.
       attacks: kinds of x' that each batch holds in equal shares: 'fgsm', 'pgd', 'clean'.
-      steps, step_size: of PGD; step_size in image units, by default eps / 4.
-      clean_weight, feature_weight, pixel_weight, adversarial_weight: see above; the discriminator
-        D exists only where the last is not 0.
+      steps: number of PGD steps.
+      step_size: of the PGD, in image units; default eps / 4.
+      clean_weight: of the cross-entropy of purified clean images.
+      feature_weight: of the distance between features.
+      pixel_weight: of the distance between pixels.
+      adversarial_weight: of the discriminator D's term; D exists only where it is not 0.
       layer: l, 'features' (the head's input), 'logits' or a submodule of F by its name.
 
     Returns:
@@ -99,13 +103,13 @@ def make(
         discriminator=adversarial_weight > 0,
     )
 
-    def straight_through(params: Any, carry: Any) -> Predict:
+    def straight_through(params: base.Params, carry: base.Carry) -> Predict:
         generate = system.generator.predict(params, carry)
         classify = system.classifier.predict(params, carry)
         squash, cut = bpda(jnp.tanh), bpda(lambda z: jnp.clip(z, low, high))
         return lambda x: classify(cut(x + eps_d * squash(generate(x))))
 
-    def loss(params: Any, carry: Any, batch: base.Batch, key: Any) -> Any:
+    def loss(params: base.Params, carry: base.Carry, batch: base.Batch, key: Key) -> base.LossValue:
         x, labels = batch["image"], batch["label"]
         both = jnp.concatenate((batch["adversarial"], x))
         cleaned, carry = system.clean(params, carry, both)
@@ -124,7 +128,7 @@ def make(
         metrics = {
             "accuracy": base.accuracy(kept, labels),
             "restored_accuracy": base.accuracy(restored, labels),
-            "pixels": (jnp.sum(pixels), jnp.float32(pixels.size)),
+            "pixels": base.mean_metric(pixels),
         }
         return jnp.mean(value), (carry, metrics)
 

@@ -7,15 +7,13 @@ images (a mask and its complement on one image), the laws of mask and weight, th
 the label rule (AVmixup's, by area) and its end points.
 """
 
-from typing import Any
-
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 from jaxdefense import losses, mixing, registry
 from jaxdefense.defenses import base
-from jaxdefense.types import Threat
+from jaxdefense.types import Key, Threat
 
 PAIRINGS = ("complement", "shuffle")
 LABELS = ("area", "onehot")
@@ -58,10 +56,12 @@ def make(
       mask_per_sample: a box per image; else one per batch and device.
       lam_alpha: of the Beta law of lam, which is drawn per image.
       labels: 'area': the rule above; 'onehot': t(s) = y.
-      l1, l2: what the true class keeps at s = 0 and at s = 1. AVmixup's pair, at gamma 2 and ten
-        classes, is 1 and .1; at half the length, half of that fall is .55.
-      steps, step_size, ramp_epochs: of the PGD, see `base.pgd_craft`; step_size in image units,
-        by default eps / 4.
+      l1: what the true class keeps at s = 0; 1 in AVmixup.
+      l2: what the true class keeps at s = 1. AVmixup has .1 at gamma 2 and ten classes; at half the
+        length, half of that fall is .55.
+      steps: number of PGD steps.
+      step_size: of the PGD, in image units; default eps / 4.
+      ramp_epochs: eps and step size grow linearly from 0 over so many epochs.
 
     Returns:
       A `Defense` with the role and predictor `classifier`. Masks and mixtures exist in training
@@ -85,7 +85,7 @@ def make(
     net = base.Net(model)
     attack = base.pgd_craft(net, threat, steps=steps, step_size=step_size, ramp_epochs=ramp_epochs)
 
-    def craft(params: Any, carry: Any, batch: base.Batch, key: Any) -> base.Batch:
+    def craft(params: base.Params, carry: base.Carry, batch: base.Batch, key: Key) -> base.Batch:
         k_attack, k_mask, k_lam, k_order = jax.random.split(key, 4)
         batch = attack(params, carry, batch, k_attack)
         x, x_adv = batch["image"], batch["adversarial"]
@@ -99,7 +99,7 @@ def make(
         mixed = mixing.mix(lam, first, second[order])
         return {**batch, "mask": mask, "lam": lam, "order": order, "mixed": mixed}
 
-    def loss(params: Any, carry: Any, batch: base.Batch, key: Any) -> Any:
+    def loss(params: base.Params, carry: base.Carry, batch: base.Batch, key: Key) -> base.LossValue:
         logits, carry = net.train(params, carry, batch["mixed"])
         target, area = base.targets(batch, logits), mixing.area(batch["mask"])
         first = second = target

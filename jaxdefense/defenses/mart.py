@@ -1,13 +1,11 @@
 """MART: adversarial training that weighs misclassified examples most."""
 
-from typing import Any
-
 import flax.linen as nn
 import jax.numpy as jnp
 
 from jaxdefense import losses
 from jaxdefense.defenses import base
-from jaxdefense.types import Threat
+from jaxdefense.types import Key, Threat
 
 
 def make(
@@ -27,8 +25,9 @@ def make(
       model: images (B, H, W, C) -> logits (B, K).
       threat: the set of x'.
       beta: weight of the KL (the paper's lambda; 5 and 6 in the authors' scripts).
-      steps, step_size, ramp_epochs: of the PGD, see `base.pgd_craft`; step_size in image units,
-        by default eps / 4.
+      steps: number of PGD steps.
+      step_size: of the PGD, in image units; default eps / 4.
+      ramp_epochs: eps and step size grow linearly from 0 over so many epochs.
 
     Returns:
       A `Defense` with the role and predictor `classifier`.
@@ -47,7 +46,7 @@ def make(
     net = base.Net(model)
     craft = base.pgd_craft(net, threat, steps=steps, step_size=step_size, ramp_epochs=ramp_epochs)
 
-    def loss(params: Any, carry: Any, batch: base.Batch, key: Any) -> Any:
+    def loss(params: base.Params, carry: base.Carry, batch: base.Batch, key: Key) -> base.LossValue:
         label = batch["label"]
         clean, carry = net.train(params, carry, batch["image"])
         moved, carry = net.train(params, carry, batch["adversarial"])

@@ -1,7 +1,6 @@
 """The Min-Max regulariser alone: a part for `combine`."""
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -9,7 +8,9 @@ from flax import traverse_util
 
 from jaxdefense import losses, registry
 from jaxdefense.defenses import base
-from jaxdefense.types import Array, PyTree, Threat
+from jaxdefense.types import Array, Images, Key, PyTree, Scalar, Threat
+
+Penalty = Callable[[PyTree], Scalar]  # of a network's parameters
 
 
 def make(
@@ -47,12 +48,12 @@ def make(
     net = base.Net(model)
     term = penalty({"conv1": 1.0} if layers is None else layers, kurtosis or {})
 
-    def init(key: Any, images: Any) -> tuple[base.Params, base.Carry]:
+    def init(key: Key, images: Images) -> tuple[base.Params, base.Carry]:
         params, carry = net.init(key, images)
         term(params[net.role])  # its layers exist
         return params, carry
 
-    def loss(params: Any, carry: Any, batch: base.Batch, key: Any) -> Any:
+    def loss(params: base.Params, carry: base.Carry, batch: base.Batch, key: Key) -> base.LossValue:
         value = term(params[net.role])
         metrics = {"penalty": (value, jnp.float32(1))}
         if cross_entropy:
@@ -76,8 +77,12 @@ def kernels(params: PyTree) -> dict[str, Array]:
     }
 
 
-def penalty(layers: Mapping[str, float], kurtosis: Mapping[str, float]) -> Any:
+def penalty(layers: Mapping[str, float], kurtosis: Mapping[str, float]) -> Penalty:
     """params of a network -> sum l R(W) - sum k kurtosis(W), ().
+
+    Args:
+      layers: {convolution: l}.
+      kurtosis: {convolution: k}.
 
     Raises:
       ValueError: a weight that is negative or not finite; at the call, an unknown layer.
@@ -86,17 +91,17 @@ def penalty(layers: Mapping[str, float], kurtosis: Mapping[str, float]) -> Any:
         if not 0 <= weight < float("inf"):
             raise ValueError(f"weight of {name} must be finite and not negative, got {weight}")
 
-    def total(params: PyTree) -> Array:
-        found = kernels(params)
+    def total(params: PyTree) -> Scalar:
+        by_name = kernels(params)
         value = jnp.float32(0)
         for weights, sign, term in (
             (layers, 1, losses.min_max),
             (kurtosis, -1, losses.excess_kurtosis),
         ):
             for name, weight in weights.items():
-                if name not in found:
-                    registry.raise_unknown("convolution", name, found)
-                value = value + sign * weight * term(found[name])
+                if name not in by_name:
+                    registry.raise_unknown("convolution", name, by_name)
+                value = value + sign * weight * term(by_name[name])
         return value
 
     return total

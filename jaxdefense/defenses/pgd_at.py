@@ -1,13 +1,11 @@
 """Adversarial training: train on what PGD finds."""
 
-from typing import Any
-
 import flax.linen as nn
 import jax.numpy as jnp
 
 from jaxdefense import losses
 from jaxdefense.defenses import base
-from jaxdefense.types import Threat
+from jaxdefense.types import Key, Threat
 
 
 def make(
@@ -26,8 +24,10 @@ def make(
     Args:
       model: images (B, H, W, C) -> logits (B, K).
       threat: the set S.
-      steps, step_size, random_start, attack_loss: of the PGD; step_size in image units, by
-        default eps / 4. One step of 1.25 eps is fast adversarial training (arXiv 2001.03994).
+      steps: number of PGD steps. One of 1.25 eps is fast adversarial training (arXiv 2001.03994).
+      step_size: of the PGD, in image units; default eps / 4.
+      random_start: whether the PGD starts at a random point of S(x), else at x.
+      attack_loss: what the PGD raises, a name of `losses`.
       smoothing: label smoothing of the outer loss, in [0, 1).
       ramp_epochs: eps and step size grow linearly from 0 over so many epochs; large eps (.3 on
         MNIST) stays at chance without.
@@ -52,7 +52,7 @@ def make(
         ramp_epochs=ramp_epochs,
     )
 
-    def loss(params: Any, carry: Any, batch: base.Batch, key: Any) -> Any:
+    def loss(params: base.Params, carry: base.Carry, batch: base.Batch, key: Key) -> base.LossValue:
         logits, carry = net.train(params, carry, batch["adversarial"])
         target = base.targets(batch, logits, smoothing=smoothing)
         value = jnp.mean(losses.cross_entropy(logits, target))

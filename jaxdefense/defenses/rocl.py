@@ -1,14 +1,12 @@
 """RoCL: robust contrastive learning without labels, by instance-wise attacks."""
 
-from typing import Any
-
 import flax.linen as nn
 import jax.numpy as jnp
 
 from jaxdefense import attacks, losses, registry
 from jaxdefense.attacks import checks
 from jaxdefense.defenses import _contrastive, base
-from jaxdefense.types import Images, Key, PerExample, Threat
+from jaxdefense.types import Array, Images, Key, PerExample, Threat
 
 
 def make(
@@ -38,7 +36,8 @@ def make(
       temperature: of the contrast.
       weight: of the second term.
       projection: size of the projector's output.
-      steps, step_size: of every PGD; step_size in image units, by default eps / 4.
+      steps: number of steps of every PGD.
+      step_size: of every PGD, in image units; default eps / 4.
       head: 'clean' trains the head on weak crops, 'adv' on what PGD on its cross-entropy finds.
       head_epochs: length of the phase `head`.
       head_lr: Adam's rate there.
@@ -62,10 +61,10 @@ def make(
     parts = _contrastive.Parts(model, projection=projection)
     view = _contrastive.views(dataset)
 
-    def contrast(z: Any) -> PerExample:
+    def contrast(z: Array) -> PerExample:
         return losses.supcon(z, temperature=temperature, axis_name=base.AXIS)
 
-    def craft(params: Any, carry: Any, batch: base.Batch, key: Key) -> base.Batch:
+    def craft(params: base.Params, carry: base.Carry, batch: base.Batch, key: Key) -> base.Batch:
         def objective(x: Images) -> PerExample:
             return contrast(parts.embed_eval(params, carry, x, batch["view2"]))
 
@@ -74,7 +73,7 @@ def make(
         )
         return {**batch, "moved": moved}
 
-    def loss(params: Any, carry: Any, batch: base.Batch, key: Key) -> Any:
+    def loss(params: base.Params, carry: base.Carry, batch: base.Batch, key: Key) -> base.LossValue:
         z, _, carry = parts.embed(params, carry, batch["view1"], batch["view2"], batch["moved"])
         value = contrast(z) + weight * contrast(z[1:])
         return jnp.mean(value), (carry, {})

@@ -1,13 +1,11 @@
 """Standard training: the baseline without a defence."""
 
-from typing import Any
-
 import flax.linen as nn
 import jax.numpy as jnp
 
 from jaxdefense import losses
 from jaxdefense.defenses import base
-from jaxdefense.types import Threat
+from jaxdefense.types import Key, Threat
 
 
 def make(model: nn.Module, threat: Threat, *, smoothing: float = 0.0) -> base.Defense:
@@ -23,11 +21,21 @@ def make(model: nn.Module, threat: Threat, *, smoothing: float = 0.0) -> base.De
     """
     del threat
     net = base.Net(model)
+    return base.single_phase(net, natural_loss(net, smoothing))
 
-    def loss(params: Any, carry: Any, batch: base.Batch, key: Any) -> Any:
+
+def natural_loss(net: base.Net, smoothing: float = 0.0) -> base.Loss:
+    """The loss mean CE(f(x), y), for a defence that has such a phase too.
+
+    Args:
+      net: f.
+      smoothing: label smoothing, in [0, 1).
+    """
+
+    def loss(params: base.Params, carry: base.Carry, batch: base.Batch, key: Key) -> base.LossValue:
         logits, carry = net.train(params, carry, batch["image"])
         target = base.targets(batch, logits, smoothing=smoothing)
         value = jnp.mean(losses.cross_entropy(logits, target))
         return value, (carry, {"accuracy": base.accuracy(logits, batch["label"])})
 
-    return base.single_phase(net, loss)
+    return loss

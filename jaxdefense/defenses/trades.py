@@ -1,13 +1,11 @@
 """TRADES: the natural loss, and how far an attack can move the prediction."""
 
-from typing import Any
-
 import flax.linen as nn
 import jax.numpy as jnp
 
 from jaxdefense import losses
 from jaxdefense.defenses import base
-from jaxdefense.types import Threat
+from jaxdefense.types import Key, Threat
 
 
 def make(
@@ -27,7 +25,8 @@ def make(
       model: images (B, H, W, C) -> logits (B, K).
       threat: the set that x' is searched in.
       beta: weight of the KL (the paper's 1 / lambda).
-      steps, step_size: of the inner maximisation; step_size in image units, by default eps / 4.
+      steps: number of steps of the inner maximisation.
+      step_size: of those steps, in image units; default eps / 4.
       noise: standard deviation of the Gaussian start; the KL's gradient vanishes at x itself.
       smoothing: label smoothing of the natural loss, in [0, 1).
       ramp_epochs: eps and step size grow linearly from 0 over so many epochs.
@@ -49,7 +48,7 @@ def make(
         ramp_epochs=ramp_epochs,
     )
 
-    def loss(params: Any, carry: Any, batch: base.Batch, key: Any) -> Any:
+    def loss(params: base.Params, carry: base.Carry, batch: base.Batch, key: Key) -> base.LossValue:
         clean, carry = net.train(params, carry, batch["image"])
         moved, carry = net.train(params, carry, batch["adversarial"])
         target = base.targets(batch, clean, smoothing=smoothing)
@@ -58,7 +57,7 @@ def make(
         metrics = {
             "accuracy": base.accuracy(clean, batch["label"]),
             "robust_accuracy": base.accuracy(moved, batch["label"]),
-            "kl": (jnp.sum(robust), jnp.float32(robust.size)),
+            "kl": base.mean_metric(robust),
         }
         return jnp.mean(natural + beta * robust), (carry, metrics)
 

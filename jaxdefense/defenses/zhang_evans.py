@@ -1,7 +1,6 @@
 """Cost-sensitive robustness by a margin cost: the rival of CSA."""
 
 from collections.abc import Sequence
-from typing import Any
 
 import flax.linen as nn
 import jax
@@ -9,7 +8,7 @@ import jax.numpy as jnp
 
 from jaxdefense import losses
 from jaxdefense.defenses import base
-from jaxdefense.types import Threat
+from jaxdefense.types import Key, Threat
 
 
 def make(
@@ -38,7 +37,8 @@ def make(
       others: of every other error; 0 leaves it to the clean cross-entropy.
       columns: the cost is also of taking another class's image for a protected one.
       alpha: weight of the margin cost.
-      steps, step_size: of the PGD; step_size in image units, by default eps / 4.
+      steps: number of PGD steps.
+      step_size: of the PGD, in image units; default eps / 4.
       ramp_epochs: eps and step size grow linearly from 0 over so many epochs.
 
     Returns:
@@ -67,7 +67,7 @@ def make(
         ramp_epochs=ramp_epochs,
     )
 
-    def loss(params: Any, carry: Any, batch: base.Batch, key: Any) -> Any:
+    def loss(params: base.Params, carry: base.Carry, batch: base.Batch, key: Key) -> base.LossValue:
         clean, carry = net.train(params, carry, batch["image"])
         moved, carry = net.train(params, carry, batch["adversarial"])
         natural = losses.cross_entropy(clean, base.targets(batch, clean))
@@ -78,7 +78,7 @@ def make(
         metrics = {
             "accuracy": base.accuracy(clean, batch["label"]),
             "robust_accuracy": base.accuracy(moved, batch["label"]),
-            "margin_cost": (jnp.sum(margin), jnp.float32(margin.size)),
+            "margin_cost": base.mean_metric(margin),
         }
         return jnp.mean(natural) + alpha * jnp.sum(margin / count), (carry, metrics)
 

@@ -99,7 +99,17 @@ def conv(
     or `check_vma=False` they work).
 
     Args:
-      lhs, rhs, window_strides, ...: as in `jax.lax.conv_general_dilated`.
+      lhs: images (B, H, W, C).
+      rhs: kernels (kh, kw, C, K), or (kh, kw, 1, C) in C groups.
+      window_strides: as in `jax.lax.conv_general_dilated`, as are all that follow.
+      padding: "SAME", "VALID" or a pair of edges for each side.
+      lhs_dilation: of the images.
+      rhs_dilation: of the kernels.
+      dimension_numbers: the layout.
+      feature_group_count: groups of channels.
+      batch_group_count: groups of images.
+      precision: of the products.
+      preferred_element_type: of the result.
 
     Returns:
       The convolution, of lhs's dtype (`preferred_element_type` if given). Sums of products of

@@ -36,6 +36,11 @@ def build(cls: type[Module], num_classes: int, kwargs: Mapping[str, Any]) -> Mod
 def build_generator(cls: type[Module], channels: int, kwargs: Mapping[str, Any]) -> Module:
     """`cls(channels, **kwargs)` for a generator's class, with `build`'s errors.
 
+    Args:
+      cls: a module class whose field `channels` is C.
+      channels: C, at least 1.
+      kwargs: the other fields, as in `build`.
+
     Raises:
       ValueError: no channels, an unknown field, or a dtype that is not one of `DTYPES`.
     """
@@ -181,7 +186,7 @@ def batch_norm(module: nn.Module, x: jax.Array, name: str, *, train: bool, which
     Args:
       module: the caller, with fields `dtype`, `bn_axis` and `bn_sets`.
       x: (B, ..., C).
-      name: of the submodule.
+      name: of set 0's submodule.
       train: whether the batch's statistics are used and followed.
       which: 0 .. bn_sets - 1, static.
 
@@ -208,7 +213,15 @@ def convolve(
 ) -> jax.Array:
     """`Conv` of an odd size or of twice its stride, padded so that H becomes H / stride.
 
-    Call it inside a compact method. The bias has PyTorch's initialiser; `kwargs` are `Conv`'s.
+    Call it inside a compact method. The bias has PyTorch's initialiser.
+
+    Args:
+      x: (B, H, W, C).
+      channels: of the result.
+      size: of the kernel's side.
+      stride: of the convolution.
+      name: of the submodule.
+      **kwargs: of `Conv`.
     """
     padding = (size - stride + 1) // 2
     kwargs = {"bias_init": bias_init(size**2 * x.shape[-1]), **kwargs}
