@@ -2,7 +2,7 @@
 
 from jaxdefense.evaluation.audit import Audit, Check, audit
 from jaxdefense.evaluation.cascade import autoattack
-from jaxdefense.evaluation.evaluator import Evaluator, summarize
+from jaxdefense.evaluation.evaluator import Evaluator, Examples, summarize
 from jaxdefense.evaluation.flags import Flag
 from jaxdefense.evaluation.verdict import RandomVerdict, Stage, Verdict
 
@@ -10,6 +10,7 @@ __all__ = [
     "Audit",
     "Check",
     "Evaluator",
+    "Examples",
     "Flag",
     "RandomVerdict",
     "Stage",

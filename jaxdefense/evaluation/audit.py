@@ -23,7 +23,8 @@ from tqdm import tqdm
 from jaxdefense import attacks
 from jaxdefense.attacks import checks as inputs
 from jaxdefense.evaluation import cascade, curves, flags, randomised, tables
-from jaxdefense.evaluation.evaluator import LEAST, Evaluator, check_attack, summarize
+from jaxdefense.evaluation.checks import check_attack
+from jaxdefense.evaluation.evaluator import LEAST, Evaluator, Examples, summarize
 from jaxdefense.types import Attack, HostArray, Images, Key, Labels, Logits, Predict, Threat
 
 OBLIVIOUS = "T0 oblivious pgd (not white-box)"
@@ -298,13 +299,11 @@ class _Survey:
         right = self.tiers["clean"].copy()
         crafter = self.judge if on is None else _evaluator(on, self.threat, self.batch_size)
         for pack in crafter.split_rows(np.flatnonzero(right)):
-            given = (self.images[pack], self.labels[pack], self.ids[pack])
+            examples = Examples.of(self.images, self.labels, self.ids).take(pack)
             if on is None:
-                found, wrong, *_ = crafter.attack(
-                    name, attack, (), *given, rows=pack, seed=self.seed
-                )
+                found, wrong, *_ = crafter.attack(name, attack, (), examples, seed=self.seed)
             else:
-                found, _ = crafter.craft(name, attack, (), *given, rows=pack, seed=self.seed)
+                found, _ = crafter.craft(name, attack, (), examples, seed=self.seed)
                 logits = self.judge.logits((), found.astype(self.images.dtype))
                 wrong = flags.is_fooled(logits, self.labels[pack])
             right[pack[wrong]] = False

@@ -22,7 +22,8 @@ from jaxdefense.attacks import checks, ensemble
 from jaxdefense.attacks.method import describe
 from jaxdefense.attacks.square import check_layout
 from jaxdefense.evaluation import examine, flags, randomised
-from jaxdefense.evaluation.evaluator import Apply, Evaluator, check_attack, check_ids, check_targets
+from jaxdefense.evaluation.checks import check_attack, check_ids, check_targets
+from jaxdefense.evaluation.evaluator import Apply, Evaluator, Examples
 from jaxdefense.evaluation.flags import Flag
 from jaxdefense.evaluation.journal import Journal, hash_arrays
 from jaxdefense.evaluation.verdict import Stage, Verdict
@@ -259,11 +260,12 @@ def run_stages(
     left, answers = start.copy(), logits.copy()
     x_adv = images.astype(np.promote_types(images.dtype, np.float32))
     by_attack, passes, seconds, unconfirmed = {}, {}, 0.0, {}
+    examples = Examples.of(images, aims, ids)
 
     def attacked(stage: Stage, pack: np.ndarray) -> dict[str, np.ndarray]:
         began = time.monotonic()
-        given = (images[pack], aims[pack], ids[pack])
-        one = evaluator.attack(stage.name, stage.attack, variables, *given, rows=pack, seed=seed)
+        some = examples.take(pack)
+        one = evaluator.attack(stage.name, stage.attack, variables, some, seed=seed)
         return {
             "rows": pack[one.fooled],
             "x_adv": one.x_adv[one.fooled],

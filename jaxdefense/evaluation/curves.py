@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxdefense.attacks.method import Method
-from jaxdefense.evaluation.evaluator import Evaluator, attack_keys, check_attack
+from jaxdefense.evaluation.checks import check_attack
+from jaxdefense.evaluation.evaluator import Evaluator, attack_keys
 from jaxdefense.types import Attack, PyTree, Threat
 
 

@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxdefense.evaluation import flags
-from jaxdefense.evaluation.evaluator import Evaluator, has_unknown_threat
+from jaxdefense.evaluation.checks import has_unknown_threat
+from jaxdefense.evaluation.evaluator import Evaluator
 from jaxdefense.evaluation.flags import Flag
 from jaxdefense.evaluation.verdict import Stage
 from jaxdefense.types import Images, Labels, PyTree

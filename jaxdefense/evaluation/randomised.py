@@ -21,7 +21,8 @@ from jaxdefense.attacks import checks
 from jaxdefense.attacks.method import describe
 from jaxdefense.attacks.outcome import mean_over_draws
 from jaxdefense.evaluation import examine, flags
-from jaxdefense.evaluation.evaluator import Evaluator, attack_keys, check_attack, check_ids
+from jaxdefense.evaluation.checks import check_attack, check_ids
+from jaxdefense.evaluation.evaluator import Evaluator, Examples, attack_keys
 from jaxdefense.evaluation.flags import Flag
 from jaxdefense.evaluation.journal import Journal, hash_arrays
 from jaxdefense.evaluation.verdict import RandomVerdict, Stage
@@ -104,11 +105,12 @@ def run_stages(
     worst = judge.share("choice", images)
     start = worst >= 0.5
     by_attack, passes, seconds = {}, {}, 0.0
+    examples = Examples.of(images, labels, ids)
 
     def crafted(stage: Stage, pack: np.ndarray) -> dict[str, np.ndarray]:
         began = time.monotonic()
-        given = (images[pack], labels[pack], ids[pack])
-        x, _ = evaluator.craft(stage.name, stage.attack, variables, *given, rows=pack, seed=seed)
+        some = examples.take(pack)
+        x, _ = evaluator.craft(stage.name, stage.attack, variables, some, seed=seed)
         return {"x_adv": x, "seconds": np.asarray(time.monotonic() - began)}
 
     everything = np.arange(len(images))
