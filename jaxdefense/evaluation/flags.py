@@ -270,6 +270,9 @@ def gradient_shares(predict: Predict, images: Images, labels: Labels, threat: Th
     return jnp.stack([zero.astype(jnp.float32), share, lower.astype(jnp.float32)], -1)
 
 
+TOO_MANY_ZERO = 0.05  # share of images whose gradients may be zero by chance (saturation)
+
+
 def gradient_flags(shares: np.ndarray) -> list[Flag]:
     """The flags of `gradient_shares`.
 
@@ -279,7 +282,7 @@ def gradient_flags(shares: np.ndarray) -> list[Flag]:
     found = []
     zero, broken = shares[:, 0].mean(), (shares[:, 1] > 0).mean()
     if zero > 0:
-        severity = "error" if zero >= 0.05 else "warning"
+        severity = "error" if zero >= TOO_MANY_ZERO else "warning"
         evidence = f"zero everywhere for {zero:.1%} of the images asked and points beside them"
         found.append(Flag("zero gradients", severity, evidence))
     if broken > 0:
