@@ -1,4 +1,12 @@
-"""Evaluation: bits per example, AutoAttack, the audit, records, and what is printed from them."""
+"""Evaluation: which examples a classifier gets right, clean and under attack; what is kept of it.
+
+* `evaluator`: any attacks, one bit per example; `cascade`: AutoAttack; `randomised`: the same of a
+  model that draws numbers; `audit`: attacks of several kinds, and checks; `curves`: over eps.
+* `examine` and `flags`: what makes a number doubtful. `checks`: what is refused before that.
+* `journal`: how an interrupted verdict is resumed.
+* `records`: what is kept, as JSON; `tables`, `plots` and `report` only read records.
+* `protocols`: what `experiments/evaluate.py` does with a trained run.
+"""
 
 from jaxdefense.evaluation.audit import Audit, Check, audit
 from jaxdefense.evaluation.cascade import autoattack

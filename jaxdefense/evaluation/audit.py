@@ -1,4 +1,4 @@
-"""An executable honesty report: what an evaluation must survive before its numbers are believed.
+"""The audit: attacks of several kinds on a defence, and checks that its numbers can be believed.
 
 Tiers of knowledge, each an accuracy per example:
 
@@ -44,7 +44,13 @@ _FATAL = {
 
 @dataclasses.dataclass(frozen=True)
 class Check:
-    """One question, its answer, and what the answer rests on."""
+    """One question, its answer, and what the answer rests on.
+
+    Attributes:
+      name: what passes, e.g. "gradients are finite"; docs/flags.md says what a failure means.
+      passed: the answer.
+      evidence: what was seen, in words with figures.
+    """
 
     name: str
     passed: bool
@@ -83,12 +89,12 @@ class Audit:
         """What was judged, and two tables: accuracy per tier, the checks with their evidence."""
         rows = [[name, f"{100 * right.mean():.2f}"] for name, right in self.tiers.items()]
         rows.append(["worst case per example", f"{100 * self.worst.mean():.2f}"])
-        told = [[c.name, "pass" if c.passed else "FAIL", c.evidence] for c in self.checks]
+        answers = [[c.name, "pass" if c.passed else "FAIL", c.evidence] for c in self.checks]
         first = tables.markdown(["accuracy, %", "all"], rows)
         head = f"{len(self.worst)} images, {self.threat}"
         if not self.tiers:
             rows = [["not attacked: a check below failed", "–"]]
-        return f"{head}\n\n{first}\n\n{tables.markdown(['check', 'answer', 'evidence'], told)}"
+        return f"{head}\n\n{first}\n\n{tables.markdown(['check', 'answer', 'evidence'], answers)}"
 
     def record(self, labels: np.ndarray, num_classes: int) -> dict[str, Any]:
         """Plain values for a record: bits and accuracies, checks, attacks, curve.
@@ -127,7 +133,7 @@ def audit(
     batch_size: int | None = None,
     progress: bool = False,
 ) -> Audit:
-    """The honesty report of a classifier, or of a purifier in front of one.
+    """Attacks a classifier, or a purifier in front of one, in every tier, and checks the numbers.
 
     Args:
       predict: images (B, H, W, C) -> logits (B, K), the whole defence as it is deployed.
@@ -159,6 +165,15 @@ def audit(
 
     Raises:
       ValueError: bad images or labels, or `purify` without `base`.
+
+    >>> import numpy as np
+    >>> from jaxdefense import evaluation, threat
+    >>> images = np.random.default_rng(0).uniform(size=(8, 2, 2, 1)).astype("float32")
+    >>> predict = lambda x: x.reshape(len(x), -1)[:, :3] - 0.5
+    >>> quick = dict(steps=2, restarts=1, stages=(), queries=5)
+    >>> report = evaluation.audit(predict, images, None, threat.Linf(0.9), **quick)
+    >>> list(report.tiers)
+    ['clean', 'T1 pgd-10', 'T1 pgd', 'T3 square']
     """
     if purify is not None and base is None:
         raise ValueError("purify needs base: the classifier behind the purifier")
@@ -236,7 +251,7 @@ def _basic_checks(noise: flags.Noise, logits: np.ndarray, answers: examine.Answe
 
 
 def _gradient_checks(answers: examine.Answers) -> list[Check]:
-    """Whether there are gradients to follow."""
+    """The checks of the model's gradients."""
     if answers.gradients is None:
         return [
             Check("gradients are there", False, answers.why_no_gradients),
@@ -289,7 +304,12 @@ class _Plan:
     layout: str | None
 
     def attempts(self, num_classes: int, *, gradients: bool) -> list[_Attempt]:
-        """All attacks in order, those on the defence's own gradients where it has some."""
+        """All attacks, in order.
+
+        Args:
+          num_classes: K.
+          gradients: whether the defence has gradients; without, T1 is left out.
+        """
         result = []
         if self.base is not None:
             result.append(_Attempt(OBLIVIOUS, self._pgd(), self.base, counts=False))
@@ -349,7 +369,11 @@ class _Survey:
         self.x_adv = images.astype(np.promote_types(images.dtype, np.float32))
 
     def add(self, attempt: _Attempt) -> None:
-        """Makes an attack on what is right without one; the defence judges its images."""
+        """Attacks the examples that are right without an attack; the defence judges its images.
+
+        Args:
+          attempt: of the plan.
+        """
         name, attack, model, counts = attempt
         check_attack(name, attack, self.judge.threat, len(self.examples))
         self.bar.set_postfix_str(name)
@@ -370,7 +394,11 @@ class _Survey:
         self.bar.update()
 
     def accuracy_everywhere(self, attempt: _Attempt) -> float:
-        """Accuracy in percent when the attack also meets what is misclassified already."""
+        """Accuracy in percent when the attack also gets what is misclassified already.
+
+        Args:
+          attempt: of the plan.
+        """
         bits = self.judge.bits(
             (),
             self.examples.images,
@@ -383,7 +411,11 @@ class _Survey:
         return 100 * float(bits[attempt.name].mean())
 
     def curve(self, steps: int) -> tuple[tuple[float, float], ...]:
-        """PGD's accuracy at shares of eps, at eps, and at eps .5 of the box's diameter."""
+        """(eps, PGD's accuracy in percent) from 0 to eps .5 of the box's diameter.
+
+        Args:
+          steps: of PGD.
+        """
         self.bar.set_postfix_str("curve")
         threat, images = self.judge.threat, self.examples.images
         wide = _WIDE * threat.diameter(images[0].size)
@@ -431,7 +463,7 @@ def _comparisons(
     threat: Threat,
     everywhere: float,
 ) -> list[Check]:
-    """What the accuracies say of each other.
+    """The checks that compare the attacks' accuracies.
 
     Args:
       tiers: {tier and attack: (N,) bool}.

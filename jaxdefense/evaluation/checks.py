@@ -12,7 +12,10 @@ from jaxdefense.types import Attack, HostArray, Images, Threat
 
 
 def check_not_empty(images: np.ndarray) -> None:
-    """There is something to evaluate on.
+    """Checks that there is something to evaluate on.
+
+    Args:
+      images: (N, ...).
 
     Raises:
       ValueError: no images.
@@ -22,11 +25,14 @@ def check_not_empty(images: np.ndarray) -> None:
 
 
 def check_ids(ids: HostArray | None, examples: int) -> np.ndarray:
-    """(N,) integers, the examples' names in the random keys; by default their positions.
+    """Checks the examples' names in the random keys, by default their positions.
 
     Args:
       ids: (N,) integers or None.
       examples: N.
+
+    Returns:
+      (N,) integers.
 
     Raises:
       ValueError: another length, or no integers.
@@ -40,7 +46,7 @@ def check_ids(ids: HostArray | None, examples: int) -> np.ndarray:
 
 
 def has_unknown_threat(attack: Attack) -> bool:
-    """Whether an attack, or a part of it, is a bare function, of which no threat is known.
+    """Whether an attack, or a part of a combination, is a bare function that tells no threat.
 
     Args:
       attack: any.
@@ -55,7 +61,7 @@ def has_unknown_threat(attack: Attack) -> bool:
 
 
 def check_attack_output(name: str, x_adv: Any, images: Images) -> None:
-    """What an attack returned are floating images of the right shape.
+    """Checks that an attack returned floating images of the right shape.
 
     Args:
       name: of the attack.
@@ -82,7 +88,7 @@ def check_attack(
     targets: bool = False,
     minimal: bool = False,
 ) -> None:
-    """The attack is one of this threat, and takes what it will be given.
+    """Checks that an attack is of the evaluation's threat and fits the labels or targets.
 
     Args:
       name: under which it will be reported.
@@ -143,12 +149,15 @@ def _same(first: Threat, second: Threat) -> bool:
 
 
 def check_targets(targets: HostArray, labels: HostArray, num_classes: int) -> np.ndarray:
-    """(N,) classes to be reached, none of them the label.
+    """Checks the classes to be reached, none of which may be the label.
 
     Args:
       targets: (N,) integers.
       labels: (N,) integers.
       num_classes: K.
+
+    Returns:
+      (N,) integers.
 
     Raises:
       ValueError: another shape, out of range, or a target that is the label.
@@ -168,7 +177,7 @@ def check_targets(targets: HostArray, labels: HostArray, num_classes: int) -> np
 
 
 def check_grid(images: np.ndarray, threat: Threat, levels: int) -> None:
-    """Each value is low + k / levels of the box's width, as in images of 8 bits with levels = 255.
+    """Checks that each value is low + k / levels of the box's width (255 levels: 8 bits).
 
     Args:
       images: (N, ...).

@@ -40,6 +40,13 @@ class Examples:
       ids: (n,) integers, the examples' names in the random keys.
       rows: (n,) integers, the examples' places in the whole evaluation: eps and options that hold
         a value for each example are looked up there.
+
+    >>> import numpy as np
+    >>> from jaxdefense.evaluation import Examples
+    >>> examples = Examples.of(np.zeros((8, 2, 2, 1)), np.arange(8) % 3, np.arange(100, 108))
+    >>> some = examples.take(np.array([5, 7]))
+    >>> some.labels.tolist(), some.ids.tolist(), some.rows.tolist()
+    ([2, 1], [105, 107], [5, 7])
     """
 
     images: np.ndarray
@@ -100,7 +107,7 @@ class AttackProgram:
 
     @property
     def randomised(self) -> bool:
-        """Whether the model takes a key: no single pass tells then who is fooled."""
+        """Whether the model takes a key; a single pass then does not tell who is fooled."""
         return isinstance(self.attack, Method) and self.attack.samples is not None
 
     @property
@@ -214,7 +221,9 @@ def with_margin_to_beat(predict: Predict, margin: Array | float) -> Predict:
 
 
 def round_to_grid(images: np.ndarray, threat: Threat, levels: int) -> np.ndarray:
-    """Images to the bit as a file of 8 bits gives them: XLA divides by reciprocals.
+    """Images exactly on the grid, as files of 8 bits give them.
+
+    XLA divides by reciprocals, so what it computes may differ in the last bit.
 
     Args:
       images: (N, ...) on the grid but for rounding.

@@ -1,8 +1,10 @@
 """One bit per example: is it classified rightly, clean and under each attack?
 
-Every image that an attack returns is checked again: in the box, in the ball, finite, and really
-misclassified by a plain forward pass. Keys are per example (seed, attack, example id), so what is
-drawn for an example does not depend on the batch size, the order or the other examples.
+`Evaluator.bits` answers for attacks that stand alone; `cascade`, for AutoAttack, gives each attack
+what those before it have left. Every image that an attack returns is checked again: in the box, in
+the ball, finite, and really misclassified by a plain forward pass. Keys are per example (seed,
+attack, example id), so what is drawn for an example does not depend on the batch size, the order or
+the other examples.
 """
 
 import copy
@@ -44,7 +46,7 @@ _MARGIN_FACTORS = (2.0, 8.0)
 
 
 def attack_keys(seed: int, attack: str, ids: HostArray) -> Key:
-    """One key per example: fold_in(fold_in(seed, attack's name), example id).
+    """One random key per example: fold_in(fold_in(seed, attack's name), example id).
 
     Args:
       seed: of the attacks, an integer in [0, 2**32).
@@ -61,12 +63,12 @@ def attack_keys(seed: int, attack: str, ids: HostArray) -> Key:
 
 
 class Attacked(NamedTuple):
-    """What one dispatch found, (n,) each.
+    """What an attack on one batch of n examples found.
 
     Attributes:
       x_adv: (n, ...) images of the threat's set.
-      fooled: whether a plain forward pass is fooled by them.
-      unconfirmed: wins in the attack's own program that a plain pass did not confirm at first.
+      fooled: (n,) whether a plain forward pass is fooled by them.
+      unconfirmed: (n,) wins in the attack's own program that a plain pass did not confirm at first.
       logits: (n, K) float32, what the plain pass says of them.
     """
 
@@ -95,7 +97,9 @@ class _Attempt(NamedTuple):
 
 
 class Evaluator:
-    """A classifier's compiled forward pass and attacks, in few static shapes, for any weights.
+    """Judges a classifier, whatever its weights: compiles its forward pass and attacks once.
+
+    Batches are padded to one of two shapes, `small` and `large`, so that few programs are compiled.
 
     Args:
       apply: (variables, images (B, H, W, C)) -> logits (B, K), eval mode, logits not
@@ -112,6 +116,13 @@ class Evaluator:
 
     Raises:
       ValueError: batch_size or grid is no positive integer.
+
+    >>> import numpy as np
+    >>> from jaxdefense import evaluation, threat
+    >>> apply = lambda weights, x: x.reshape(len(x), -1) @ weights
+    >>> evaluator = evaluation.Evaluator(apply, threat.Linf(0.1))
+    >>> evaluator.logits(np.ones((4, 3)), np.zeros((5, 2, 2, 1))).shape
+    (5, 3)
     """
 
     def __init__(
@@ -141,17 +152,17 @@ class Evaluator:
         self._programs: dict[Hashable, Any] = {}  # the model's, by what it is given
 
     def with_model(self, apply: Apply) -> "Evaluator":
-        """An evaluator of another model, of the same threat, devices and batches.
+        """An evaluator of another model, with the same threat, devices and batch sizes.
 
         Args:
-          apply: (variables, images) -> logits.
+          apply: (variables, images) -> logits, or with a key before the images.
         """
         other = copy.copy(self)
         other.apply, other._compiled, other._programs = apply, {}, {}
         return other
 
     def replicate(self, variables: PyTree) -> PyTree:
-        """The weights on every device, once for many calls.
+        """The weights on every device: copied once for many calls.
 
         Args:
           variables: any pytree; what in it is no array stays as it is.
@@ -160,7 +171,7 @@ class Evaluator:
         return rest.join(jax.device_put(arrays, self._whole))
 
     def split_rows(self, rows: np.ndarray) -> Iterator[np.ndarray]:
-        """The rows in groups that fit the two static shapes with little padding.
+        """The rows in batches that fit the two compiled shapes with little padding.
 
         Args:
           rows: (n,) integers.
@@ -173,19 +184,19 @@ class Evaluator:
             start += size
 
     def _padded(self, array: np.ndarray) -> np.ndarray:
-        """A pack's array, its last row repeated up to a static shape."""
+        """A batch's array, its last row repeated up to a static shape."""
         n = len(array)
         size = self.small if n <= self.small else self.large
         return array[np.pad(np.arange(n), (0, size - n), "edge")]
 
     def dispatch(self, key: Hashable, function: Callable, variables: PyTree, *arrays: Any) -> Any:
-        """function(variables, *arrays), compiled under `key`; the arrays are padded.
+        """Runs function(variables, *arrays) on one batch, padded; compiled once for each `key`.
 
         Args:
           key: equal keys are equal functions.
           function: (variables, *arrays) -> arrays of as many rows.
           variables: `apply`'s first argument.
-          *arrays: NumPy arrays of n rows, at most one pack.
+          *arrays: NumPy arrays of n rows, at most one batch.
 
         Returns:
           The function's result as NumPy arrays of n rows.
@@ -214,7 +225,7 @@ class Evaluator:
     def map_rows(
         self, key: Hashable, function: Callable, variables: PyTree, *arrays: np.ndarray
     ) -> np.ndarray:
-        """As `dispatch`, for any number of rows.
+        """Runs function(variables, *arrays) on any number of rows, batch by batch.
 
         Args:
           key: see `dispatch`.
@@ -229,16 +240,21 @@ class Evaluator:
         return np.concatenate(parts)
 
     def logits(self, variables: PyTree, images: np.ndarray) -> np.ndarray:
-        """(N, K) float32.
+        """The classifier's logits by a plain forward pass.
 
         Args:
           variables: `apply`'s first argument.
           images: (N, H, W, C).
+
+        Returns:
+          (N, K) float32.
         """
         return self.map_rows("logits", self.apply, variables, images).astype(np.float32)
 
     def measure_noise(self, variables: PyTree, images: np.ndarray) -> flags.Noise:
-        """Whether the model answers alike twice, and in other company; see `flags.measure_noise`.
+        """Whether the same images get the same logits twice, and beside other images.
+
+        See `flags.measure_noise`.
 
         Args:
           variables: `apply`'s first argument.
@@ -259,7 +275,8 @@ class Evaluator:
     def _traces_differ(self, variables: PyTree, image: np.ndarray) -> bool:
         """Whether two traces are different programs; a third one later has to be the same."""
         arrays, rest = partition(variables)
-        given = (rest, tuple((a.shape, a.dtype) for a in map(jnp.asarray, arrays)), image.shape)
+        shapes = tuple((a.shape, a.dtype) for a in map(jnp.asarray, arrays))
+        inputs = (rest, shapes, image.shape)
 
         def trace() -> Any:
             def program(arrays: Any, x: Array) -> Logits:
@@ -267,10 +284,10 @@ class Evaluator:
 
             return flags.program_text(jax.make_jaxpr(program)(arrays, image))
 
-        if given not in self._programs:
-            self._programs[given] = trace()
-            return trace() != self._programs[given]
-        if trace() != self._programs[given]:
+        if inputs not in self._programs:
+            self._programs[inputs] = trace()
+            return trace() != self._programs[inputs]
+        if trace() != self._programs[inputs]:
             raise ValueError(
                 "the model is not the one that this Evaluator compiled: what it closes over has "
                 "changed (trained meanwhile?). Give the weights as variables, or a new Evaluator"
@@ -288,18 +305,18 @@ class Evaluator:
           keyed: whether `apply` takes a key before the images.
         """
         arrays, rest = partition(variables)
-        given = (jax.random.key(0), images[:1]) if keyed else (images[:1],)
+        inputs = (jax.random.key(0), images[:1]) if keyed else (images[:1],)
 
-        def program(arrays: Any, *given: Any) -> Logits:
-            return self.apply(rest.join(arrays), *given)
+        def program(arrays: Any, *inputs: Any) -> Logits:
+            return self.apply(rest.join(arrays), *inputs)
 
         return [
             *map(np.asarray, arrays),
-            *flags.program_text(jax.make_jaxpr(program)(arrays, *given))[1],
+            *flags.program_text(jax.make_jaxpr(program)(arrays, *inputs))[1],
         ]
 
     def check_images(self, images: HostArray) -> np.ndarray:
-        """The images on the host, checked; rounding at the box's edge is clipped.
+        """Checks images, and returns them on the host, rounding at the box's edge clipped.
 
         Args:
           images: (N, H, W, C) floats in the threat's bounds.
@@ -318,12 +335,15 @@ class Evaluator:
         return images
 
     def check_model(self, variables: PyTree, images: np.ndarray, labels: np.ndarray) -> np.ndarray:
-        """The checks that need values; returns the clean logits (N, K).
+        """Checks labels and logits, and that the model is deterministic; returns the clean logits.
 
         Args:
           variables: `apply`'s first argument.
           images: (N, H, W, C) of `check_images`.
           labels: (N,) integers.
+
+        Returns:
+          (N, K) float32.
 
         Raises:
           ValueError: bad labels, probabilities, NaN, a random model, or one whose logits of an
@@ -423,11 +443,12 @@ class Evaluator:
 
         >>> import numpy as np
         >>> from jaxdefense import attacks, threat
+        >>> from jaxdefense.evaluation import Evaluator, Examples
         >>> ball = threat.Linf(0.5)
         >>> evaluator = Evaluator(lambda _, x: x.reshape(len(x), -1)[:, :3], ball)
         >>> examples = Examples.of(np.full((4, 2, 2, 1), 0.5), np.zeros(4, int), np.arange(4))
-        >>> evaluator.attack("fgsm", attacks.fgsm(ball), (), examples).fooled.all()
-        np.True_
+        >>> evaluator.attack("fgsm", attacks.fgsm(ball), (), examples).fooled.tolist()
+        [True, True, True, True]
         """
         attempt = functools.partial(self._attempt, name, attack, variables, seed=seed)
         first = attempt(examples, margin=0.0)
@@ -476,7 +497,7 @@ class Evaluator:
         everywhere: bool = False,
         progress: bool = False,
     ) -> dict[str, np.ndarray]:
-        """Whether each example is classified rightly: {"clean": (N,) bool, attack: (N,) bool}.
+        """Whether each example is classified rightly, clean and under each attack.
 
         Each attack stands alone; an example that is wrong without one is wrong under all, unless
         `everywhere`.
@@ -494,9 +515,22 @@ class Evaluator:
             attack happens to mend it, as papers' scripts do.
           progress: show a bar.
 
+        Returns:
+          {"clean": (N,) bool, attack's name: (N,) bool}.
+
         Raises:
           ValueError: an attack of another threat, a targeted one without targets, and what
             `check_images`, `check_model` and `attack` raise.
+
+        >>> import numpy as np
+        >>> from jaxdefense import attacks, evaluation, threat
+        >>> ball = threat.Linf(0.5)
+        >>> evaluator = evaluation.Evaluator(lambda _, x: x.reshape(len(x), -1)[:, :3], ball)
+        >>> images = np.random.default_rng(0).uniform(size=(8, 2, 2, 1))
+        >>> labels = images.reshape(8, -1)[:, :3].argmax(-1)
+        >>> bits = evaluator.bits((), images, labels, np.arange(8), {"fgsm": attacks.fgsm(ball)})
+        >>> {name: int(right.sum()) for name, right in bits.items()}
+        {'clean': 8, 'fgsm': 0}
         """
         images, labels = self.check_images(images), np.asarray(labels)
         ids = check_ids(ids, len(images))
@@ -523,7 +557,7 @@ class Evaluator:
 def summarize(
     bits: Mapping[str, np.ndarray], labels: np.ndarray, num_classes: int
 ) -> dict[str, Any]:
-    """What a record keeps of bits, accuracies in percent.
+    """Bits as a record keeps them, with their accuracies in percent.
 
     Args:
       bits: {name: (N,) bool}.
@@ -532,6 +566,13 @@ def summarize(
 
     Returns:
       {name: {"accuracy", "per_class": [K] (None for a class without examples), "n", "bits"}}.
+
+    >>> import numpy as np
+    >>> from jaxdefense import evaluation
+    >>> bits = {"clean": np.array([True, True, False, True])}
+    >>> summary = evaluation.summarize(bits, np.array([0, 0, 1, 1]), 2)
+    >>> summary["clean"]["accuracy"], summary["clean"]["per_class"]
+    (75.0, [100.0, 50.0])
     """
 
     def percent(right):

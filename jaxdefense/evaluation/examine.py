@@ -22,7 +22,7 @@ _EXAMINED = 128  # images that `examine` asks about
 
 
 def check_stage_names(stages: Sequence[Stage]) -> None:
-    """Stages are told apart by their names, in the random keys and in a journal.
+    """Checks that no two stages have one name, which the random keys and a journal go by.
 
     Args:
       stages: of a cascade.

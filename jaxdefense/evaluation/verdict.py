@@ -1,4 +1,4 @@
-"""What a cascade of attacks found, of a classifier and of a randomised one."""
+"""The results of a cascade of attacks: `Verdict`, and `RandomVerdict` of a randomised model."""
 
 import dataclasses
 from typing import NamedTuple
@@ -10,7 +10,7 @@ from jaxdefense.types import Attack
 
 
 class Stage(NamedTuple):
-    """One attack of a cascade, and the most passes it spends on an example.
+    """One attack of a cascade, and the most passes through the model that it spends on an example.
 
     Attributes:
       name: of the stage, part of its random keys.
