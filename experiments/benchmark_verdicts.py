@@ -14,7 +14,7 @@ import numpy as np
 from jaxdefense import attacks, data, runs, threat
 from jaxdefense.attacks.ensemble import Stage
 from jaxdefense.evaluation import cascade
-from jaxdefense.evaluation.evaluator import Evaluator
+from jaxdefense.evaluation.evaluator import Evaluator, Examples
 from jaxdefense.runs.run import Run, build
 from jaxdefense.types import Threat
 
@@ -106,8 +106,9 @@ def _compile(judging, variables, image, stages, *, targeted):
     won = said.argmax(-1) if targeted else said.argmin(-1)
     for size in {judging.small, judging.large}:
         rows = np.zeros(size, int)
+        examples = Examples(image[rows], won[rows], rows, rows)
         for stage in stages:
-            judging.attack(stage.name, stage.attack, variables, image[rows], won[rows], rows)
+            judging.attack(stage.name, stage.attack, variables, examples)
 
 
 def survivors(verdict):

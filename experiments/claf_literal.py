@@ -27,7 +27,7 @@ from jaxdefense import attacks, data, runs, threat
 from jaxdefense.data import prepare
 from jaxdefense.defenses import claf
 from jaxdefense.evaluation import records
-from jaxdefense.evaluation.evaluator import Evaluator, attack_keys, summarize
+from jaxdefense.evaluation.evaluator import Evaluator, Examples, attack_keys, summarize
 
 FOLDER = pathlib.Path(__file__).parent / "records" / "claf_literal"
 
@@ -126,9 +126,8 @@ def main(argv):
     attacked = literal(evaluator, variables, images, labels, ids, mean, std)
     pgd = attacks.pgd(BALL, steps=STEPS, step_size=STEP_SIZE)
     bits = evaluator.bits(variables, images, labels, ids, {"pgd10": pgd})
-    shown = evaluator.attack(
-        "pgd10", pgd, variables, images[:SHOWN], labels[:SHOWN], ids[:SHOWN]
-    ).x_adv
+    few = Examples(images[:SHOWN], labels[:SHOWN], ids[:SHOWN], np.arange(len(ids))[:SHOWN])
+    shown = evaluator.attack("pgd10", pgd, variables, few).x_adv
     for name, some in (("clamped", clamped), ("literal_pgd10", attacked)):
         bits[name] = evaluator.logits(variables, some).argmax(-1) == labels
     results = summarize(bits, labels, arrays.num_classes)

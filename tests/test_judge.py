@@ -18,7 +18,7 @@ from jaxdefense import attacks, evaluation, losses, threat
 from jaxdefense.attacks import ensemble
 from jaxdefense.attacks.fab import boundary_distances
 from jaxdefense.evaluation import Evaluator, Stage, cascade, flags, randomised
-from jaxdefense.evaluation.evaluator import with_margin_to_beat
+from jaxdefense.evaluation.crafting import with_margin_to_beat
 from jaxdefense.runs.run import build
 
 X = np.asarray(jax.random.uniform(jax.random.key(0), (64, 8, 8, 1)))
@@ -252,7 +252,9 @@ class TestEachImageHasItsOwnEps:
         ball = threat.Linf(np.where(IDS % 2, 0.5, 0.0))
         labels = np.where(IDS < 21, (Y + 1) % 10, Y)
         evaluator = Evaluator(lambda _, x: predict(x), ball, devices=jax.local_devices()[:1])
-        found = evaluation.curves.distances(evaluator, (), X, labels, attacks.fmn(ball, steps=20))
+        found = evaluation.curves.minimal_distances(
+            evaluator, (), X, labels, attacks.fmn(ball, steps=20)
+        )
         np.testing.assert_array_equal(found[:21], 0)
         np.testing.assert_array_equal(np.isfinite(found[21:]), IDS[21:] % 2 == 1)
 

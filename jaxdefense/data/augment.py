@@ -26,13 +26,29 @@ _LUMA = (0.2989, 0.587, 0.114)  # of red, green and blue, as torchvision weighs 
 
 
 def identity(key: Key, images: Images) -> Images:
-    """The images as they are."""
+    """The images as they are.
+
+    Args:
+      key: not used.
+      images: (B, H, W, C).
+    """
     del key
     return images
 
 
 def compose(*augments: Augment) -> Augment:
-    """The augmentations one after another, each with randomness of its own."""
+    """The augmentations one after another, each with randomness of its own.
+
+    Args:
+      *augments: in order.
+
+    >>> import jax
+    >>> import jax.numpy as jnp
+    >>> from jaxdefense.data import augment
+    >>> view = augment.compose(augment.random_crop(padding=4), augment.random_flip())
+    >>> view(jax.random.key(0), jnp.zeros((8, 32, 32, 3))).shape
+    (8, 32, 32, 3)
+    """
 
     def apply(key: Key, images: Images) -> Images:
         for i, augment in enumerate(augments):
@@ -43,7 +59,7 @@ def compose(*augments: Augment) -> Augment:
 
 
 def random_crop(*, padding: int = 4) -> Augment:
-    """A shift by up to `padding` pixels each way, black coming in.
+    """A random shift by up to `padding` pixels each way; what comes in is black.
 
     Args:
       padding: pixels added on every side before a crop of the original size.
@@ -69,6 +85,9 @@ def random_crop(*, padding: int = 4) -> Augment:
 
 def random_flip(*, p: float = 0.5) -> Augment:
     """A horizontal mirror image with probability `p`.
+
+    Args:
+      p: in [0, 1].
 
     Raises:
       ValueError: `p` is outside [0, 1].
@@ -150,6 +169,13 @@ def color_jitter(
     the hue turns by a share of the circle uniform in [-hue, hue]. Images of one channel have
     neither saturation nor hue.
 
+    Args:
+      brightness: x of the brightness's factor.
+      contrast: x of the contrast's factor.
+      saturation: x of the saturation's factor.
+      hue: the largest turn, a share of the circle in [0, 0.5].
+      p: probability that an image is changed at all.
+
     Raises:
       ValueError: a negative strength, `hue` above 0.5, or `p` outside [0, 1].
     """
@@ -196,6 +222,9 @@ def color_jitter(
 def random_gray(*, p: float = 0.2) -> Augment:
     """The gray image (luma in every channel) with probability `p`.
 
+    Args:
+      p: in [0, 1].
+
     Raises:
       ValueError: `p` is outside [0, 1].
     """
@@ -210,7 +239,7 @@ def random_gray(*, p: float = 0.2) -> Augment:
 
 
 def make(name: str, dataset: str) -> Augment:
-    """A named view of a data set's images.
+    """The augmentation of a name, as fits a data set's images.
 
     Args:
       name: 'none'; 'crop_flip', a padded crop by an eighth of the size and a flip, none for digits;
@@ -221,6 +250,13 @@ def make(name: str, dataset: str) -> Augment:
 
     Raises:
       ValueError: unknown name or data set.
+
+    >>> import jax
+    >>> import jax.numpy as jnp
+    >>> from jaxdefense import data
+    >>> augment = data.make_augment("crop_flip", "cifar10")
+    >>> augment(jax.random.key(0), jnp.zeros((4, 32, 32, 3))).shape
+    (4, 32, 32, 3)
     """
     if dataset not in _SIZES:
         registry.raise_unknown("data set", dataset, _SIZES)

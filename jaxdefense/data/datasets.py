@@ -70,7 +70,12 @@ class Encoded:
         return images
 
     def take(self, rows: np.ndarray, axis: int = 0) -> "Encoded":
-        """The chosen rows, still encoded (`axis` is 0: the signature is numpy's)."""
+        """The chosen rows, still encoded.
+
+        Args:
+          rows: integers.
+          axis: 0; it is here because NumPy's `take` has it.
+        """
         del axis
         return Encoded(self._records, self._rows[rows], self.shape[1:])
 
@@ -100,15 +105,15 @@ class Arrays:
 
     def __post_init__(self) -> None:
         if self.images.dtype != np.uint8 or self.images.ndim != 4:
-            found = f"{self.images.dtype} {self.images.shape}"
-            raise ValueError(f"{self.name}: images must be uint8 (N, H, W, C), got {found}")
+            got = f"{self.images.dtype} {self.images.shape}"
+            raise ValueError(f"{self.name}: images must be uint8 (N, H, W, C), got {got}")
         for what, rows in (("labels", self.labels), ("ids", self.ids)):
             if rows.dtype != np.int32 or rows.shape != self.images.shape[:1]:
-                found = f"{rows.dtype} {rows.shape} for {len(self.images)} images"
-                raise ValueError(f"{self.name}: {what} must be int32 (N,), got {found}")
+                got = f"{rows.dtype} {rows.shape} for {len(self.images)} images"
+                raise ValueError(f"{self.name}: {what} must be int32 (N,), got {got}")
         if len(self.labels) and not 0 <= self.labels.min() <= self.labels.max() < self.num_classes:
-            found = f"{self.labels.min()}..{self.labels.max()}"
-            raise ValueError(f"{self.name}: labels must be in [0, {self.num_classes}), got {found}")
+            got = f"{self.labels.min()}..{self.labels.max()}"
+            raise ValueError(f"{self.name}: labels must be in [0, {self.num_classes}), got {got}")
         if len(self.label_names) != self.num_classes:
             names = len(self.label_names)
             raise ValueError(f"{self.name}: {names} label names for {self.num_classes} classes")
@@ -117,7 +122,11 @@ class Arrays:
         return len(self.labels)
 
     def take(self, rows: slice | np.ndarray | Sequence[int]) -> "Arrays":
-        """The chosen rows, in the order given."""
+        """The chosen rows, in their order.
+
+        Args:
+          rows: a slice or integers.
+        """
         rows = np.arange(len(self))[rows]
         return dataclasses.replace(
             self, images=self.images.take(rows, 0), labels=self.labels[rows], ids=self.ids[rows]
@@ -219,12 +228,12 @@ def _decoded(builder: tfds.core.DatasetBuilder, split: str) -> Arrays:
     """A TFDS split in memory: decoding CIFAR takes seconds, so the result is kept on disk too."""
     path = builder.data_path.parent / f"{builder.version}-{split}.decoded.npz"
     fingerprint = _fingerprint(builder.data_path)
-    found = _read_cache(path, fingerprint)
-    if found is None:
+    cached = _read_cache(path, fingerprint)
+    if cached is None:
         arrays = _encoded(builder, split)
-        found = {"images": arrays.images[:], "labels": arrays.labels, "ids": arrays.ids}
-        _write_cache(path, found | {"fingerprint": fingerprint})
-    return _arrays(builder, **found)
+        cached = {"images": arrays.images[:], "labels": arrays.labels, "ids": arrays.ids}
+        _write_cache(path, cached | {"fingerprint": fingerprint})
+    return _arrays(builder, **cached)
 
 
 def _arrays(

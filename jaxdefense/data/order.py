@@ -20,6 +20,10 @@ def permutation(n: int, seed: int, stream: int = 0) -> np.ndarray:
 
     Raises:
       ValueError: `seed` or `stream` is outside [0, 2**64).
+
+    >>> from jaxdefense.data import order
+    >>> sorted(order.permutation(5, seed=0).tolist())
+    [0, 1, 2, 3, 4]
     """
     for name, value in (("seed", seed), ("stream", stream)):
         if not 0 <= value < 2**64:
@@ -41,6 +45,13 @@ def stratified(labels: np.ndarray, n: int, seed: int) -> np.ndarray:
 
     Raises:
       ValueError: `n` is negative or above the number of rows.
+
+    >>> import numpy as np
+    >>> from jaxdefense.data import order
+    >>> labels = np.array([0, 1] * 50)
+    >>> rows = order.stratified(labels, 10, seed=0)
+    >>> np.bincount(labels[rows]).tolist()
+    [5, 5]
     """
     if not 0 <= n <= len(labels):
         raise ValueError(f"cannot choose {n} of {len(labels)} rows")

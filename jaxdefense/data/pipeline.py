@@ -30,7 +30,7 @@ Batch = dict[str, Any]
 
 
 class Batches(Protocol):
-    """What the training loop knows of the data.
+    """Training data as the loop sees them; `OnDevice` and `Streaming` are such.
 
     Attributes:
       steps_per_epoch: batches in one pass over the data.
@@ -45,11 +45,21 @@ class Batches(Protocol):
     resident: PyTree
 
     def chunk(self, step: int, n: int) -> PyTree:
-        """The data of global steps step..step+n-1: leaves (local devices, n, ...)."""
+        """The data of n steps, as leaves (local devices, n, ...).
+
+        Args:
+          step: the first one, counted over the whole run.
+          n: how many.
+        """
         ...
 
     def gather(self, resident: PyTree, item: PyTree) -> Batch:
-        """One device's slice of one step as 'image' in [0, 1], 'label' and 'id'; for use in jit."""
+        """One device's batch of one step: 'image' in [0, 1], 'label' and 'id'; for use in jit.
+
+        Args:
+          resident: the device's part of `resident`.
+          item: the device's part of one step of `chunk`.
+        """
         ...
 
 
@@ -65,6 +75,11 @@ def to_float(images: np.ndarray | Encoded | Array) -> np.ndarray | Array:
 
     Raises:
       ValueError: another dtype.
+
+    >>> import numpy as np
+    >>> from jaxdefense import data
+    >>> data.to_float(np.array([0, 255], np.uint8)).tolist()
+    [0.0, 1.0]
     """
     if images.dtype != np.uint8:
         raise ValueError(f"need uint8 images, got {images.dtype}")
@@ -114,7 +129,11 @@ class _Schedule:
         return np.resize(shuffled, (self.steps_per_epoch, self.batch_size))
 
     def local(self, step: int) -> np.ndarray:
-        """This process's rows at a global step: (local devices, examples per device) int32."""
+        """This process's rows at a step: (local devices, examples per device) int32.
+
+        Args:
+          step: counted over the whole run.
+        """
         epoch, position = divmod(step, self.steps_per_epoch)
         rows = self._epoch(epoch)[position].reshape(jax.process_count(), len(self.devices), -1)
         return rows[jax.process_index()]
@@ -162,12 +181,22 @@ class OnDevice:
         )
 
     def chunk(self, step: int, n: int) -> np.ndarray:
-        """Row indices (local devices, n, b) int32 of global steps step..step+n-1."""
+        """Row indices of n steps: (local devices, n, b) int32.
+
+        Args:
+          step: the first one.
+          n: how many.
+        """
         _check_range(step, n)
         return np.stack([self._schedule.local(step + i) for i in range(n)], axis=1)
 
     def gather(self, resident: PyTree, item: Array) -> Batch:
-        """The rows `item` (b,): image (b, H, W, C) float32 in [0, 1], label and id (b,) int32."""
+        """One device's batch: image (b, H, W, C) float32 in [0, 1], label and id (b,) int32.
+
+        Args:
+          resident: the device's copy of the set.
+          item: (b,) rows.
+        """
         batch = jax.tree.map(lambda x: x.at[item].get(mode="promise_in_bounds"), resident)
         return batch | {"image": to_float(batch["image"])}
 
@@ -186,7 +215,10 @@ class Streaming:
 
     Args:
       arrays: the training set, in memory or on disk (`load(..., in_memory=False)`).
-      batch_size, seed, devices, remainder: as in `OnDevice`, with the same batches.
+      batch_size: over all devices of all processes.
+      seed: of the shuffling; the batches are those of `OnDevice`.
+      devices: local devices to use, in pmap's order; default all.
+      remainder: 'drop' or 'fill', see `OnDevice`.
       prefetch: steps read ahead.
       threads: that read and decode.
 
@@ -231,7 +263,12 @@ class Streaming:
         }
 
     def chunk(self, step: int, n: int) -> Batch:
-        """Leaves (local devices, n, b, ...), images uint8, of global steps step..step+n-1."""
+        """The batches of n steps: leaves (local devices, n, b, ...), images uint8.
+
+        Args:
+          step: the first one.
+          n: how many.
+        """
         _check_range(step, n)
         if step != self._next:
             self._iterator.set_state({"next_index": step})
@@ -240,13 +277,18 @@ class Streaming:
         return jax.tree.map(lambda *leaves: np.stack(leaves, axis=1), *steps)
 
     def gather(self, resident: PyTree, item: Batch) -> Batch:
-        """One step of a chunk: image (b, H, W, C) float32 in [0, 1], label and id (b,) int32."""
+        """One device's batch: image (b, H, W, C) float32 in [0, 1], label and id (b,) int32.
+
+        Args:
+          resident: not used.
+          item: the batch, images uint8.
+        """
         del resident
         return item | {"image": to_float(item["image"])}
 
 
 def test_batches(arrays: Arrays, batch_size: int) -> Iterator[Batch]:
-    """All examples in order, in batches of equal shapes: the last repeats its last row, masked.
+    """All examples in order, in batches of equal shapes; the padding of the last one is masked.
 
     Args:
       arrays: a non-empty set.
@@ -254,7 +296,7 @@ def test_batches(arrays: Arrays, batch_size: int) -> Iterator[Batch]:
 
     Returns:
       Batches of 'image' (B, H, W, C) float32 in [0, 1], 'label' and 'id' (B,) int32, 'mask' (B,)
-      bool, False for the rows that fill up the last batch.
+      bool, False for padding, which repeats the last row.
 
     Raises:
       ValueError: an empty set, or a batch size below 1.

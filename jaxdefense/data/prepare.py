@@ -91,18 +91,31 @@ def originals() -> list[str]:
 
 
 def default_data_dir(data_dir: str | os.PathLike | None = None) -> pathlib.Path:
-    """`data_dir`, else $TFDS_DATA_DIR, else ~/tensorflow_datasets."""
+    """TFDS's folder: `data_dir`, else $TFDS_DATA_DIR, else ~/tensorflow_datasets.
+
+    Args:
+      data_dir: any path, or None.
+    """
     chosen = data_dir or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets"
     return pathlib.Path(chosen).expanduser()
 
 
 def is_prepared(name: str, data_dir: str | os.PathLike | None = None) -> bool:
-    """Whether one of `originals()` is prepared, in the installed TFDS's version of it."""
+    """Whether a data set is prepared, in the installed TFDS's version of it.
+
+    Args:
+      name: one of `originals()`.
+      data_dir: see `default_data_dir`.
+    """
     return _is_written(tfds.builder(name, data_dir=default_data_dir(data_dir), file_format=FORMAT))
 
 
 def detect(source: str | os.PathLike) -> list[str]:
-    """The data sets whose original files' folder exists in `source`, sorted."""
+    """The data sets whose original files' folder exists, sorted.
+
+    Args:
+      source: see `prepare`.
+    """
     return [name for name in originals() if (pathlib.Path(source) / _FOLDERS[name]).is_dir()]
 
 
@@ -154,7 +167,10 @@ class Digits(tfds.core.GeneratorBasedBuilder):
 
 
 def prepare_digits(data_dir: str | os.PathLike | None = None) -> pathlib.Path:
-    """Prepares `digits` where it is not yet: a second or two, without a network.
+    """Prepares `digits` unless it is prepared: a second or two, without a network.
+
+    Args:
+      data_dir: see `default_data_dir`.
 
     Returns:
       The folder of the prepared set.
@@ -214,7 +230,7 @@ def _is_written(builder: tfds.core.DatasetBuilder) -> bool:
 
 
 def _write(builder_cls: type, data_dir: pathlib.Path) -> pathlib.Path:
-    """Prepares a builder's data set in a temporary folder, then renames: there or not, no half."""
+    """Prepares a builder's data set in a temporary folder and renames it: whole or not there."""
     final = builder_cls(data_dir=data_dir, file_format=FORMAT)
     target = pathlib.Path(final.data_path)
     if _is_written(final):
@@ -244,9 +260,12 @@ def _content(name: str, path: pathlib.Path) -> bytes:
         raise ValueError(f"{name}: missing original file {path}") from error
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise ValueError(f"{name}: damaged original file {path}: {error}") from error
-    found, published = hashlib.md5(data, usedforsecurity=False).hexdigest(), _FILES[name][path.name]
-    if found != published:
-        raise ValueError(f"{name}: damaged original file {path}: MD5 {found}, not {published}")
+    digest, published = (
+        hashlib.md5(data, usedforsecurity=False).hexdigest(),
+        _FILES[name][path.name],
+    )
+    if digest != published:
+        raise ValueError(f"{name}: damaged original file {path}: MD5 {digest}, not {published}")
     return data
 
 

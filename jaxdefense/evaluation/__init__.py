@@ -1,9 +1,17 @@
-"""Evaluation: bits per example, AutoAttack, the audit, records, and what is printed from them."""
+"""Evaluation: which examples a classifier gets right, clean and under attack; what is kept of it.
+
+* `evaluator`: any attacks, one bit per example; `cascade`: AutoAttack; `randomised`: the same of a
+  model that draws numbers; `audit`: attacks of several kinds, and checks; `curves`: over eps.
+* `examine` and `flags`: what makes a number doubtful. `checks`: what is refused before that.
+* `journal`: how an interrupted verdict is resumed.
+* `records`: what is kept, as JSON; `tables`, `plots` and `report` only read records.
+* `protocols`: what `experiments/evaluate.py` does with a trained run.
+"""
 
 from jaxdefense.attacks.ensemble import Stage
 from jaxdefense.evaluation.audit import Audit, Check, audit
 from jaxdefense.evaluation.cascade import autoattack
-from jaxdefense.evaluation.evaluator import Evaluator, summarize
+from jaxdefense.evaluation.evaluator import Evaluator, Examples, summarize
 from jaxdefense.evaluation.flags import Flag
 from jaxdefense.evaluation.verdict import RandomVerdict, Verdict
 
@@ -11,6 +19,7 @@ __all__ = [
     "Audit",
     "Check",
     "Evaluator",
+    "Examples",
     "Flag",
     "RandomVerdict",
     "Stage",

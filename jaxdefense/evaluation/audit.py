@@ -1,4 +1,4 @@
-"""An executable honesty report: what an evaluation must survive before its numbers are believed.
+"""The audit: attacks of several kinds on a defence, and checks that its numbers can be believed.
 
 Tiers of knowledge, each an accuracy per example:
 
@@ -12,29 +12,45 @@ and checks, each with its evidence. A defence with its own randomness is average
 """
 
 import dataclasses
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
 from jaxdefense import attacks
 from jaxdefense.attacks import checks as inputs
-from jaxdefense.evaluation import cascade, curves, flags, randomised, tables
-from jaxdefense.evaluation.evaluator import LEAST, Evaluator, check_attack, summarize
-from jaxdefense.types import Attack, HostArray, Images, Key, Labels, Logits, Predict, Threat
+from jaxdefense.evaluation import cascade, curves, examine, flags, randomised, tables
+from jaxdefense.evaluation.checks import check_attack
+from jaxdefense.evaluation.evaluator import LEAST, Evaluator, Examples, summarize
+from jaxdefense.types import Attack, HostArray, Images, Key, Logits, Predict, Threat
 
 OBLIVIOUS = "T0 oblivious pgd (not white-box)"
 
 # Steps towards any class at eps .5 of the box must break every classifier that can be broken.
 _WIDE = 0.5
 
+_FRESH = 100  # draws of each image of a randomised model
+
+# Without these an attack's result would mean nothing.
+_FATAL = {
+    "deterministic",
+    "finite logits",
+    "logits, not probabilities",
+    "independent of the batch",
+}
+
 
 @dataclasses.dataclass(frozen=True)
 class Check:
-    """One question, its answer, and what the answer rests on."""
+    """One question, its answer, and what the answer rests on.
+
+    Attributes:
+      name: what passes, e.g. "gradients are finite"; docs/flags.md says what a failure means.
+      passed: the answer.
+      evidence: what was seen, in words with figures.
+    """
 
     name: str
     passed: bool
@@ -73,12 +89,12 @@ class Audit:
         """What was judged, and two tables: accuracy per tier, the checks with their evidence."""
         rows = [[name, f"{100 * right.mean():.2f}"] for name, right in self.tiers.items()]
         rows.append(["worst case per example", f"{100 * self.worst.mean():.2f}"])
-        told = [[c.name, "pass" if c.passed else "FAIL", c.evidence] for c in self.checks]
+        answers = [[c.name, "pass" if c.passed else "FAIL", c.evidence] for c in self.checks]
         first = tables.markdown(["accuracy, %", "all"], rows)
         head = f"{len(self.worst)} images, {self.threat}"
         if not self.tiers:
             rows = [["not attacked: a check below failed", "–"]]
-        return f"{head}\n\n{first}\n\n{tables.markdown(['check', 'answer', 'evidence'], told)}"
+        return f"{head}\n\n{first}\n\n{tables.markdown(['check', 'answer', 'evidence'], answers)}"
 
     def record(self, labels: np.ndarray, num_classes: int) -> dict[str, Any]:
         """Plain values for a record: bits and accuracies, checks, attacks, curve.
@@ -94,61 +110,6 @@ class Audit:
             "attacks": self.attacks,
             "curve": [list(point) for point in self.curve],
         }
-
-
-def _evaluator(predict: Predict, threat: Threat, batch_size: int | None) -> Evaluator:
-    return Evaluator(lambda _, x: predict(x), threat, batch_size=batch_size)
-
-
-def _basics(judge: Evaluator, images: np.ndarray, labels: np.ndarray) -> tuple[list[Check], bool]:
-    """The checks of the forward and backward pass, and whether there is a backward pass.
-
-    The questions are those of `flags`.
-    """
-    some = slice(LEAST)
-    x, y = images[some], labels[some]
-    found = []
-
-    def ask(name: str, passed: bool, evidence: str) -> None:
-        found.append(Check(name, passed, evidence))
-
-    def predict(z: Images) -> Logits:
-        return judge.apply((), z)
-
-    noise = judge.measure_noise((), x)
-    ask("deterministic", not noise.random, noise.evidence())
-    logits = judge.logits((), x)
-    beside = flags.random_points(x, judge.threat)
-    answers = np.concatenate([logits, judge.logits((), beside)])
-    rows = (~np.isfinite(answers)).any(-1).mean()
-    ask("finite logits", rows == 0, f"{rows:.1%} of images and points beside them are not")
-    sums = logits.sum(-1)
-    soft = rows == 0 and logits.min() >= 0 and np.allclose(sums, 1, atol=1e-2)
-    ask("logits, not probabilities", not soft, f"rows sum to {sums.min():.3g}..{sums.max():.3g}")
-    ask("independent of the batch", noise.random or not noise.mixed, noise.evidence())
-    loop = flags.has_loop(predict, jnp.asarray(x))
-    ask(
-        "no loop in the forward pass",
-        not loop,
-        "it iterates: attack what it optimises too" if loop else "no while or scan in its program",
-    )
-
-    eps = np.broadcast_to(np.asarray(judge.threat.eps, np.float32), len(images))[some]
-
-    def shares(_: Any, x: Images, y: Labels, eps: Any) -> Any:
-        return flags.gradient_shares(predict, x, y, judge.threat.with_eps(eps))
-
-    try:
-        twice = [np.concatenate([a, b]) for a, b in ((x, beside), (y, y), (eps, eps))]
-        zero, broken, _ = judge.map_rows("gradients", shares, (), *twice).T
-    except flags.NoGradients as error:
-        ask("gradients are there", False, str(error))
-        ask("gradients are finite", False, "there are none")
-        return found, False
-    ask("gradients are there", zero.mean() < 0.05, f"zero for {zero.mean():.1%} of images")
-    told = f"{broken.mean():.2%} of the entries, in {(broken > 0).mean():.1%} of images, are not"
-    ask("gradients are finite", bool((broken == 0).all()), told)
-    return found, True
 
 
 def audit(
@@ -172,7 +133,7 @@ def audit(
     batch_size: int | None = None,
     progress: bool = False,
 ) -> Audit:
-    """The honesty report of a classifier, or of a purifier in front of one.
+    """Attacks a classifier, or a purifier in front of one, in every tier, and checks the numbers.
 
     Args:
       predict: images (B, H, W, C) -> logits (B, K), the whole defence as it is deployed.
@@ -187,7 +148,8 @@ def audit(
         `autoattack(random=)` judges it.
       sources: other models, to transfer from (T3).
       extra: further attacks of the threat's set by name, e.g. on the defence's own loss (T1).
-      steps, restarts: of T1's PGD.
+      steps: of T1's and T2's PGD, and of the curve's.
+      restarts: of T1's PGD.
       stages: AutoAttack's that T1 holds, "fab-t" among them where there is the time.
       queries: of Square.
       samples: of EOT.
@@ -203,133 +165,267 @@ def audit(
 
     Raises:
       ValueError: bad images or labels, or `purify` without `base`.
+
+    >>> import numpy as np
+    >>> from jaxdefense import evaluation, threat
+    >>> images = np.random.default_rng(0).uniform(size=(8, 2, 2, 1)).astype("float32")
+    >>> predict = lambda x: x.reshape(len(x), -1)[:, :3] - 0.5
+    >>> quick = dict(steps=2, restarts=1, stages=(), queries=5)
+    >>> report = evaluation.audit(predict, images, None, threat.Linf(0.9), **quick)
+    >>> list(report.tiers)
+    ['clean', 'T1 pgd-10', 'T1 pgd', 'T3 square']
     """
     if purify is not None and base is None:
         raise ValueError("purify needs base: the classifier behind the purifier")
     if random is not None:
         predict = attacks.eot(random, jax.random.key(seed), samples=samples)
-    survey = _Survey(predict, images, labels, threat, seed, batch_size, progress)
-    classes = inputs.count_classes(predict, survey.images[:1])
-    labels = survey.labels
-    inputs.check_labels(labels, len(survey.images), classes)
-    checks, gradients = _basics(survey.judge, survey.images, labels)
+    judge = Evaluator(lambda _, x: predict(x), threat, batch_size=batch_size)
+    images = judge.check_images(images)
+    classes = inputs.count_classes(predict, images[:1])
+    labels = judge.logits((), images).argmax(-1) if labels is None else np.asarray(labels)
+    inputs.check_labels(labels, len(images), classes)
+    noise = judge.measure_noise((), images)
+    answers = examine.ask(judge, (), images, labels, count=LEAST)
+    checks = _basic_checks(noise, judge.logits((), images[:LEAST]), answers)
     if any(not check.passed and check.name in _FATAL for check in checks):
         nothing = np.zeros(len(images), bool)
-        return Audit(threat, {}, {}, nothing, tuple(checks), (), survey.images.copy())
+        return Audit(threat, {}, {}, nothing, tuple(checks), (), images.copy())
 
-    survey.start()
-    tiers, x_adv = survey.tiers, survey.x_adv
-    short = attacks.pgd(threat, steps=10)
-    if base is not None:
-        survey.craft(OBLIVIOUS, attacks.pgd(threat, steps=steps), base, counts=False)
-    if gradients:
-        survey.craft("T1 pgd-10", short)
-        survey.craft("T1 pgd", attacks.pgd(threat, steps=steps, restarts=restarts, best=True))
-        for stage in cascade.stages(threat, classes, attacks=stages):
-            survey.craft(f"T1 {stage.name}", stage.attack)
-        for name, attack in (extra or {}).items():
-            survey.craft(f"T1 {name}", attack)
-    if purify is not None and base is not None:
-        through = attacks.bpda(purify)
-        survey.craft("T2 bpda pgd", attacks.pgd(threat, steps=steps), lambda x: base(through(x)))
-    square = attacks.square(threat, queries=queries, layout=layout)
-    survey.craft("T3 square", square)
-    climb = attacks.apgd(threat, early_stop=False)
-    if sources:
-        survey.craft("T3 transfer", attacks.transfer(climb, sources))
-    if base is not None:
-        survey.craft("T3 transfer from base", attacks.transfer(climb, [base]))
-
-    worst = np.all([b for name, b in tiers.items() if not name.startswith("T0")], axis=0)
-    curve: tuple[tuple[float, float], ...] = ()
-    if gradients:
-        curve = survey.curve(steps)
-        checks += _comparisons(tiers, curve, threat, survey.raw(short))
-    if random is not None:
-        checks.append(_fresh_draws(survey, random, samples, worst))
-    survey.bar.close()
-    return Audit(threat, tiers, survey.made, worst, tuple(checks), curve, x_adv)
+    gradients = answers.gradients is not None
+    plan = _Plan(
+        threat=threat,
+        base=base,
+        purify=purify,
+        sources=sources,
+        extra=extra or {},
+        steps=steps,
+        restarts=restarts,
+        stages=stages,
+        queries=queries,
+        layout=layout,
+    )
+    with tqdm(disable=not progress, unit="attack") as bar:
+        survey = _Survey(judge, images, labels, seed, bar)
+        for attempt in plan.attempts(classes, gradients=gradients):
+            survey.add(attempt)
+        tiers = survey.tiers
+        worst = np.all([b for name, b in tiers.items() if not name.startswith("T0")], axis=0)
+        curve: tuple[tuple[float, float], ...] = ()
+        if gradients:
+            curve = survey.curve(steps)
+            everywhere = survey.accuracy_everywhere(plan.short())
+            checks += _comparisons(tiers, curve, threat, everywhere)
+        if random is not None:
+            checks.append(_fresh_draws(survey, random, samples, worst))
+    return Audit(threat, tiers, survey.calls, worst, tuple(checks), curve, survey.x_adv)
 
 
-# Without these an attack's result would mean nothing.
-_FATAL = {
-    "deterministic",
-    "finite logits",
-    "logits, not probabilities",
-    "independent of the batch",
-}
+def _basic_checks(noise: flags.Noise, logits: np.ndarray, answers: examine.Answers) -> list[Check]:
+    """The checks of the model itself, before any attack.
+
+    Args:
+      noise: of `Evaluator.measure_noise`.
+      logits: (n, K) of the first images.
+      answers: of `examine.ask` about the same images.
+    """
+    rows = (~np.isfinite(np.concatenate([logits, answers.nearby]))).any(-1).mean()
+    sums = logits.sum(-1)
+    soft = rows == 0 and logits.min() >= 0 and np.allclose(sums, 1, atol=1e-2)
+    loop = "it iterates: attack what it optimises too"
+    return [
+        Check("deterministic", not noise.random, noise.evidence()),
+        Check("finite logits", rows == 0, f"{rows:.1%} of images and points beside them are not"),
+        Check(
+            "logits, not probabilities",
+            not soft,
+            f"rows sum to {sums.min():.3g}..{sums.max():.3g}",
+        ),
+        Check("independent of the batch", noise.random or not noise.mixed, noise.evidence()),
+        Check(
+            "no loop in the forward pass",
+            not answers.loop,
+            loop if answers.loop else "no while or scan in its program",
+        ),
+        *_gradient_checks(answers),
+    ]
+
+
+def _gradient_checks(answers: examine.Answers) -> list[Check]:
+    """The checks of the model's gradients."""
+    if answers.gradients is None:
+        return [
+            Check("gradients are there", False, answers.why_no_gradients),
+            Check("gradients are finite", False, "there are none"),
+        ]
+    zero, broken, _ = answers.gradients.T
+    return [
+        Check(
+            "gradients are there",
+            zero.mean() < flags.TOO_MANY_ZERO,
+            f"zero for {zero.mean():.1%} of images",
+        ),
+        Check(
+            "gradients are finite",
+            bool((broken == 0).all()),
+            f"{broken.mean():.2%} of the entries, in {(broken > 0).mean():.1%} of images, are not",
+        ),
+    ]
+
+
+class _Attempt(NamedTuple):
+    """One attack of an audit.
+
+    Attributes:
+      name: its tier and name.
+      attack: of the audit's threat.
+      model: the one that it is made on; None for the defence itself.
+      counts: whether its images may be the report's adversarial ones.
+    """
+
+    name: str
+    attack: Attack
+    model: Predict | None = None
+    counts: bool = True
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class _Plan:
+    """The attacks of an audit; the attributes are the arguments of `audit`."""
+
+    threat: Threat
+    base: Predict | None
+    purify: Callable[[Images], Images] | None
+    sources: Sequence[Predict]
+    extra: Mapping[str, Attack]
+    steps: int
+    restarts: int
+    stages: Sequence[str]
+    queries: int
+    layout: str | None
+
+    def attempts(self, num_classes: int, *, gradients: bool) -> list[_Attempt]:
+        """All attacks, in order.
+
+        Args:
+          num_classes: K.
+          gradients: whether the defence has gradients; without, T1 is left out.
+        """
+        result = []
+        if self.base is not None:
+            result.append(_Attempt(OBLIVIOUS, self._pgd(), self.base, counts=False))
+        if gradients:
+            result += self._white_box(num_classes)
+        if self.purify is not None and self.base is not None:
+            base, through = self.base, attacks.bpda(self.purify)
+            result.append(_Attempt("T2 bpda pgd", self._pgd(), lambda x: base(through(x))))
+        return result + self._black_box()
+
+    def short(self) -> _Attempt:
+        """A PGD of ten steps, which longer attacks are compared with."""
+        return _Attempt("T1 pgd-10", attacks.pgd(self.threat, steps=10))
+
+    def _pgd(self) -> Attack:
+        return attacks.pgd(self.threat, steps=self.steps)
+
+    def _white_box(self, num_classes: int) -> list[_Attempt]:
+        long = attacks.pgd(self.threat, steps=self.steps, restarts=self.restarts, best=True)
+        stages = cascade.stages(self.threat, num_classes, attacks=self.stages)
+        return [
+            self.short(),
+            _Attempt("T1 pgd", long),
+            *(_Attempt(f"T1 {stage.name}", stage.attack) for stage in stages),
+            *(_Attempt(f"T1 {name}", attack) for name, attack in self.extra.items()),
+        ]
+
+    def _black_box(self) -> list[_Attempt]:
+        square = attacks.square(self.threat, queries=self.queries, layout=self.layout)
+        apgd = attacks.apgd(self.threat, early_stop=False)
+        result = [_Attempt("T3 square", square)]
+        if self.sources:
+            result.append(_Attempt("T3 transfer", attacks.transfer(apgd, self.sources)))
+        if self.base is not None:
+            result.append(_Attempt("T3 transfer from base", attacks.transfer(apgd, [self.base])))
+        return result
 
 
 class _Survey:
-    """The attacks of an audit, each judged on the deployed defence."""
+    """Attacks made one after another, each judged on the deployed defence.
+
+    Args:
+      judge: of the defence.
+      images: (N, H, W, C) of `Evaluator.check_images`.
+      labels: (N,) integers.
+      seed: of all attacks.
+      bar: shows which attack runs.
+    """
 
     def __init__(
-        self,
-        predict: Predict,
-        images: HostArray,
-        labels: HostArray | None,
-        threat: Threat,
-        seed: int,
-        batch_size: int | None,
-        progress: bool,
+        self, judge: Evaluator, images: np.ndarray, labels: np.ndarray, seed: int, bar: tqdm
     ):
-        self.threat, self.seed, self.batch_size = threat, seed, batch_size
-        self.judge = _evaluator(predict, threat, batch_size)
-        self.images = self.judge.check_images(images)
-        if labels is None:
-            labels = self.judge.logits((), self.images).argmax(-1)
-        self.labels = np.asarray(labels)
-        self.ids = np.arange(len(self.images))
-        self.tiers: dict[str, np.ndarray] = {}
-        self.made: dict[str, str] = {}
-        self.x_adv = self.images.astype(np.promote_types(self.images.dtype, np.float32))
-        self.bar = tqdm(disable=not progress, unit="attack")
+        self.judge, self.seed, self.bar = judge, seed, bar
+        self.examples = Examples.of(images, labels, np.arange(len(images)))
+        self.tiers = {"clean": judge.logits((), images).argmax(-1) == labels}
+        self.calls: dict[str, str] = {}
+        self.x_adv = images.astype(np.promote_types(images.dtype, np.float32))
 
-    def start(self) -> None:
-        """Clean accuracy: what is wrong already is not attacked."""
-        self.tiers["clean"] = self.judge.logits((), self.images).argmax(-1) == self.labels
+    def add(self, attempt: _Attempt) -> None:
+        """Attacks the examples that are right without an attack; the defence judges its images.
 
-    def craft(
-        self, name: str, attack: Attack, on: Predict | None = None, *, counts: bool = True
-    ) -> None:
-        """Runs an attack, on another model where one is given; the defence judges its images."""
-        check_attack(name, attack, self.threat, len(self.images))
+        Args:
+          attempt: of the plan.
+        """
+        name, attack, model, counts = attempt
+        check_attack(name, attack, self.judge.threat, len(self.examples))
         self.bar.set_postfix_str(name)
         right = self.tiers["clean"].copy()
-        crafter = self.judge if on is None else _evaluator(on, self.threat, self.batch_size)
+        crafter = self.judge if model is None else self.judge.with_model(lambda _, x: model(x))
         for pack in crafter.split_rows(np.flatnonzero(right)):
-            given = (self.images[pack], self.labels[pack], self.ids[pack])
-            if on is None:
-                found, wrong, *_ = crafter.attack(
-                    name, attack, (), *given, rows=pack, seed=self.seed
-                )
+            examples = self.examples.take(pack)
+            if model is None:
+                x_adv, wrong, *_ = crafter.attack(name, attack, (), examples, seed=self.seed)
             else:
-                found, _ = crafter.craft(name, attack, (), *given, rows=pack, seed=self.seed)
-                logits = self.judge.logits((), found.astype(self.images.dtype))
-                wrong = flags.is_fooled(logits, self.labels[pack])
+                x_adv, _ = crafter.craft(name, attack, (), examples, seed=self.seed)
+                logits = self.judge.logits((), x_adv.astype(examples.images.dtype))
+                wrong = flags.is_fooled(logits, examples.labels)
             right[pack[wrong]] = False
             if counts:
-                self.x_adv[pack[wrong]] = found[wrong]
-        self.tiers[name], self.made[name] = right, _told(attack)
+                self.x_adv[pack[wrong]] = x_adv[wrong]
+        self.tiers[name], self.calls[name] = right, _call_of(attack)
         self.bar.update()
 
-    def raw(self, attack: Attack) -> float:
-        """Accuracy in percent when the attack also meets what is misclassified already."""
-        name, given = "T1 pgd-10", (self.images, self.labels, self.ids)
-        bits = self.judge.bits((), *given, {name: attack}, seed=self.seed, everywhere=True)
-        return 100 * float(bits[name].mean())
+    def accuracy_everywhere(self, attempt: _Attempt) -> float:
+        """Accuracy in percent when the attack also gets what is misclassified already.
+
+        Args:
+          attempt: of the plan.
+        """
+        bits = self.judge.bits(
+            (),
+            self.examples.images,
+            self.examples.labels,
+            self.examples.ids,
+            {attempt.name: attempt.attack},
+            seed=self.seed,
+            everywhere=True,
+        )
+        return 100 * float(bits[attempt.name].mean())
 
     def curve(self, steps: int) -> tuple[tuple[float, float], ...]:
-        """PGD's accuracy at shares of eps, at eps, and at eps .5 of the box's diameter."""
+        """(eps, PGD's accuracy in percent) from 0 to eps .5 of the box's diameter.
+
+        Args:
+          steps: of PGD.
+        """
         self.bar.set_postfix_str("curve")
-        wide = _WIDE * self.threat.diameter(self.images[0].size)
-        eps = [*(share * np.max(self.threat.eps) for share in (0.0, 0.25, 0.5, 1.0, 2.0)), wide]
+        threat, images = self.judge.threat, self.examples.images
+        wide = _WIDE * threat.diameter(images[0].size)
+        eps = [*(share * np.max(threat.eps) for share in (0.0, 0.25, 0.5, 1.0, 2.0)), wide]
         eps = sorted({float(e) for e in eps if e <= wide})
         survives = curves.survival_over_eps(
             self.judge,
             (),
-            self.images,
-            self.labels,
+            images,
+            self.examples.labels,
             eps,
             lambda ball: attacks.pgd(ball, steps=steps),
             seed=self.seed,
@@ -338,15 +434,13 @@ class _Survey:
 
 
 def _fresh_draws(
-    survey: "_Survey",
-    random: Callable[[Key, Images], Logits],
-    samples: int,
-    worst: np.ndarray,
+    survey: _Survey, random: Callable[[Key, Images], Logits], samples: int, worst: np.ndarray
 ) -> Check:
     """Whether the tiers' verdict on the mean of draws is the deployed model's over fresh draws."""
-    keyed = Evaluator(lambda _, k, x: random(k, x), survey.threat, batch_size=survey.batch_size)
-    draws = randomised.Draws(keyed, (), survey.labels, survey.ids, _FRESH, survey.seed)
-    clean, under = (draws.share("audit", x).mean() for x in (survey.images, survey.x_adv))
+    keyed = survey.judge.with_model(lambda _, key, x: random(key, x))
+    examples = survey.examples
+    draws = randomised.Draws(keyed, (), examples.labels, examples.ids, _FRESH, survey.seed)
+    clean, under = (draws.share("audit", x).mean() for x in (examples.images, survey.x_adv))
     return Check(
         "the mean's verdict holds for fresh draws",
         abs(under - worst.mean()) <= 0.05,
@@ -355,13 +449,10 @@ def _fresh_draws(
     )
 
 
-_FRESH = 100  # draws of each image
-
-
-def _told(attack: Attack) -> str:
-    """The call that makes it; what a combination closes over has no use in a record."""
+def _call_of(attack: Attack) -> str:
+    """The call that makes an attack; of a combination, its parts alone."""
     if isinstance(attack, attacks.Method):
-        parts = [_told(part) for part in attack.parts]
+        parts = [_call_of(part) for part in attack.parts]
         return f"{attack.name}({', '.join(parts)})" if parts else repr(attack)
     return getattr(attack, "__name__", type(attack).__name__)
 
@@ -370,9 +461,16 @@ def _comparisons(
     tiers: dict[str, np.ndarray],
     curve: tuple[tuple[float, float], ...],
     threat: Threat,
-    raw: float,
+    everywhere: float,
 ) -> list[Check]:
-    """What the accuracies say of each other."""
+    """The checks that compare the attacks' accuracies.
+
+    Args:
+      tiers: {tier and attack: (N,) bool}.
+      curve: (eps, accuracy in percent), the largest eps last.
+      threat: of the attacks.
+      everywhere: percent, of `_Survey.accuracy_everywhere`.
+    """
     accuracy = {name: 100 * float(right.mean()) for name, right in tiers.items()}
     white = min(v for name, v in accuracy.items() if name.startswith("T1"))
     black = {name: v for name, v in accuracy.items() if name.startswith("T3")}
@@ -385,8 +483,8 @@ def _comparisons(
     return [
         Check(
             "robust accuracy is not above clean",
-            raw <= accuracy["clean"],
-            f"clean {accuracy['clean']:.2f} %, PGD-10 on all images {raw:.2f} %",
+            everywhere <= accuracy["clean"],
+            f"clean {accuracy['clean']:.2f} %, PGD-10 on all images {everywhere:.2f} %",
         ),
         Check(
             "black box does not beat white box",

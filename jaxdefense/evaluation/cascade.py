@@ -4,14 +4,15 @@ Each attack runs on the survivors of the one before, packed into few static shap
 compiled again as they dwindle. Keys are per example, so an example's fate does not depend on the
 others. Every image that counts as a success is checked again: in the ball, in the box, finite,
 and misclassified by a plain forward pass. With a folder, each dispatch is written down when it is
-done, and a killed evaluation goes on from there.
+done, and a killed evaluation goes on from there (`journal`).
 """
 
+import dataclasses
 import functools
 import os
 import pathlib
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -20,12 +21,12 @@ from tqdm import tqdm
 from jaxdefense import registry
 from jaxdefense.attacks import checks, ensemble
 from jaxdefense.attacks.ensemble import Stage
-from jaxdefense.attacks.method import describe
 from jaxdefense.attacks.square import check_layout
 from jaxdefense.evaluation import examine, flags, randomised
-from jaxdefense.evaluation.evaluator import Apply, Evaluator, check_attack, check_ids, check_targets
+from jaxdefense.evaluation.checks import check_attack, check_ids, check_targets
+from jaxdefense.evaluation.evaluator import Apply, Evaluator, Examples
 from jaxdefense.evaluation.flags import Flag
-from jaxdefense.evaluation.journal import Journal, hash_arrays
+from jaxdefense.evaluation.journal import Journal, describe_evaluation
 from jaxdefense.evaluation.verdict import Verdict
 from jaxdefense.types import HostArray, PredictWithKey, PyTree, Threat
 
@@ -39,7 +40,7 @@ def stages(
     layout: str | None = None,
     samples: int | None = None,
 ) -> list[Stage]:
-    """AutoAttack's stages.
+    """The stages of AutoAttack for a threat and number of classes.
 
     Args:
       threat: norm, eps, bounds.
@@ -52,12 +53,12 @@ def stages(
     Raises:
       ValueError: unknown version, stage or layout.
     """
-    found = ensemble.stages(threat, version, num_classes, layout=layout, samples=samples)
-    known = [stage.name for stage in found]
+    available = ensemble.stages(threat, version, num_classes, layout=layout, samples=samples)
+    known = [stage.name for stage in available]
     for name in attacks or ():
         if name not in known:
             registry.raise_unknown(f"stage of {version}", name, known)
-    return [stage for stage in found if attacks is None or stage.name in attacks]
+    return [stage for stage in available if attacks is None or stage.name in attacks]
 
 
 def autoattack(
@@ -81,7 +82,7 @@ def autoattack(
     folder: str | os.PathLike | None = None,
     progress: bool = False,
 ) -> Verdict:
-    """AutoAttack on a whole set: APGD-CE, APGD-T, FAB-T, Square, each on the survivors.
+    """Runs AutoAttack on a whole set: APGD-CE, APGD-T, FAB-T, Square, each on the survivors.
 
     Before anything is attacked the model is asked what would make its number worthless. A random
     model, or one whose answer about an image depends on its batch, is refused, as are probabilities
@@ -129,11 +130,12 @@ def autoattack(
         evaluation.
 
     >>> import jax
-    >>> from jaxdefense import threat
+    >>> from jaxdefense import evaluation, threat
     >>> x = jax.random.uniform(jax.random.key(0), (8, 4, 4, 1))
-    >>> predict = lambda x: x.reshape(len(x), -1)[:, :3]
-    >>> autoattack(predict, x, None, threat.Linf(0.5), attacks=("apgd-ce",)).robust.mean()
-    np.float64(0.0)
+    >>> predict, ball = lambda x: x.reshape(len(x), -1)[:, :3], threat.Linf(0.5)
+    >>> verdict = evaluation.autoattack(predict, x, None, ball, attacks=("apgd-ce",))
+    >>> int(verdict.clean.sum()), int(verdict.robust.sum())
+    (8, 0)
 
     Reference: Croce, Hein, Reliable evaluation of adversarial robustness with an ensemble of
       diverse parameter-free attacks, arXiv 2003.01690. Differences from the authors' programme are
@@ -155,7 +157,7 @@ def autoattack(
     evaluator = Evaluator(apply, threat, batch_size=batch_size, grid=grid)
     images = evaluator.check_images(images)
     classes = checks.count_classes(
-        lambda *given: apply(variables, *given), images[:1], keyed=random is not None
+        lambda *inputs: apply(variables, *inputs), images[:1], keyed=random is not None
     )
     chosen = stages(
         threat,
@@ -183,8 +185,8 @@ def autoattack(
 
 
 def _with_variables(function: Any, *, with_variables: bool) -> Apply:
-    """(variables, ...) -> logits of a function that may not take variables."""
-    return function if with_variables else lambda _, *given: function(*given)
+    """The function with variables as its first argument, added where it takes none."""
+    return function if with_variables else lambda _, *inputs: function(*inputs)
 
 
 def run_stages(
@@ -200,7 +202,7 @@ def run_stages(
     folder: pathlib.Path | None = None,
     progress: bool = False,
 ) -> Verdict:
-    """All stages on the whole set, each on the survivors of those before.
+    """Runs attacks on a whole set, each on the examples that withstood those before.
 
     Args:
       evaluator: of the classifier.
@@ -211,7 +213,7 @@ def run_stages(
       targets: (N,) classes to be reached, for targeted stages.
       ids: (N,) the examples' names in the random keys; default their positions.
       seed: of all attacks.
-      folder: where finished dispatches are kept, to resume from.
+      folder: where finished dispatches are kept (`journal`), to resume from.
       progress: show a bar.
 
     Raises:
@@ -219,84 +221,146 @@ def run_stages(
         BatchNorm in train mode, an attack of another threat, or a folder of another evaluation.
     """
     images = evaluator.check_images(images)
+    targeted = targets is not None
     for stage in stages:
-        check_attack(
-            stage.name, stage.attack, evaluator.threat, len(images), targets=targets is not None
-        )
+        check_attack(stage.name, stage.attack, evaluator.threat, len(images), targets=targeted)
     examine.check_stage_names(stages)
     ids = check_ids(ids, len(images))
     variables = evaluator.replicate(variables)
-    own = labels is None
-    if own:
+    has_labels = labels is not None
+    if labels is None:
         labels = evaluator.logits(variables, images).argmax(-1)
     labels = np.asarray(labels)
     logits = evaluator.check_model(variables, images, labels)
-    aims = labels
-    if targets is not None:
-        aims = check_targets(targets, labels, logits.shape[-1])
-    found = examine.examine(evaluator, variables, images, labels, logits, stages)
-    if own:
-        found.append(Flag("own labels", "note", "labels are the model's answers on clean images"))
-    told = {
-        "threat": describe(evaluator.threat),
-        "stages": {stage.name: describe(stage.attack) for stage in stages},
-        "seed": seed,
-        "grid": evaluator.grid,
-        "weights": None
-        if folder is None
-        else hash_arrays(*evaluator.model_arrays(variables, images)),
-        "images": hash_arrays(images),
-        "labels": hash_arrays(labels),
-        "targets": None if targets is None else hash_arrays(aims),
-        "ids": hash_arrays(ids),
-    }
-    journal = Journal(folder, told, logits)
+    aims = labels if targets is None else check_targets(targets, labels, logits.shape[-1])
+    raised = examine.examine(evaluator, variables, images, labels, logits, stages)
+    if not has_labels:
+        raised.append(Flag("own labels", "note", "labels are the model's answers on clean images"))
+    weights = None if folder is None else evaluator.model_arrays(variables, images)
+    arrays = {"images": images, "labels": labels, "targets": aims if targeted else None, "ids": ids}
+    options = {"grid": evaluator.grid}
+    description = describe_evaluation(evaluator.threat, stages, seed, options, weights, arrays)
+    journal = Journal(folder, description, logits)
+
     clean = logits.argmax(-1) == labels
-    start = clean if targets is None else ~flags.is_fooled(logits, aims, targeted=True)
-    left, answers = start.copy(), logits.copy()
+    start = clean if not targeted else ~flags.is_fooled(logits, aims, targeted=True)
+    examples = Examples.of(images, aims, ids)
     x_adv = images.astype(np.promote_types(images.dtype, np.float32))
-    by_attack, passes, seconds, unconfirmed = {}, {}, 0.0, {}
-
-    def attacked(stage: Stage, pack: np.ndarray) -> dict[str, np.ndarray]:
-        began = time.monotonic()
-        given = (images[pack], aims[pack], ids[pack])
-        one = evaluator.attack(stage.name, stage.attack, variables, *given, rows=pack, seed=seed)
-        return {
-            "rows": pack[one.fooled],
-            "x_adv": one.x_adv[one.fooled],
-            "logits": one.logits,
-            "unconfirmed": np.asarray(
-                [one.unconfirmed.sum(), (one.unconfirmed & one.fooled).sum()]
-            ),
-            "seconds": np.asarray(time.monotonic() - began),
-        }
-
-    with tqdm(total=len(stages) * int(left.sum()), disable=not progress, unit="image") as bar:
+    standing = _Standing(start.copy(), x_adv, logits.copy())
+    with tqdm(total=len(stages) * int(start.sum()), disable=not progress, unit="image") as bar:
         for stage in stages:
-            rows = np.flatnonzero(left)
-            passes[stage.name] = (stage.forward * len(rows), stage.backward * len(rows))
-            unconfirmed[stage.name] = np.zeros(2, int)
-            bar.set_postfix_str(f"{stage.name}, {left.mean():.2%} robust")
-            dispatch = functools.partial(attacked, stage)
+            rows = standing.begin(stage)
+            bar.set_postfix_str(standing.summary(stage))
+            dispatch = functools.partial(_attack, evaluator, variables, stage, examples, seed)
             for done in journal.finish(stage.name, rows, evaluator.split_rows, dispatch):
-                left[done["rows"]] = False
-                x_adv[done["rows"]] = done["x_adv"]
-                answers[done["asked"]] = done["logits"]
-                unconfirmed[stage.name] += done["unconfirmed"]
-                seconds += float(done["seconds"])
-                bar.set_postfix_str(f"{stage.name}, {left.mean():.2%} robust")
+                standing.add(stage, done)
+                bar.set_postfix_str(standing.summary(stage))
                 bar.update(len(done["asked"]))
-            by_attack[stage.name] = left.copy()
-    survivors = {"clean": start, **by_attack}
-    found += flags.survivor_flags({n: int(b.sum()) for n, b in survivors.items()}, len(images))
+            standing.end(stage)
+    survivors = {"clean": start, **standing.by_attack}
+    raised += flags.survivor_flags({n: int(b.sum()) for n, b in survivors.items()}, len(images))
     if stages:
-        found += _about_unconfirmed(unconfirmed)
-        found += flags.answer_flags(answers[start], int(start.sum()), "images after the attacks")
-    return Verdict(clean, left, by_attack, x_adv, passes, tuple(found), seconds)
+        raised += _unconfirmed_flags(standing.unconfirmed)
+        answers = standing.answers[start]
+        raised += flags.answer_flags(answers, len(answers), "images after the attacks")
+    return Verdict(
+        clean,
+        standing.left,
+        standing.by_attack,
+        standing.x_adv,
+        standing.passes,
+        tuple(raised),
+        standing.seconds,
+    )
 
 
-def _about_unconfirmed(counts: dict[str, np.ndarray]) -> list[Flag]:
-    """The flag of wins that only the attack's own program saw."""
+def _attack(
+    evaluator: Evaluator,
+    variables: PyTree,
+    stage: Stage,
+    examples: Examples,
+    seed: int,
+    rows: np.ndarray,
+) -> dict[str, np.ndarray]:
+    """What one dispatch of a stage writes in the journal.
+
+    Args:
+      evaluator: of the classifier.
+      variables: its weights.
+      stage: of the cascade.
+      examples: all of the evaluation.
+      seed: of all attacks.
+      rows: (n,) the examples of this dispatch.
+
+    Returns:
+      "rows" of the fooled examples and their "x_adv"; of all its examples the "logits" at the end
+      and "seconds"; "unconfirmed", how many wins were not confirmed at first, and then won.
+    """
+    began = time.monotonic()
+    attacked = evaluator.attack(stage.name, stage.attack, variables, examples.take(rows), seed=seed)
+    fooled, unconfirmed = attacked.fooled, attacked.unconfirmed
+    return {
+        "rows": rows[fooled],
+        "x_adv": attacked.x_adv[fooled],
+        "logits": attacked.logits,
+        "unconfirmed": np.asarray([unconfirmed.sum(), (unconfirmed & fooled).sum()]),
+        "seconds": np.asarray(time.monotonic() - began),
+    }
+
+
+@dataclasses.dataclass(eq=False)
+class _Standing:
+    """What a cascade has found so far.
+
+    Attributes:
+      left: (N,) bool, who withstands every attack so far.
+      x_adv: (N, ...) the adversarial image of each example, else the image itself.
+      answers: (N, K) the model's logits of the last attack's image.
+      by_attack: {stage: (N,) bool}, `left` after each stage.
+      passes: {stage: (forward, backward)}.
+      unconfirmed: {stage: (2,)} counts of wins that a plain pass did not confirm, and of those that
+        were won again.
+      seconds: of all dispatches.
+    """
+
+    left: np.ndarray
+    x_adv: np.ndarray
+    answers: np.ndarray
+    by_attack: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
+    passes: dict[str, tuple[int, int]] = dataclasses.field(default_factory=dict)
+    unconfirmed: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
+    seconds: float = 0.0
+
+    def begin(self, stage: Stage) -> np.ndarray:
+        """The rows that a stage attacks."""
+        rows = np.flatnonzero(self.left)
+        self.passes[stage.name] = (stage.forward * len(rows), stage.backward * len(rows))
+        self.unconfirmed[stage.name] = np.zeros(2, int)
+        return rows
+
+    def add(self, stage: Stage, done: Mapping[str, np.ndarray]) -> None:
+        """Adds what one dispatch found."""
+        self.left[done["rows"]] = False
+        self.x_adv[done["rows"]] = done["x_adv"]
+        self.answers[done["asked"]] = done["logits"]
+        self.unconfirmed[stage.name] += done["unconfirmed"]
+        self.seconds += float(done["seconds"])
+
+    def end(self, stage: Stage) -> None:
+        """Keeps who is left after a stage."""
+        self.by_attack[stage.name] = self.left.copy()
+
+    def summary(self, stage: Stage) -> str:
+        """The progress bar's text."""
+        return f"{stage.name}, {self.left.mean():.2%} robust"
+
+
+def _unconfirmed_flags(counts: dict[str, np.ndarray]) -> list[Flag]:
+    """The flag of wins that only the attack's own program saw.
+
+    Args:
+      counts: `_Standing.unconfirmed`.
+    """
     lost, won = (int(sum(column)) for column in zip(*counts.values(), strict=True))
     if not lost:
         return []

@@ -1,4 +1,4 @@
-"""Robust accuracy as a function of eps."""
+"""Robust accuracy as a function of eps: at a grid of eps, or from each example's distance."""
 
 import dataclasses
 from collections.abc import Callable, Sequence
@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxdefense.attacks.method import Method
-from jaxdefense.evaluation.evaluator import Evaluator, attack_keys, check_attack
+from jaxdefense.evaluation.checks import check_attack
+from jaxdefense.evaluation.evaluator import Evaluator, attack_keys
 from jaxdefense.types import Attack, PyTree, Threat
 
 
@@ -23,7 +24,7 @@ def survival_over_eps(
     ids: np.ndarray | None = None,
     seed: int = 0,
 ) -> np.ndarray:
-    """Whether each example survives an attack at each eps: (len(eps), N) bool, in one program.
+    """Whether each example survives an attack at each eps, in one compiled program.
 
     Every pair of an example and an eps is a row of a batch, with its own eps.
 
@@ -35,10 +36,24 @@ def survival_over_eps(
       eps: radii; 0 gives the clean accuracy.
       attack: makes the attack of a threat whose eps is one per example, e.g.
         `lambda threat: attacks.pgd(threat, steps=40)`.
-      ids, seed: as in `Evaluator.bits`; the same noise is drawn at every eps.
+      ids: (N,) integers, the examples' names in the random keys; default their positions.
+      seed: of the attack; the same noise is drawn at every eps.
+
+    Returns:
+      (len(eps), N) bool.
 
     Raises:
       ValueError: bad images, labels or eps.
+
+    >>> import numpy as np
+    >>> from jaxdefense import attacks, threat
+    >>> from jaxdefense.evaluation import Evaluator, curves
+    >>> evaluator = Evaluator(lambda _, x: x.reshape(len(x), 2), threat.Linf(0.1))
+    >>> images, labels = np.full((4, 1, 2, 1), [[0.9], [0.3]]), np.zeros(4, int)
+    >>> pgd = lambda ball: attacks.pgd(ball, steps=3)
+    >>> eps = [0.0, 0.2, 0.4]
+    >>> curves.survival_over_eps(evaluator, (), images, labels, eps, pgd).sum(1).tolist()
+    [4, 4, 0]
     """
     images = evaluator.check_images(images)
     check_attack("curve", attack(evaluator.threat), evaluator.threat, len(images))
@@ -61,13 +76,15 @@ def survival_over_eps(
     data = np.asarray(jax.random.key_data(attack_keys(seed, "curve", ids)))
     for pack in evaluator.split_rows(pairs):
         radius, row = np.divmod(pack, n)
-        given = (data[row], images[row], labels[row], radii[radius])
-        survives[radius, row] = evaluator.dispatch(("curve", attack), run, variables, *given)
+        arrays = (data[row], images[row], labels[row], radii[radius])
+        survives[radius, row] = evaluator.dispatch(("curve", attack), run, variables, *arrays)
     return survives
 
 
 def curve_from_distances(distances: np.ndarray, eps: Sequence[float]) -> np.ndarray:
-    """The whole curve from one minimal-norm run: the share of examples whose distance exceeds eps.
+    """Robust accuracy at each eps: the share of examples whose distance exceeds it.
+
+    One run of a minimal-norm attack (`minimal_distances`) gives the whole curve.
 
     Args:
       distances: (N,) distances to the nearest adversarial image found, 0 where the example is
@@ -76,6 +93,11 @@ def curve_from_distances(distances: np.ndarray, eps: Sequence[float]) -> np.ndar
 
     Returns:
       (len(eps),) in [0, 1].
+
+    >>> import numpy as np
+    >>> from jaxdefense.evaluation import curves
+    >>> curves.curve_from_distances(np.array([0.0, 0.1, 0.3, np.inf]), [0.0, 0.1, 0.2]).tolist()
+    [0.75, 0.5, 0.5]
     """
     return np.asarray([(np.asarray(distances) > radius).mean() for radius in eps])
 
@@ -90,7 +112,7 @@ def minimal_distances(
     ids: np.ndarray | None = None,
     seed: int = 0,
 ) -> np.ndarray:
-    """How far each example's nearest adversarial image is, (N,), in the threat's norm.
+    """The distance of each example's nearest adversarial image, in the threat's norm.
 
     Args:
       evaluator: of the classifier; its threat's norm measures.
@@ -98,10 +120,24 @@ def minimal_distances(
       images: (N, H, W, C).
       labels: (N,).
       attack: a minimal-norm attack, e.g. `attacks.fmn(threat, minimal=True)`.
-      ids, seed: as in `Evaluator.bits`.
+      ids: (N,) integers, the examples' names in the random keys; default their positions.
+      seed: of the attack.
 
     Returns:
-      0 where the example is misclassified, infinity where nothing was found.
+      (N,): 0 where the example is misclassified, infinity where nothing was found.
+
+    Raises:
+      ValueError: bad images or labels, or an attack of another threat.
+
+    >>> import numpy as np
+    >>> from jaxdefense import attacks, threat
+    >>> from jaxdefense.evaluation import Evaluator, curves
+    >>> ball = threat.Linf(1.0)
+    >>> evaluator = Evaluator(lambda _, x: x.reshape(len(x), 2), ball)
+    >>> images, labels = np.full((4, 1, 2, 1), [[0.9], [0.3]]), np.array([0, 0, 0, 1])
+    >>> attack = attacks.fab(ball, steps=5, minimal=True)
+    >>> curves.minimal_distances(evaluator, (), images, labels, attack).round(1).tolist()
+    [0.3, 0.3, 0.3, 0.0]
     """
     images = evaluator.check_images(images)
     check_attack("distance", attack, evaluator.threat, len(images), minimal=True)
@@ -110,7 +146,7 @@ def minimal_distances(
     right = evaluator.check_model(variables, images, labels).argmax(-1) == labels
     result = np.zeros(len(images))
 
-    own = attack.per_example() if isinstance(attack, Method) else []
+    options = attack.per_example() if isinstance(attack, Method) else []
 
     def run(variables, data, x, y, *values):
         def predict(z):
@@ -123,7 +159,7 @@ def minimal_distances(
 
     data = np.asarray(jax.random.key_data(attack_keys(seed, "distance", ids)))
     for pack in evaluator.split_rows(np.flatnonzero(right)):
-        values = (np.asarray(array)[pack] for array in own)
-        given = (data[pack], images[pack], labels[pack], *values)
-        result[pack] = evaluator.dispatch(("distance", attack), run, variables, *given)
+        values = (np.asarray(array)[pack] for array in options)
+        arrays = (data[pack], images[pack], labels[pack], *values)
+        result[pack] = evaluator.dispatch(("distance", attack), run, variables, *arrays)
     return result

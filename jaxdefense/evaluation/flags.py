@@ -30,6 +30,10 @@ class Flag:
       name: one of `NAMES`, the same for the same reason.
       severity: 'note', 'warning' or 'error'.
       evidence: what was seen, in words with figures.
+
+    >>> from jaxdefense.evaluation import Flag
+    >>> str(Flag("few classes", "note", "apgd-t: 2 of 9 targets exist"))
+    'note: few classes: apgd-t: 2 of 9 targets exist'
     """
 
     name: str
@@ -67,11 +71,11 @@ NAMES = (
 
 @dataclasses.dataclass(frozen=True)
 class Noise:
-    """How far logits differ that a deterministic classifier gives alike, over their spread.
+    """How far logits differ that should be equal, over the logits' spread.
 
     Attributes:
       repeat: the same batch once more.
-      company: the same images at other places, beside others.
+      company: the same images at other places of a batch, beside other images.
       traced: whether two traces of the model are different programs: it draws on the host.
       tolerance: what rounding explains.
     """
@@ -83,12 +87,12 @@ class Noise:
 
     @property
     def random(self) -> bool:
-        """Whether the model answers one question in two ways."""
+        """Whether the model gives the same batch other logits the second time."""
         return self.traced or self.repeat > self.tolerance
 
     @property
     def mixed(self) -> bool:
-        """Whether what it says of an image depends on the batch, or on the place in it."""
+        """Whether an image's logits depend on the rest of its batch, or on its place in it."""
         return self.company > self.tolerance
 
     def evidence(self) -> str:
@@ -125,7 +129,7 @@ _SHOWN = 32  # images that the questions of noise are asked about
 
 
 def logit_difference(first: np.ndarray, second: np.ndarray) -> float:
-    """How far two models' logits lie apart, over the spread of the logits.
+    """The largest difference between two models' logits, over the spread of the logits.
 
     The spread is the median over the images of the logits' median distance from their median, so
     that a class masked by -1e9 hides nothing; what the last digits of a large logit explain does
@@ -168,7 +172,7 @@ def measure_noise(
     threat: Threat,
     traced: bool = False,
 ) -> Noise:
-    """Asks the same of a model several times, of images and of points beside them.
+    """Asks a model for the same logits several times: of images and of random points beside them.
 
     Args:
       forward: images (n, ...) -> logits (n, K), compiled.
@@ -194,7 +198,11 @@ def measure_noise(
 
 
 def program_text(jaxpr: Any) -> tuple[str, list[bytes]]:
-    """A traced program and its constants, without the addresses of Python's objects."""
+    """A traced program and its constants, without the addresses of Python's objects.
+
+    Args:
+      jaxpr: of `jax.make_jaxpr`.
+    """
     constants = [_bytes(constant) for constant in jaxpr.consts if hasattr(constant, "dtype")]
     return re.sub(r"0x[0-9a-f]+", "", str(jaxpr.jaxpr)), constants
 
@@ -205,7 +213,7 @@ def _bytes(array: Any) -> bytes:
 
 
 def has_loop(predict: Predict, images: Images) -> bool:
-    """Whether the forward pass iterates: an optimisation at test time hides its gradient so.
+    """Whether the forward pass iterates, as a model that optimises at test time does.
 
     Args:
       predict: images -> logits.
@@ -230,11 +238,11 @@ _NO_REVERSE = ("differentiation", "do not support JVP", "ranspos")
 
 
 class NoGradients(ValueError):
-    """Reverse-mode differentiation through the model fails."""
+    """JAX cannot differentiate the model in reverse."""
 
 
 def gradient_shares(predict: Predict, images: Images, labels: Labels, threat: Threat) -> Array:
-    """(B, 3): zero everywhere, the share that is not finite, and whether it leads downhill.
+    """What is wrong with each image's gradient: zero, not finite, or leading downhill.
 
     The gradient is that of the attacks' cross-entropy, `losses.log_odds`; it leads downhill where
     a step along it, a hundredth of eps long, lowers the loss.
@@ -244,6 +252,10 @@ def gradient_shares(predict: Predict, images: Images, labels: Labels, threat: Th
       images: (B, ...).
       labels: (B,).
       threat: the set; its eps is one number or one for each of these images.
+
+    Returns:
+      (B, 3): 1 where the gradient is zero everywhere; the share of its entries that is not finite;
+      1 where it leads downhill.
 
     Raises:
       NoGradients: JAX cannot differentiate the model in reverse.
@@ -270,52 +282,55 @@ def gradient_shares(predict: Predict, images: Images, labels: Labels, threat: Th
     return jnp.stack([zero.astype(jnp.float32), share, lower.astype(jnp.float32)], -1)
 
 
+TOO_MANY_ZERO = 0.05  # share of images whose gradients may be zero by chance (saturation)
+
+
 def gradient_flags(shares: np.ndarray) -> list[Flag]:
     """The flags of `gradient_shares`.
 
     Args:
       shares: (N, 3).
     """
-    found = []
+    raised = []
     zero, broken = shares[:, 0].mean(), (shares[:, 1] > 0).mean()
     if zero > 0:
-        severity = "error" if zero >= 0.05 else "warning"
+        severity = "error" if zero >= TOO_MANY_ZERO else "warning"
         evidence = f"zero everywhere for {zero:.1%} of the images asked and points beside them"
-        found.append(Flag("zero gradients", severity, evidence))
+        raised.append(Flag("zero gradients", severity, evidence))
     if broken > 0:
         evidence = (
             f"{shares[:, 1].mean():.2%} of the entries, in {broken:.1%} of the images asked, are "
             f"NaN or infinite and counted as 0"
         )
-        found.append(Flag("non-finite gradients", "warning", evidence))
+        raised.append(Flag("non-finite gradients", "warning", evidence))
     lower = shares[:, 2].mean()
     if lower > 0.25:
         severity = "error" if lower > 0.5 else "warning"
         evidence = f"a small step along the gradient lowers the loss of {lower:.1%} of images"
-        found.append(Flag("misleading gradients", severity, evidence))
-    return found
+        raised.append(Flag("misleading gradients", severity, evidence))
+    return raised
 
 
 def answer_flags(logits: np.ndarray, examples: int, where: str) -> list[Flag]:
-    """The flags of what a model says of images in the ball: NaN, and ties.
+    """The flags of logits of images in the ball: NaN, and ties.
 
     Args:
       logits: (n, K) of images that were not fooled, or of any.
       examples: of which these are some.
       where: what images they are, in words.
     """
-    found = []
+    raised = []
     undefined = int((~np.isfinite(logits)).any(-1).sum())
     if undefined:
         evidence = f"NaN or infinite logits for {undefined} of {examples} {where}"
-        found.append(Flag("undefined answers", "error", evidence))
+        raised.append(Flag("undefined answers", "error", evidence))
     top = np.sort(np.nan_to_num(logits), -1)[:, -2:]
     tied = int((top[:, 0] == top[:, 1]).sum())
     if tied > 0.005 * examples:
         severity = "error" if tied > 0.05 * examples else "warning"
         evidence = f"two largest logits for {tied} of {examples} {where}"
-        found.append(Flag("ties", severity, evidence))
-    return found
+        raised.append(Flag("ties", severity, evidence))
+    return raised
 
 
 def logit_flags(logits: np.ndarray, labels: np.ndarray) -> list[Flag]:
@@ -325,25 +340,25 @@ def logit_flags(logits: np.ndarray, labels: np.ndarray) -> list[Flag]:
       logits: (N, K).
       labels: (N,).
     """
-    found = answer_flags(logits, len(logits), "clean images")
+    raised = answer_flags(logits, len(logits), "clean images")
     answers = np.unique(logits.argmax(-1))
     if len(answers) == 1 and len(np.unique(labels)) > 1:
-        found.append(Flag("one class", "error", f"every image is class {answers[0]} to the model"))
+        raised.append(Flag("one class", "error", f"every image is class {answers[0]} to the model"))
     if len(labels) < 100:
         error = 100 / np.sqrt(max(len(labels), 1))
         evidence = f"{len(labels)} images: accuracies are known to ± {error:.0f} points"
-        found.append(Flag("small sample", "note", evidence))
-    return found
+        raised.append(Flag("small sample", "note", evidence))
+    return raised
 
 
 def survivor_flags(survivors: dict[str, int], examples: int) -> list[Flag]:
-    """The masking alarm: what gradient attacks on the loss left and others took.
+    """The flag of masked gradients: FAB or Square took what gradient attacks on the loss left.
 
     Args:
       survivors: {"clean" or attack: how many are left}, in order.
       examples: all of them.
     """
-    found = []
+    raised = []
     for before, name in itertools.pairwise(survivors):
         taken = survivors[before] - survivors[name]
         if name.startswith(("square", "fab")) and before != "clean" and taken > 0.002 * examples:
@@ -352,19 +367,20 @@ def survivor_flags(survivors: dict[str, int], examples: int) -> list[Flag]:
                 f"{name} fooled {taken} of {examples} examples that the gradient attacks on the "
                 f"loss had left"
             )
-            found.append(Flag("masked gradients", severity, evidence))
-    return found
+            raised.append(Flag("masked gradients", severity, evidence))
+    return raised
 
 
 def is_fooled(logits: np.ndarray, labels: np.ndarray, targeted: bool = False) -> np.ndarray:
-    """(B,) bool: who is fooled by a plain pass: the model's answer, the first of equal logits.
+    """(B,) bool: whether the model's answer is wrong, or is the target.
 
-    NaN is no right answer, and reaches no target.
+    The answer is the class of the largest logit, of equal ones the first. NaN is no right answer,
+    and reaches no target.
 
     Args:
       logits: (B, K) float32.
       labels: (B,) labels, or targets.
-      targeted: which.
+      targeted: whether they are targets.
     """
     undefined = np.isnan(logits).any(-1)
     answers = logits.argmax(-1)

@@ -1,21 +1,25 @@
-"""What an evaluation has found so far, on disk: a killed one goes on where it was.
+"""How a verdict is resumed: a `Journal` keeps each finished dispatch, and gives it back.
 
-FOLDER/journal.json tells what is judged, by whom; FOLDER/clean.npz holds the clean logits, and
-FOLDER/STAGE-00000.npz what one dispatch found. Each file is written whole or not at all. Nothing
-depends on how many images a dispatch has, so a journal may be gone on with on other devices.
+FOLDER/journal.json tells what is judged, and by what attacks; FOLDER/clean.npz holds the clean
+logits, and FOLDER/STAGE-00000.npz what one dispatch found. Each file is written whole or not at
+all. A folder of another evaluation is refused. Nothing depends on how many images a dispatch has,
+so a killed evaluation may go on with other devices and in other batches.
 """
 
 import hashlib
 import json
 import pathlib
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from jaxdefense import files
+from jaxdefense.attacks.ensemble import Stage
+from jaxdefense.attacks.method import describe
 from jaxdefense.evaluation.flags import logit_difference
+from jaxdefense.types import Threat
 
 FORMAT = 2
 
@@ -26,34 +30,64 @@ def hash_arrays(*arrays: np.ndarray | bytes) -> str:
     Args:
       *arrays: arrays, or bytes.
     """
-    found = hashlib.sha256()
+    digest = hashlib.sha256()
     for array in arrays:
         if isinstance(array, bytes):
-            found.update(array)
+            digest.update(array)
             continue
-        found.update(f"{array.shape}{array.dtype}".encode())
-        found.update(np.ascontiguousarray(array).tobytes())
-    return found.hexdigest()[:16]
+        digest.update(f"{array.shape}{array.dtype}".encode())
+        digest.update(np.ascontiguousarray(array).tobytes())
+    return digest.hexdigest()[:16]
+
+
+def describe_evaluation(
+    threat: Threat,
+    stages: Sequence[Stage],
+    seed: int,
+    options: Mapping[str, Any],
+    weights: Sequence[Any] | None,
+    arrays: Mapping[str, np.ndarray | None],
+) -> dict[str, Any]:
+    """What tells one evaluation from another, as plain values.
+
+    Args:
+      threat: of all attacks.
+      stages: the attacks.
+      seed: of all attacks.
+      options: further plain values by name.
+      weights: the model's arrays (`Evaluator.model_arrays`), or None to leave them out.
+      arrays: images, labels and so on by name; None for what is not given.
+    """
+    return {
+        "threat": describe(threat),
+        "stages": {stage.name: describe(stage.attack) for stage in stages},
+        "seed": seed,
+        **options,
+        "weights": None if weights is None else hash_arrays(*weights),
+        **{name: None if array is None else hash_arrays(array) for name, array in arrays.items()},
+    }
 
 
 class Journal:
-    """A folder of finished dispatches, or nothing.
+    """A folder of finished dispatches; without a folder, nothing is kept.
 
     Args:
       folder: where; None keeps nothing.
-      told: what is judged, plain values by name; a folder with others is refused.
+      description: what is judged, plain values by name; a folder with others is refused.
       logits: (N, K) the model's clean logits; a folder of another model is refused.
 
     Raises:
       ValueError: the folder holds an evaluation of something else (what differs is named), or
-        `told` cannot tell one attack from another.
+        the description cannot tell one attack from another.
     """
 
-    def __init__(self, folder: pathlib.Path | None, told: Mapping[str, Any], logits: np.ndarray):
+    def __init__(
+        self, folder: pathlib.Path | None, description: Mapping[str, Any], logits: np.ndarray
+    ):
         self.folder = folder
         if folder is None:
             return
-        for name, text in told.items():
+        for name, text in description.items():
             if " at 0x" in str(text):
                 raise ValueError(
                     f"{name} cannot be told from another in a later process, so {folder} could not "
@@ -65,18 +99,18 @@ class Journal:
         if (folder / "cascade.json").exists():
             raise ValueError(f"{folder} holds an evaluation by an older version; remove it")
         if path.exists():
-            self._compare(_read_json(path), {"format": FORMAT, **told})
+            self._compare(_read_json(path), {"format": FORMAT, **description})
             self._compare_logits(clean, logits)
         else:
             files.write_arrays(clean, logits=logits)
-            files.write_text(path, json.dumps({"format": FORMAT, **told}, indent=1) + "\n")
+            files.write_text(path, json.dumps({"format": FORMAT, **description}, indent=1) + "\n")
 
     def _compare(self, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
         differ = [name for name in {**before, **now} if before.get(name) != now.get(name)]
         if differ:
-            told = "; ".join(f"{n} was {before.get(n)}, is {now.get(n)}" for n in differ)
+            changes = "; ".join(f"{n} was {before.get(n)}, is {now.get(n)}" for n in differ)
             raise ValueError(
-                f"{self.folder} holds another evaluation ({told}); choose another folder, or "
+                f"{self.folder} holds another evaluation ({changes}); choose another folder, or "
                 f"remove it"
             )
 
@@ -96,16 +130,16 @@ class Journal:
         packs: Callable[[np.ndarray], Iterable[np.ndarray]],
         dispatch: Callable[[np.ndarray], dict[str, Any]],
     ) -> Iterator[dict[str, Any]]:
-        """What a stage's dispatches find: those of the folder first, then what is still missing.
+        """What a stage's dispatches find: those in the folder, then the missing ones, run now.
 
         Args:
           stage: its name.
-          rows: (n,) the examples that it is asked about.
+          rows: (n,) the examples that it attacks.
           packs: rows -> groups of them, each for one dispatch.
-          dispatch: (rows of a group) -> arrays, which are written down.
+          dispatch: (rows of a group) -> arrays by name, which are written down.
 
         Yields:
-          A dispatch's arrays, and under "asked" its rows.
+          A dispatch's arrays, and its rows under "asked".
 
         Raises:
           ValueError: a damaged file.
@@ -141,9 +175,9 @@ class Journal:
 
 def _read_json(path: pathlib.Path) -> dict[str, Any]:
     try:
-        found = json.loads(path.read_text())
+        content = json.loads(path.read_text())
     except (OSError, ValueError) as error:
         raise ValueError(f"{path} is damaged ({error}): remove its folder") from error
-    if not isinstance(found, dict):
+    if not isinstance(content, dict):
         raise ValueError(f"{path} is damaged (not a mapping): remove its folder")
-    return found
+    return content

@@ -34,7 +34,11 @@ def _axes(width: float, height: float, title: str) -> tuple[Figure, Axes]:
 
 
 def accuracy_bars(records: Sequence[Record]) -> Figure:
-    """Accuracy of each row's deployed predictor: a group of bars per row, a bar per attack."""
+    """Accuracy of each row's deployed predictor: a group of bars per row, a bar per attack.
+
+    Args:
+      records: several of one row are several seeds: mean and standard deviation.
+    """
     rows: dict[str, tuple[str, list[Record]]] = {}
     for (name, predictor), same in group_by_row(records).items():
         rows.setdefault(name, (predictor, same))
@@ -45,8 +49,8 @@ def accuracy_bars(records: Sequence[Record]) -> Figure:
     for i, column in enumerate(names):
         heights, errors = [], []
         for predictor, same in rows.values():
-            found = [r["results"][predictor].get(column) for r in same]
-            values = [f["accuracy"] for f in found if f]
+            results = [r["results"][predictor].get(column) for r in same]
+            values = [f["accuracy"] for f in results if f]
             heights.append(statistics.fmean(values) if values else 0.0)
             errors.append(statistics.stdev(values) if len(values) > 1 else 0.0)
         places = [j + width * (i - (len(names) - 1) / 2) for j in range(len(rows))]
@@ -58,7 +62,12 @@ def accuracy_bars(records: Sequence[Record]) -> Figure:
 
 
 def class_bars(records: Sequence[Record], *names: str) -> Figure:
-    """Accuracy per class, a line for each of the named attacks and row's deployed predictor."""
+    """Accuracy per class, a line for each of the named attacks and row's deployed predictor.
+
+    Args:
+      records: several of one row are several seeds, of which the mean is drawn.
+      *names: of attacks, "clean" among them.
+    """
     title = f"accuracy per class, {', '.join(names)}\n{format_conditions(records)}"
     figure, axes = _axes(6.5, 3.2, title)
     seen = set()
@@ -85,14 +94,18 @@ def class_bars(records: Sequence[Record], *names: str) -> Figure:
 
 
 def audit_curve(records: Sequence[Record]) -> Figure:
-    """PGD's accuracy over eps of each audited predictor; dashed, the threat's own eps."""
+    """PGD's accuracy over eps of each audited predictor; dashed, the threat's own eps.
+
+    Args:
+      records: of the protocol 'audit'.
+    """
     title = f"accuracy over eps, PGD through the whole defence\n{format_conditions(records)}"
     figure, axes = _axes(6.5, 3.2, title)
     eps = set()
     for record in records:
-        for predictor, found in record["audit"].items():
-            if found["curve"]:
-                radii, values = zip(*found["curve"], strict=True)
+        for predictor, report in record["audit"].items():
+            if report["curve"]:
+                radii, values = zip(*report["curve"], strict=True)
                 axes.plot(radii, values, "o-", label=f"{record['name']}, {predictor}", markersize=4)
                 eps.add(record_threat(record)["eps"])
     for radius in eps:
@@ -104,10 +117,13 @@ def audit_curve(records: Sequence[Record]) -> Figure:
 
 
 def gallery(examples: Mapping[str, Any]) -> Figure:
-    """An audit's examples in columns: clean, adversarial, their difference, and cleaned.
+    """An audit's examples in columns: clean, adversarial, their difference, and purified.
 
-    Above a column stands its label and what the defence says of the adversarial image; grey is no
-    difference, black and white the largest one of all.
+    Above a column are its label and what the defence says of the adversarial image. In the
+    difference, grey is none, black and white the largest of all.
+
+    Args:
+      examples: of an audit's record.
     """
     clean, moved = (unpack_images(examples[key]) for key in ("clean", "adversarial"))
     change = moved - clean
@@ -130,7 +146,11 @@ def gallery(examples: Mapping[str, Any]) -> Figure:
 
 
 def training_curves(workdirs: Mapping[str, str | os.PathLike]) -> Figure:
-    """Validation accuracy over epochs from each run's metrics.jsonl: clean dashed, robust solid."""
+    """Validation accuracy over epochs from each run's metrics.jsonl: clean dashed, robust solid.
+
+    Args:
+      workdirs: {name in the legend: a run's workdir}.
+    """
     figure, axes = _axes(6.5, 3.2, "validation accuracy (clean dashed, robust solid)")
     for i, (name, workdir) in enumerate(workdirs.items()):
         lines = (pathlib.Path(workdir) / "metrics.jsonl").read_text().splitlines()

@@ -1,8 +1,8 @@
-"""A randomised model judged: attacks on its expectation, the verdict over draws they never saw.
+"""Judges a randomised model: attacks on its expectation, a verdict over draws they never saw.
 
-A verdict by one draw says what that draw says. Here every step of an attack has fresh draws, whose
-losses and gradients are averaged; nothing stops early, since a draw that is fooled proves little;
-the worst image of all attacks is chosen by draws of its own; and what is reported are fresh ones.
+A verdict by one draw would hold for that draw alone. Here every step of an attack has fresh draws,
+whose losses and gradients are averaged. No attack stops early, since one fooled draw proves little.
+Of all attacks' images the worst is chosen by draws of its own, and reported over fresh ones.
 """
 
 import functools
@@ -19,12 +19,12 @@ from tqdm import tqdm
 from jaxdefense import losses
 from jaxdefense.attacks import checks
 from jaxdefense.attacks.ensemble import Stage
-from jaxdefense.attacks.method import describe
 from jaxdefense.attacks.outcome import mean_over_draws
 from jaxdefense.evaluation import examine, flags
-from jaxdefense.evaluation.evaluator import Evaluator, attack_keys, check_attack, check_ids
+from jaxdefense.evaluation.checks import check_attack, check_ids
+from jaxdefense.evaluation.evaluator import Evaluator, Examples, attack_keys
 from jaxdefense.evaluation.flags import Flag
-from jaxdefense.evaluation.journal import Journal, hash_arrays
+from jaxdefense.evaluation.journal import Journal, describe_evaluation
 from jaxdefense.evaluation.verdict import RandomVerdict
 from jaxdefense.types import HostArray, Images, Labels, Predict, PyTree
 
@@ -43,7 +43,7 @@ def run_stages(
     folder: pathlib.Path | None = None,
     progress: bool = False,
 ) -> RandomVerdict:
-    """All stages on every image, and the verdict over fresh draws.
+    """Runs attacks on every image, and judges the worst ones found over fresh draws.
 
     Args:
       evaluator: its `apply` is (variables, key, images) -> logits.
@@ -79,37 +79,29 @@ def run_stages(
         return jax.vmap(lambda z: evaluator.apply(variables, key, z[None])[0])(x)
 
     fixed = evaluator.with_model(one_draw)
-    found = examine.examine(
+    raised = examine.examine(
         fixed, variables, images, labels, fixed.logits(variables, images), stages
     )
     if np.array_equal(first, second):
         evidence = "two draws give the same logits for every image: is the key used?"
-        found.append(Flag("not random", "warning", evidence))
+        raised.append(Flag("not random", "warning", evidence))
 
-    def constants() -> str:
-        return hash_arrays(*evaluator.model_arrays(variables, images, keyed=True))
-
-    told = {
-        "threat": describe(evaluator.threat),
-        "stages": {stage.name: describe(stage.attack) for stage in stages},
-        "seed": seed,
-        "draws": draws,
-        "weights": None if folder is None else constants(),
-        "images": hash_arrays(images),
-        "labels": hash_arrays(labels),
-        "ids": hash_arrays(ids),
-    }
-    journal = Journal(folder, told, first)
+    weights = None if folder is None else evaluator.model_arrays(variables, images, keyed=True)
+    arrays = {"images": images, "labels": labels, "ids": ids}
+    options = {"draws": draws}
+    description = describe_evaluation(evaluator.threat, stages, seed, options, weights, arrays)
+    journal = Journal(folder, description, first)
     clean_share = judge.share("clean", images)
     x_adv = images.astype(np.promote_types(images.dtype, np.float32))
     worst = judge.share("choice", images)
     start = worst >= 0.5
     by_attack, passes, seconds = {}, {}, 0.0
+    examples = Examples.of(images, labels, ids)
 
     def crafted(stage: Stage, pack: np.ndarray) -> dict[str, np.ndarray]:
         began = time.monotonic()
-        given = (images[pack], labels[pack], ids[pack])
-        x, _ = evaluator.craft(stage.name, stage.attack, variables, *given, rows=pack, seed=seed)
+        some = examples.take(pack)
+        x, _ = evaluator.craft(stage.name, stage.attack, variables, some, seed=seed)
         return {"x_adv": x, "seconds": np.asarray(time.monotonic() - began)}
 
     everything = np.arange(len(images))
@@ -128,7 +120,7 @@ def run_stages(
                 bar.update(len(rows))
             by_attack[stage.name] = worst >= 0.5
     counts = {name: int(bits.sum()) for name, bits in {"clean": start, **by_attack}.items()}
-    found += flags.survivor_flags(counts, len(images))
+    raised += flags.survivor_flags(counts, len(images))
     share = judge.share("verdict", x_adv)
     return RandomVerdict(
         clean=clean_share >= 0.5,
@@ -136,7 +128,7 @@ def run_stages(
         by_attack=by_attack,
         x_adv=x_adv,
         passes=passes,
-        flags=tuple(found),
+        flags=tuple(raised),
         seconds=seconds,
         clean_share=clean_share,
         share=share,
@@ -145,7 +137,7 @@ def run_stages(
 
 
 class Draws:
-    """Fresh draws of a randomised model, each example's from keys of its own.
+    """A randomised model over fresh draws; each example has random keys of its own.
 
     Args:
       evaluator: its `apply` is (variables, key, images) -> logits.
@@ -169,7 +161,16 @@ class Draws:
         self.ids, self.draws, self.seed = ids, draws, seed
 
     def _over(self, name: str, purpose: str, values: Any, samples: int, x: Any, rows: Any) -> Any:
-        """The mean of values(predict, x, y) over `samples` draws made for that purpose."""
+        """The mean of values(predict, x, y) over draws.
+
+        Args:
+          name: of what is computed, for the compiled program.
+          purpose: other purposes have other draws.
+          values: (predict, x, y) -> an array of as many rows.
+          samples: draws.
+          x: (n, ...) images.
+          rows: (n,) the examples that they are; None for all.
+        """
         rows = np.arange(len(x)) if rows is None else rows
 
         def run(variables: PyTree, data: Any, x: Images, y: Labels) -> Any:
@@ -183,21 +184,21 @@ class Draws:
 
         keys = attack_keys(self.seed, f"draws for the {purpose}", self.ids[rows])
         data = np.asarray(jax.random.key_data(keys))
-        given = (data, x, self.labels[rows])
-        return self.evaluator.map_rows((name, samples), run, self.variables, *given)
+        arrays = (data, x, self.labels[rows])
+        return self.evaluator.map_rows((name, samples), run, self.variables, *arrays)
 
     def logits(self, purpose: str, x: np.ndarray) -> np.ndarray:
-        """(N, K) of one draw.
+        """The logits (N, K) of one draw.
 
         Args:
           purpose: other purposes have other draws.
           x: (N, ...) images.
         """
-        found = self._over("a draw", purpose, lambda predict, x, _: predict(x), 1, x, None)
-        return found.astype(np.float32)
+        logits = self._over("a draw", purpose, lambda predict, x, _: predict(x), 1, x, None)
+        return logits.astype(np.float32)
 
     def share(self, purpose: str, x: np.ndarray, rows: np.ndarray | None = None) -> np.ndarray:
-        """(N,) share of draws in which the images are classified rightly; a tie or NaN is not.
+        """The share (N,) of draws in which each image is classified rightly; ties and NaN are not.
 
         Args:
           purpose: other purposes have other draws.

@@ -35,17 +35,35 @@ Record = dict[str, Any]
 
 
 def pack_bits(bits: np.ndarray) -> str:
-    """Booleans (N,) as text."""
+    """Booleans as text.
+
+    Args:
+      bits: (N,) bool.
+    """
     return base64.b64encode(np.packbits(bits).tobytes()).decode()
 
 
 def unpack_bits(text: str, n: int) -> np.ndarray:
-    """The booleans (n,) of `pack_bits`."""
+    """The booleans of `pack_bits`.
+
+    Args:
+      text: of `pack_bits`.
+      n: how many they are.
+
+    >>> import numpy as np
+    >>> from jaxdefense.evaluation import records
+    >>> records.unpack_bits(records.pack_bits(np.array([True, False, True])), 3).tolist()
+    [True, False, True]
+    """
     return np.unpackbits(np.frombuffer(base64.b64decode(text), np.uint8), count=n).astype(bool)
 
 
 def pack_images(images: np.ndarray) -> Record:
-    """Images (N, H, W, C) in [0, 1] in steps of 1/255, to be looked at and no more."""
+    """Images as compressed text, rounded to steps of 1/255: to be looked at and no more.
+
+    Args:
+      images: (N, H, W, C) in [0, 1].
+    """
     pixels = np.rint(255 * np.clip(images, 0, 1)).astype(np.uint8)
     return {
         "shape": list(pixels.shape),
@@ -54,7 +72,11 @@ def pack_images(images: np.ndarray) -> Record:
 
 
 def unpack_images(packed: Mapping[str, Any]) -> np.ndarray:
-    """The images (N, H, W, C) of `pack_images`, float32."""
+    """The images (N, H, W, C) of `pack_images`, float32.
+
+    Args:
+      packed: of `pack_images`.
+    """
     pixels = np.frombuffer(zlib.decompress(base64.b64decode(packed["pixels"])), np.uint8)
     return pixels.reshape(packed["shape"]).astype(np.float32) / 255
 
@@ -106,7 +128,7 @@ def make(
     seconds: float,
     **more: Any,
 ) -> Record:
-    """A record of this process's environment.
+    """A record of an evaluation in this process, with its versions, device and date.
 
     Args:
       name: the row's name in tables, one per configuration.
@@ -115,6 +137,11 @@ def make(
       seed: of the run.
       seconds: wall time of the evaluation.
       **more: further plain values ("training", "reported", "flags", ...).
+
+    >>> from jaxdefense.evaluation import records
+    >>> record = records.make("trades-mnist", {"seed": 0}, {"main": {}}, seed=0, seconds=1.5)
+    >>> record["name"], record["format"], "jax" in record["versions"]
+    ('trades-mnist', 1, True)
     """
     return {
         "format": FORMAT,
@@ -129,16 +156,32 @@ def make(
 
 
 def save(record: Record, path: str | os.PathLike) -> None:
-    """Writes a record, whole or not at all."""
+    """Writes a record, whole or not at all.
+
+    Args:
+      record: plain values of `make`.
+      path: of the JSON file; its folder is made.
+
+    >>> import tempfile
+    >>> from jaxdefense.evaluation import records
+    >>> record = records.make("trades-mnist", {}, {"main": {}}, seed=0, seconds=1.5)
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     records.save(record, f"{folder}/trades.json")
+    ...     records.load(f"{folder}/trades.json") == record
+    True
+    """
     files.write_text(path, json.dumps(record, indent=1) + "\n")
 
 
-# What records of before call the protocols.
+# Older records' names of the protocols.
 _RENAMED = {"paper": "configured", "honest": "autoattack"}
 
 
 def load(path: str | os.PathLike) -> Record:
-    """Reads a record.
+    """Reads a record; see `save` for an example.
+
+    Args:
+      path: of the JSON file.
 
     Raises:
       ValueError: not a record, or one of another format.
@@ -160,15 +203,18 @@ def load_all(paths: Iterable[str | os.PathLike]) -> list[Record]:
     A folder gives every *.json below it that says it is a record; a config beside it is passed
     over.
 
+    Args:
+      paths: files and folders.
+
     Raises:
       ValueError: a path that does not exist, or a file that is no record.
     """
-    found = []
+    chosen = []
     for path in map(pathlib.Path, paths):
         if not path.exists():
             raise ValueError(f"no such file or folder: {path}")
         if path.is_dir():
-            found += [p for p in sorted(path.rglob("*.json")) if '"format"' in p.read_text()]
+            chosen += [p for p in sorted(path.rglob("*.json")) if '"format"' in p.read_text()]
         else:
-            found.append(path)
-    return [load(path) for path in found]
+            chosen.append(path)
+    return [load(path) for path in chosen]

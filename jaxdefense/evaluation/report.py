@@ -1,4 +1,4 @@
-"""One HTML file without dependencies: tables and figures of records."""
+"""HTML pages of records' tables and figures, each one file without dependencies."""
 
 import html
 import io
@@ -35,7 +35,7 @@ def _svg(figure: Figure) -> str:
 
 
 def page(title: str, parts: Iterable[tuple[str, str | Figure]], footer: str = "") -> str:
-    """The page's HTML.
+    """A page in HTML.
 
     Args:
       title: of the page.
@@ -54,16 +54,20 @@ def page(title: str, parts: Iterable[tuple[str, str | Figure]], footer: str = ""
 
 
 def audit_page(record: Record) -> str:
-    """The page of one audit's record: tiers, checks, accuracy over eps and per class, examples."""
+    """The page of one audit's record: tiers, checks, accuracy over eps and per class, examples.
+
+    Args:
+      record: of the protocol 'audit'.
+    """
     parts: list[tuple[str, str | Figure]] = []
-    for predictor, found in record["audit"].items():
+    for predictor, report in record["audit"].items():
         parts.append((f"Accuracy of {predictor} by tier", tables.tier_table(record, predictor)))
         parts.append((f"Checks of {predictor}", tables.check_table(record, predictor)))
-        one = {**record, "results": {predictor: record["results"][predictor]}}
-        parts.append((f"Classes of {predictor}", plots.class_bars([one], "clean", "worst")))
+        alone = {**record, "results": {predictor: record["results"][predictor]}}
+        parts.append((f"Classes of {predictor}", plots.class_bars([alone], "clean", "worst")))
         for column in ("clean", "worst"):
             if column in record["results"][predictor]:
-                parts.append((f"Per class, {column}", tables.class_table([one], column)))
-        parts.append((f"Examples of {predictor}", plots.gallery(found["examples"])))
+                parts.append((f"Per class, {column}", tables.class_table([alone], column)))
+        parts.append((f"Examples of {predictor}", plots.gallery(report["examples"])))
     parts.insert(1, ("Over eps", plots.audit_curve([record])))
     return page(f"Audit of {record['name']}", parts, tables.provenance([record]))

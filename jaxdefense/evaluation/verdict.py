@@ -1,4 +1,4 @@
-"""What a cascade of attacks found, of a classifier and of a randomised one."""
+"""The results of a cascade of attacks: `Verdict`, and `RandomVerdict` of a randomised model."""
 
 import dataclasses
 

@@ -1,4 +1,12 @@
-"""Runs: a config built into a `Run`, its sources, its checkpoints; restored from a workdir."""
+"""Runs: how a config becomes a `Run`, and how a trained one is restored from its workdir.
+
+* `run`: `build(config)` makes the data, model, defence and attacks; `restore(workdir)` reads them
+  back with the weights.
+* `checkpoint`: the only code that writes and reads checkpoints.
+* `sources`: the trained runs that a config names (a teacher), and their copies in the workdir.
+
+`jaxdefense.train` trains a `Run`; `jaxdefense.evaluation` judges one.
+"""
 
 from jaxdefense import extras
 

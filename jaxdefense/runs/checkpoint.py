@@ -1,6 +1,9 @@
-"""Checkpoints by orbax: whole or not there, `last` to go on from and `best` to deploy.
+"""Checkpoints, written and read by `Store` alone: what they hold and how they are checked is here.
 
-Orbax writes to a temporary name and renames, so a killed process leaves the previous one.
+A run has two stores, `last` to go on from and `best` to deploy. Orbax writes to a temporary name
+and renames, so a killed process leaves the previous checkpoint whole. A checkpoint is named trees
+of arrays and "meta", plain values in JSON. `Store.restore` refuses damaged files and other shapes;
+a checksum of the arrays would be taken in `Store.save`, kept in "meta", and compared there.
 """
 
 import json
@@ -16,7 +19,12 @@ from jaxdefense.types import PyTree
 
 
 class Store:
-    """The newest `keep` checkpoints of one kind in a folder."""
+    """The newest checkpoints of one kind in a folder.
+
+    Args:
+      folder: made if it is not there.
+      keep: how many are kept.
+    """
 
     def __init__(self, folder: pathlib.Path, *, keep: int = 1):
         options = ocp.CheckpointManagerOptions(
@@ -26,7 +34,7 @@ class Store:
         self._manager = ocp.CheckpointManager(self.folder, options=options)
 
     def steps(self) -> list[int]:
-        """The steps that are there, oldest first."""
+        """The steps of the checkpoints that are there, oldest first."""
         return sorted(self._manager.all_steps())
 
     def save(self, step: int, items: Mapping[str, PyTree], meta: Mapping[str, Any]) -> None:
@@ -34,6 +42,11 @@ class Store:
 
         A resumed run comes by a step again with the same bits: what stands there is kept, since
         replacing it would leave a moment without any.
+
+        Args:
+          step: of the run.
+          items: {name: tree of arrays}.
+          meta: plain values.
         """
         if step in self._manager.all_steps():
             return
@@ -47,7 +60,11 @@ class Store:
         self._manager.wait_until_finished()
 
     def meta(self) -> dict[str, Any]:
-        """The newest checkpoint's metadata, and its "step"."""
+        """The newest checkpoint's metadata, and its "step".
+
+        Raises:
+          ValueError: no checkpoint.
+        """
         step = self._newest()
         args = ocp.args.Composite(meta=ocp.args.JsonRestore())
         return {**self._manager.restore(step, args=args)["meta"], "step": step}

@@ -1,4 +1,6 @@
-"""A run built from its config: data, model, defence, attacks; restored from its workdir.
+"""How a config becomes a run: `build` checks it and makes its data, model, defence and attacks.
+
+`restore` does so from a workdir, and adds the weights of a checkpoint. The sections of a config:
 
 {"seed": 0,
  "dataset":  {"name": "mnist", "validation": 2000},
@@ -62,7 +64,19 @@ _SECTIONS = (
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """What a config describes, built; nothing is trained or compiled yet."""
+    """What a config describes, built; nothing is trained or compiled yet.
+
+    Attributes:
+      config: plain values, as given.
+      seed: of parameters, data order, attacks.
+      threat: of training and evaluation.
+      module: the classifier's network.
+      defense: its phases, losses and predictors.
+      train: the section "train" with its defaults.
+      validation: the attack on the validation split.
+      attacks: the evaluation's attacks by name.
+      sources: the trained runs that the section "defense" names, by the option's path with dots.
+    """
 
     config: dict[str, Any]
     seed: int
@@ -72,16 +86,23 @@ class Run:
     train: dict[str, Any]
     validation: Attack
     attacks: dict[str, Attack]
-    sources: dict[str, Source]  # by the option's path in the section "defense"
+    sources: dict[str, Source]
 
     def arrays(self, split: str) -> data.Arrays:
-        """The data set's train, validation or test split."""
+        """A split of the run's data set.
+
+        Args:
+          split: 'train', 'validation' or 'test'.
+        """
         return _load(self.config["dataset"], split)
 
     def apply(self, predictor: str) -> Any:
-        """(variables, images) -> logits of one of the defence's predictors.
+        """A predictor as a function of its weights: (variables, images) -> logits.
 
         variables is {"params": params, "carry": carry}.
+
+        Args:
+          predictor: one of `defense.predictors`.
         """
 
         def apply(variables: PyTree, images: Images) -> Logits:
@@ -91,7 +112,11 @@ class Run:
         return apply
 
     def init(self, images: HostArray) -> tuple[PyTree, PyTree]:
-        """(params, carry) from the run's seed."""
+        """Initial (params, carry), from the run's seed.
+
+        Args:
+          images: (N, H, W, C), of which one is used for its shape.
+        """
         key = jax.random.fold_in(jax.random.key(self.seed), 0x1217)
         return self.defense.init(key, jnp.asarray(images[:1], jnp.float32))
 
@@ -142,7 +167,7 @@ def _classifier(run: Run, model: Mapping[str, Any], source: Source) -> base.Trai
 
 
 def load_classifier(workdir: str | os.PathLike, *, kind: str = "best") -> base.Trained:
-    """The classifier of a trained run, as a value that defences take (a teacher, say).
+    """The classifier of a trained run, as defences take it as an argument, e.g. as a teacher.
 
     Args:
       workdir: of the run.
@@ -159,15 +184,29 @@ def load_classifier(workdir: str | os.PathLike, *, kind: str = "best") -> base.T
 
 
 def build(config: Mapping[str, Any], *, workdir: pathlib.Path | None = None) -> Run:
-    """The run of a config of plain values.
+    """Builds the run that a config describes.
 
     Args:
-      config: see the head of this file.
-      workdir: the run's own, where copies of the networks it was given may lie.
+      config: plain values, see the head of this file.
+      workdir: the run's own, where copies of the trained runs that the config names may lie.
 
     Raises:
       ValueError: a missing or unknown section or name, a value out of range, or a trained run
         that is not there, is damaged, or is of other data.
+
+    >>> from jaxdefense import runs
+    >>> config = {
+    ...     "dataset": {"name": "digits"},
+    ...     "model": {"name": "cnn", "width": 0.25},
+    ...     "threat": {"norm": "linf", "eps": 0.1},
+    ...     "defense": {"name": "pgd_at", "steps": 2},
+    ...     "train": {"optimizer": {"name": "sgd", "lr": 0.1}},
+    ...     "validation": {"name": "pgd", "steps": 2},
+    ...     "evaluation": {"attacks": {"pgd10": {"name": "pgd", "steps": 10}}},
+    ... }
+    >>> run = runs.build(config)  # prepares digits where TFDS keeps its data
+    >>> run.threat, list(run.defense.predictors), run.train["batch_size"]
+    (Linf(eps=0.1, bounds=(0.0, 1.0)), ['classifier'], 128)
     """
     for name in config:
         if name not in _SECTIONS:
@@ -175,7 +214,7 @@ def build(config: Mapping[str, Any], *, workdir: pathlib.Path | None = None) -> 
     seed = config.get("seed", 0)
     if not isinstance(seed, int) or seed < 0:
         raise ValueError(f"seed must be an integer >= 0, got {seed!r}")
-    where = threat.make(**_section(config, "threat"))
+    ball = threat.make(**_section(config, "threat"))
     model = _section(config, "model")
     held_out = _load(_section(config, "dataset"), "validation")
     module = models.make(model.pop("name", None), held_out.num_classes, **model)
@@ -189,13 +228,13 @@ def build(config: Mapping[str, Any], *, workdir: pathlib.Path | None = None) -> 
     if not isinstance(options["optimizer"], Mapping):
         raise ValueError("train.optimizer must be a mapping, see jaxdefense.train.optim.make")
     named: dict[str, attacks.Method] = {
-        name: attacks.make(spec.pop("name", None), where, **spec)
+        name: attacks.make(spec.pop("name", None), ball, **spec)
         for name, spec in (
             (name, dict(spec)) for name, spec in _section(config, "evaluation")["attacks"].items()
         )
     }
     validation = _section(config, "validation")
-    judge = attacks.make(validation.pop("name", None), where, **validation)
+    judge = attacks.make(validation.pop("name", None), ball, **validation)
     for name, attack in {"validation": judge, **named}.items():
         if attack.targeted:
             raise ValueError(
@@ -210,9 +249,9 @@ def build(config: Mapping[str, Any], *, workdir: pathlib.Path | None = None) -> 
     return Run(
         config=dict(config),
         seed=seed,
-        threat=where,
+        threat=ball,
         module=module,
-        defense=defenses.make(defense.pop("name", None), module, where, **defense),
+        defense=defenses.make(defense.pop("name", None), module, ball, **defense),
         train=options,
         validation=judge,
         attacks={**named},
@@ -221,7 +260,7 @@ def build(config: Mapping[str, Any], *, workdir: pathlib.Path | None = None) -> 
 
 
 class Restored(NamedTuple):
-    """A trained run from its workdir.
+    """A trained run and the weights of one of its checkpoints.
 
     Attributes:
       run: what its config describes.
@@ -235,7 +274,7 @@ class Restored(NamedTuple):
 
 
 def restore(workdir: str | os.PathLike, *, kind: str = "best") -> Restored:
-    """A trained run from its workdir.
+    """Reads a trained run back from its workdir.
 
     Args:
       workdir: of a run that has at least one checkpoint.
@@ -246,6 +285,9 @@ def restore(workdir: str | os.PathLike, *, kind: str = "best") -> Restored:
 
     Raises:
       ValueError: no run there, no checkpoint, or a damaged one.
+
+    >>> run, variables, meta = runs.restore("runs/trades-mnist")  # doctest: +SKIP
+    >>> logits = run.apply(run.defense.primary)(variables, images)  # doctest: +SKIP
     """
     workdir = pathlib.Path(workdir)
     path = workdir / "config.json"
@@ -267,18 +309,25 @@ def restore(workdir: str | os.PathLike, *, kind: str = "best") -> Restored:
 def read_model(
     store: checkpoint.Store, defense: defenses.Defense, params: PyTree, carry: PyTree
 ) -> dict[str, PyTree]:
-    """{"params", "carry"} of the newest checkpoint, with the networks that it leaves out.
+    """The newest checkpoint's variables, with the pretrained networks that it leaves out.
 
     Args:
       store: of the run's checkpoints.
       defense: the run's.
-      params, carry: of the same structure, shapes and dtypes.
+      params: of the same structure, shapes and dtypes as the checkpoint's.
+      carry: likewise.
+
+    Returns:
+      {"params", "carry"}.
 
     Raises:
       ValueError: no checkpoint, a damaged one, or one of another model.
     """
-    own = {"params": defense.without_pretrained(params), "carry": defense.without_pretrained(carry)}
-    model = store.restore("model", own)
+    kept = {
+        "params": defense.without_pretrained(params),
+        "carry": defense.without_pretrained(carry),
+    }
+    model = store.restore("model", kept)
     for role, network in defense.pretrained.items():
         params, carry = network.init(role)
         model = {

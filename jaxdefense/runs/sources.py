@@ -1,4 +1,4 @@
-"""The trained runs that a config names: where they lie, and copies of them in the workdir.
+"""The trained runs that a config names (a teacher): where they are, and their copies in a workdir.
 
 Wherever an option of the defence is {"workdir": ..., "checkpoint": "best"}, the classifier of that
 run is meant. Training copies it into its own workdir, so that a workdir is all that its run needs.
@@ -19,7 +19,12 @@ _COPIES = "given"  # the folder of the copies in a workdir
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """A trained run that a config names: its workdir and a kind of checkpoint."""
+    """A trained run that a config names.
+
+    Attributes:
+      workdir: of the run.
+      checkpoint: 'best' or 'last'.
+    """
 
     workdir: pathlib.Path
     checkpoint: str
@@ -28,11 +33,14 @@ class Source:
 def find_sources(
     options: Mapping[str, Any], *path: str
 ) -> dict[tuple[str, ...], Mapping[str, Any]]:
-    """{path of an option: its value} of all options, however deep, that name a workdir.
+    """All options of a defence, at any depth, that name a workdir.
 
     Args:
       options: of the defence.
-      *path: where they stand.
+      *path: of these options inside the section, for the recursion.
+
+    Returns:
+      {path of an option: its value}.
     """
     found = {}
     for name, value in options.items():
@@ -49,7 +57,7 @@ def replace_option(options: Mapping[str, Any], path: tuple[str, ...], value: Any
     Args:
       options: of the defence.
       path: of `find_sources`.
-      value: what comes there.
+      value: the new one.
     """
     name, *rest = path
     return {**options, name: replace_option(options[name], tuple(rest), value) if rest else value}

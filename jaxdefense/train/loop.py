@@ -1,10 +1,13 @@
-"""The train loop: any defence's phases, resumable to the bit.
+"""Training: `train(config, workdir)` builds the run, and `Trainer` takes it to its end.
+
+A config becomes a run in `runs.build`; here its phases become segments (`plan`), and segments
+compiled steps (`step`). A run that was killed goes on from its last checkpoint and ends with the
+same bits as one that was not.
 
 A workdir holds config.json, metrics.jsonl, TensorBoard events, and the checkpoints `last` (to go
 on from) and `best` (of the last phase, by accuracy on the validation split, never on the test
-set). A run that was killed goes on from `last` and ends with the same bits as one that was not.
-Networks that the config names by their workdir (a teacher) are copied into `given` at the start, so
-that a workdir is all that its run needs; checkpoints do not repeat them.
+set). Networks that the config names by their workdir (a teacher) are copied into `given` at the
+start, so that a workdir is all that its run needs; checkpoints do not repeat them.
 """
 
 import contextlib
@@ -25,6 +28,7 @@ from tqdm import tqdm
 
 from jaxdefense import data, files
 from jaxdefense.defenses import base
+from jaxdefense.defenses.base import Metrics
 from jaxdefense.evaluation.evaluator import Evaluator
 from jaxdefense.runs import checkpoint, sources
 from jaxdefense.runs.run import Run, build, read_model
@@ -51,7 +55,12 @@ class Interrupted(RuntimeError):
 
 
 class Log:
-    """Scalars as JSON lines and TensorBoard events; a resumed run goes on where it was."""
+    """Scalars as JSON lines and TensorBoard events; a resumed run goes on where it was.
+
+    Args:
+      workdir: of the run.
+      step: that the run starts from; what a killed run wrote of later ones is dropped.
+    """
 
     def __init__(self, workdir: pathlib.Path, step: int):
         self._path = workdir / "metrics.jsonl"
@@ -63,21 +72,30 @@ class Log:
         self._board = tensorboardX.SummaryWriter(str(workdir / "tensorboard"), purge_step=step)
 
     def write(self, step: int, values: Mapping[str, float], **more: Any) -> None:
-        """One line, flushed."""
+        """Writes one line at once.
+
+        Args:
+          step: of the run.
+          values: scalars by name.
+          **more: further values of the line, which TensorBoard does not get.
+        """
         self._file.write(json.dumps({"step": step, **more, **values}) + "\n")
         self._file.flush()
         for name, value in values.items():
             self._board.add_scalar(name, value, step)
 
     def close(self) -> None:
-        """Flushes everything."""
+        """Closes both files, everything written."""
         self._file.close()
         self._board.close()
 
 
 @contextlib.contextmanager
-def _sigterm() -> Iterator[list[int]]:
-    """Collects SIGTERM in a list instead of dying; elsewhere than the main thread, nothing."""
+def _collect_sigterm() -> Iterator[list[int]]:
+    """A list that SIGTERM is appended to instead of ending the process.
+
+    Outside the main thread, where Python takes no signals, it stays empty.
+    """
     received: list[int] = []
     try:
         before = signal.signal(signal.SIGTERM, lambda number, _: received.append(number))
@@ -91,7 +109,18 @@ def _sigterm() -> Iterator[list[int]]:
 
 
 class Trainer:
-    """One run: its state, and what moves it forward."""
+    """Trains one run, from its last checkpoint where there is one, to its end.
+
+    A run is a list of segments (`plan.Segment`): a phase between two steps. A segment is computed
+    in dispatches of several steps; each ends where a validation, a checkpoint or the segment does.
+
+    Args:
+      run: of `runs.build`.
+      workdir: of the run, where its log and checkpoints are.
+
+    Raises:
+      ValueError: train options that do not fit the data, the phases or the optimiser.
+    """
 
     def __init__(self, run: Run, workdir: pathlib.Path):
         self.run, self.workdir = run, workdir
@@ -120,28 +149,69 @@ class Trainer:
         self.pretrained: dict[str, Any] = {}
         self.seconds = 0.0
 
-    def interval(self, name: str) -> int:
-        """The steps between two validations or checkpoints."""
-        length = self.run.train[name]
-        return max(1, optim.steps_of(length, total=self.total, per_epoch=self.per_epoch))
+    def run_to_end(self, *, progress: bool) -> dict[str, Any]:
+        """Trains until the last segment ends.
 
-    def augment_view(self, key: Key, images: Images) -> dict[str, Images]:
-        """The run's augmentation, for phases without a view of their own."""
-        return {"image": self.augment(key, images)}
+        Args:
+          progress: show a bar.
 
-    def compiled_steps(self, segment: plan.Segment) -> Chunk:
-        """The compiled steps of a segment; equal phases with equal optimisers share them."""
-        name = (segment.phase, tuple(sorted(segment.optimizers.items())))
-        if name not in self._chunks:
-            step = make_step(
-                segment.phase,
-                segment.build(),
-                segment.phase.view or self.augment_view,
-                seed=self.run.seed,
-                per_epoch=self.per_epoch,
-            )
-            self._chunks[name] = make_chunk(step, self.batches.gather)
-        return self._chunks[name]
+        Returns:
+          What `train` returns.
+
+        Raises:
+          Diverged: a loss that is not finite.
+          Interrupted: after SIGTERM, when the state is saved.
+        """
+        state = self.restore_state()
+        step = int(state.step)
+        self._print_pretrained()
+        with (
+            contextlib.closing(Log(self.workdir, step)) as log,
+            tqdm(total=self.total, initial=step, disable=not progress, unit="step") as bar,
+            _collect_sigterm() as received,
+        ):
+            for segment in self.segments:
+                if segment.end > int(state.step):
+                    state = self._run_segment(segment, state, log, bar, received)
+        summary = {"steps": self.total, "seconds": self.seconds, "best": self.best}
+        return {**summary, "given": self.pretrained} if self.pretrained else summary
+
+    def _run_segment(
+        self, segment: plan.Segment, state: State, log: Log, bar: tqdm, received: list[int]
+    ) -> State:
+        """The state at a segment's end, on the host, from one at its start or inside it.
+
+        Args:
+          segment: of the run.
+          state: on the host.
+          log: of the run.
+          bar: shows the steps.
+          received: signals; after the first, the state is saved and `Interrupted` raised.
+        """
+        step = int(state.step)
+        if segment.start == step:
+            state = self.begin_segment(state, segment)
+        state = replicate(state)
+        while step < segment.end:
+            began = time.monotonic()
+            end = self._next_stop(step, segment)
+            state, sums = self._advance(state, segment, step, end)
+            bar.update(end - step)
+            step = end
+            self._report(log, bar, segment, step, sums)
+            if self._due("validate_every", step):
+                self._validate_at(step, segment, state, log, bar)
+            self.seconds += time.monotonic() - began
+            if received or self._due("checkpoint_every", step):
+                self.save_checkpoint("last", state)
+            if received:
+                raise Interrupted(
+                    f"signal {received[0]} at step {step}; saved in {self.workdir}: "
+                    f"the same command goes on from there"
+                )
+        return unreplicate(state)
+
+    # The state: where it comes from, and where it is kept.
 
     def initial_state(self) -> State:
         """The state before the first step, on the host."""
@@ -149,7 +219,12 @@ class Trainer:
         return State(jnp.zeros((), jnp.int32), params, carry, {})
 
     def begin_segment(self, state: State, segment: plan.Segment) -> State:
-        """The state with what a segment renews: parameters of roles, optimiser states."""
+        """The state at a segment's first step: with fresh parameters and optimisers where due.
+
+        Args:
+          state: on the host, at the end of the segment before.
+          segment: which is about to begin.
+        """
         params, opt = dict(state.params), dict(state.opt)
         if segment.phase.fresh_params:
             key = jax.random.fold_in(jax.random.key(self.run.seed), segment.start)
@@ -160,7 +235,7 @@ class Trainer:
         return State(state.step, params, state.carry, opt)
 
     def restore_state(self) -> State:
-        """The last checkpoint's state, or a fresh one."""
+        """The last checkpoint's state, or the initial one where there is none, on the host."""
         last = self.stores["last"]
         if not last.steps():
             self.pretrained = self.score_pretrained()
@@ -169,20 +244,26 @@ class Trainer:
         self.best, self.seconds = meta["best"], meta["seconds"]
         self.pretrained = meta.get("given", {})
 
-        def passed():
+        def state_at_checkpoint() -> State:
+            """Only its structure is used: which roles have optimisers depends on past segments."""
             state = self.initial_state()
             for segment in self.segments:
                 if segment.start < meta["step"]:
                     state = self.begin_segment(state, segment)
             return state
 
-        like = jax.eval_shape(passed)
+        like = jax.eval_shape(state_at_checkpoint)
         model = read_model(last, self.run.defense, like.params, like.carry)
         opt = last.restore("optimizer", like.opt)
         return State(jnp.int32(meta["step"]), model["params"], model["carry"], opt)
 
     def save_checkpoint(self, kind: str, state: State) -> None:
-        """Writes a checkpoint of the replicated state; `best` needs no optimiser."""
+        """Writes a checkpoint, without the pretrained networks.
+
+        Args:
+          kind: "last", with the optimisers, to go on from; or "best", to deploy.
+          state: replicated.
+        """
         if jax.process_index() != 0:
             return
         host = unreplicate(state)
@@ -195,94 +276,23 @@ class Trainer:
             meta["given"] = self.pretrained
         self.stores[kind].save(int(host.step), items, meta)
 
-    def validate(self, state: State) -> dict[str, float]:
-        """Clean and robust accuracy on the validation split, percent."""
-        host = unreplicate(state)
-        return self.score_network(self.evaluator, {"params": host.params, "carry": host.carry})
+    # Steps.
 
-    def score_network(self, evaluator: Evaluator, variables: PyTree) -> dict[str, float]:
-        """What `validate` returns, of any network."""
-        arrays = self.held_out
-        bits = evaluator.bits(
-            variables,
-            data.to_float(arrays.images),
-            arrays.labels,
-            arrays.ids,
-            {"robust": self.run.validation},
-            seed=self.run.seed,
-        )
-        return {f"validation_{name}": 100 * float(b.mean()) for name, b in bits.items()}
+    def interval(self, name: str) -> int:
+        """The steps from one validation or checkpoint to the next.
 
-    def score_pretrained(self) -> dict[str, dict[str, Any]]:
-        """{role: where a given network comes from, and its accuracy on the validation split}."""
-        found = {}
-        for role, network in self.run.defense.pretrained.items():
-            net = base.Net(network.module, role)
+        Args:
+          name: "validate_every" or "checkpoint_every".
+        """
+        length = self.run.train[name]
+        return max(1, optim.steps_of(length, total=self.total, per_epoch=self.per_epoch))
 
-            def apply(variables: PyTree, x: Images, net: base.Net = net) -> Logits:
-                return net.predict(*variables)(x)
-
-            evaluator = Evaluator(apply, self.run.threat, batch_size=512)
-            scores = self.score_network(evaluator, network.init(role))
-            found[role] = {"source": network.source, **scores}
-        return found
-
-    def is_new_best(self, scores: Mapping[str, float], step: int) -> bool:
-        """Whether these scores beat the best so far; ties go to the other score, then to later."""
-        first = "validation_" + self.run.train["select"]
-        second = {"validation_robust": "validation_clean"}.get(first, "validation_robust")
-        if self.best and (scores[first], scores[second]) < (self.best[first], self.best[second]):
-            return False
-        self.best = {"step": step, **scores}
-        return True
-
-    def run_to_end(self, *, progress: bool) -> dict[str, Any]:
-        """Runs to the end; returns the summary that the record's "training" holds."""
-        state = self.restore_state()
-        step = int(state.step)
-        for role, scores in self.pretrained.items():
-            told = {name: v for name, v in scores.items() if name != "source"}
-            tqdm.write(f"{role} {scores['source']}: " + _percent(told), file=sys.stderr)
-        with (
-            contextlib.closing(Log(self.workdir, step)) as log,
-            tqdm(total=self.total, initial=step, disable=not progress, unit="step") as bar,
-            _sigterm() as received,
-        ):
-            for segment in self.segments:
-                if segment.end <= step:
-                    continue
-                if segment.start == step:
-                    state = self.begin_segment(state, segment)
-                state = replicate(state)
-                while step < segment.end:
-                    began = time.monotonic()
-                    end = self._next_stop(step, segment)
-                    state, sums = self._advance(state, segment, step, end)
-                    bar.update(end - step)
-                    step = end
-                    self._report(log, bar, segment, step, sums)
-                    if self._due("validate_every", step):
-                        scores = self.validate(state)
-                        log.write(step, scores, epoch=step / self.per_epoch)
-                        bar.write(_line(step, self.per_epoch, scores))
-                        # What earlier phases have is not yet the defence.
-                        last = segment.phase is self.segments[-1].phase
-                        if last and self.is_new_best(scores, step):
-                            self.save_checkpoint("best", state)
-                    self.seconds += time.monotonic() - began
-                    if received or self._due("checkpoint_every", step):
-                        self.save_checkpoint("last", state)
-                    if received:
-                        raise Interrupted(
-                            f"signal {received[0]} at step {step}; saved in {self.workdir}: "
-                            f"the same command goes on from there"
-                        )
-                state = unreplicate(state)
-        summary = {"steps": self.total, "seconds": self.seconds, "best": self.best}
-        return {**summary, "given": self.pretrained} if self.pretrained else summary
+    def _due(self, name: str, step: int) -> bool:
+        """Whether a validation or checkpoint comes at a step; both come at the last one."""
+        return step == self.total or step % self.interval(name) == 0
 
     def _next_stop(self, step: int, segment: plan.Segment) -> int:
-        """Where the next dispatch ends: a validation, a checkpoint, a phase, or at its longest.
+        """Where the next dispatch ends: a validation, a checkpoint, a segment, or at its longest.
 
         Where dispatches end changes no bit, since a step depends on its own number only.
         """
@@ -290,12 +300,9 @@ class Trainer:
         longest = step + self.run.train["steps_per_dispatch"]
         return min(segment.end, longest, *(step - step % length + length for length in every))
 
-    def _due(self, name: str, step: int) -> bool:
-        return step == self.total or step % self.interval(name) == 0
-
     def _advance(
         self, state: State, segment: plan.Segment, step: int, end: int
-    ) -> tuple[State, Any]:
+    ) -> tuple[State, Metrics]:
         """The replicated state after the steps step..end-1, and their metrics' sums."""
         items = self._items(step, end - step)
         chunk = self.compiled_steps(segment)
@@ -308,42 +315,154 @@ class Trainer:
             )
         return state, sums
 
-    def _items(self, step: int, count: int) -> Any:
+    def _items(self, step: int, count: int) -> PyTree:
         """The next `count` steps' items, padded to the one shape that is compiled."""
         missing = self.run.train["steps_per_dispatch"] - count
 
-        def pad(leaf):
+        def pad(leaf: np.ndarray) -> np.ndarray:
             return np.pad(leaf, [(0, 0), (0, missing)] + [(0, 0)] * (leaf.ndim - 2), mode="edge")
 
         return jax.tree.map(pad, self.batches.chunk(step, count))
 
-    def _report(self, log: Log, bar: tqdm, segment: plan.Segment, step: int, sums: Any) -> None:
+    def compiled_steps(self, segment: plan.Segment) -> Chunk:
+        """The compiled steps of a segment; equal phases with equal optimisers share them.
+
+        Args:
+          segment: of the run.
+        """
+        name = (segment.phase, tuple(sorted(segment.optimizers.items())))
+        if name not in self._chunks:
+            step = make_step(
+                segment.phase,
+                segment.build(),
+                segment.phase.view or self.augment_view,
+                seed=self.run.seed,
+                per_epoch=self.per_epoch,
+            )
+            self._chunks[name] = make_chunk(step, self.batches.gather)
+        return self._chunks[name]
+
+    def augment_view(self, key: Key, images: Images) -> dict[str, Images]:
+        """The run's augmentation, for phases without a view of their own.
+
+        Args:
+          key: one typed key.
+          images: (B, H, W, C) in [0, 1].
+        """
+        return {"image": self.augment(key, images)}
+
+    # Validation.
+
+    def validate(self, state: State) -> dict[str, float]:
+        """Clean and robust accuracy on the validation split, percent.
+
+        Args:
+          state: replicated.
+        """
+        host = unreplicate(state)
+        return self.score_network(self.evaluator, {"params": host.params, "carry": host.carry})
+
+    def score_network(self, evaluator: Evaluator, variables: PyTree) -> dict[str, float]:
+        """Any network's clean and robust accuracy on the validation split, percent.
+
+        Args:
+          evaluator: of the network.
+          variables: its weights.
+
+        Returns:
+          {"validation_clean", "validation_robust"}.
+        """
+        arrays = self.held_out
+        bits = evaluator.bits(
+            variables,
+            data.to_float(arrays.images),
+            arrays.labels,
+            arrays.ids,
+            {"robust": self.run.validation},
+            seed=self.run.seed,
+        )
+        return {f"validation_{name}": 100 * float(b.mean()) for name, b in bits.items()}
+
+    def score_pretrained(self) -> dict[str, dict[str, Any]]:
+        """Where each pretrained network (a teacher) comes from, and what `validate` says of it.
+
+        Returns:
+          {role: {"source", "validation_clean", "validation_robust"}}.
+        """
+        scores = {}
+        for role, network in self.run.defense.pretrained.items():
+            net = base.Net(network.module, role)
+
+            def apply(variables: PyTree, x: Images, net: base.Net = net) -> Logits:
+                return net.predict(*variables)(x)
+
+            evaluator = Evaluator(apply, self.run.threat, batch_size=512)
+            accuracies = self.score_network(evaluator, network.init(role))
+            scores[role] = {"source": network.source, **accuracies}
+        return scores
+
+    def is_new_best(self, scores: Mapping[str, float], step: int) -> bool:
+        """Whether these scores beat the best so far, which they then replace.
+
+        Ties go to the other score, then to the later step.
+
+        Args:
+          scores: of `validate`.
+          step: that they are of.
+        """
+        first = "validation_" + self.run.train["select"]
+        second = {"validation_robust": "validation_clean"}.get(first, "validation_robust")
+        if self.best and (scores[first], scores[second]) < (self.best[first], self.best[second]):
+            return False
+        self.best = {"step": step, **scores}
+        return True
+
+    def _validate_at(
+        self, step: int, segment: plan.Segment, state: State, log: Log, bar: tqdm
+    ) -> None:
+        """Validates, logs, and saves a state of the last phase that is the best so far."""
+        scores = self.validate(state)
+        epoch = step / self.per_epoch
+        log.write(step, scores, epoch=epoch)
+        bar.write(f"epoch {epoch:.4g}: {_format_scores(scores)}")
+        # What earlier phases have is not yet the defence.
+        is_last = segment.phase is self.segments[-1].phase
+        if is_last and self.is_new_best(scores, step):
+            self.save_checkpoint("best", state)
+
+    # What a reader sees.
+
+    def _report(self, log: Log, bar: tqdm, segment: plan.Segment, step: int, sums: Metrics) -> None:
+        """Logs and shows the means of a dispatch's metrics."""
         values = {n: float(s[0]) / max(float(c[0]), 1e-12) for n, (s, c) in sums.items()}
         log.write(step, values, epoch=step / self.per_epoch, phase=segment.phase.name)
         bar.set_postfix_str(
             segment.phase.name + " " + " ".join(f"{n} {v:.3f}" for n, v in values.items())
         )
 
+    def _print_pretrained(self) -> None:
+        """Writes the pretrained networks' scores to stderr."""
+        for role, scores in self.pretrained.items():
+            accuracies = {name: v for name, v in scores.items() if name != "source"}
+            line = f"{role} {scores['source']}: {_format_scores(accuracies)}"
+            tqdm.write(line, file=sys.stderr)
 
-def _line(step: int, per_epoch: int, scores: Mapping[str, float]) -> str:
-    return f"epoch {step / per_epoch:.4g}: " + _percent(scores)
 
-
-def _percent(scores: Mapping[str, float]) -> str:
+def _format_scores(scores: Mapping[str, float]) -> str:
     shown = ", ".join(f"{name.removeprefix('validation_')} {v:.2f} %" for name, v in scores.items())
     return f"validation {shown}"
 
 
-def _claim(config: Mapping[str, Any], workdir: pathlib.Path) -> None:
+def _write_config(config: Mapping[str, Any], workdir: pathlib.Path) -> None:
     """Writes config.json, or checks that the workdir belongs to this config."""
     path = workdir / "config.json"
     text = json.dumps(config, indent=1, sort_keys=True) + "\n"
     if not path.exists():
         files.write_text(path, text)
         return
-    there = json.loads(path.read_text())
-    if there != json.loads(text):
-        changed = [k for k in {*there, *config} if there.get(k) != json.loads(text).get(k)]
+    before, now = json.loads(path.read_text()), json.loads(text)
+    if before != now:
+        changed = [name for name in {**before, **now} if before.get(name) != now.get(name)]
         raise ValueError(
             f"{workdir} holds a run of another config (it differs in {sorted(changed)}); "
             f"choose another workdir, or remove it"
@@ -353,7 +472,7 @@ def _claim(config: Mapping[str, Any], workdir: pathlib.Path) -> None:
 def train(
     config: Mapping[str, Any], workdir: str | os.PathLike, *, progress: bool = True
 ) -> dict[str, Any]:
-    """Trains what a config describes, or goes on with it.
+    """Trains what a config describes, or goes on with it where it was interrupted.
 
     Args:
       config: plain values, see `jaxdefense.runs.run`.
@@ -361,8 +480,9 @@ def train(
       progress: show a bar with rate and time left.
 
     Returns:
-      {"steps", "seconds", "best": {"step", "validation_clean", "validation_robust"}}, and "given",
-      {role: {"source", "validation_clean", "validation_robust"}}, where networks were given.
+      {"steps", "seconds", "best": {"step", "validation_clean", "validation_robust"}}, and where the
+      config names pretrained networks, "given": {role: {"source", "validation_clean",
+      "validation_robust"}}.
 
     Raises:
       ValueError: a wrong config, or a workdir of another config; before any compilation.
@@ -372,7 +492,7 @@ def train(
     workdir = pathlib.Path(workdir)
     run = build(config, workdir=workdir)
     workdir.mkdir(parents=True, exist_ok=True)
-    _claim(config, workdir)
+    _write_config(config, workdir)
     if jax.process_index() == 0:
         sources.copy_sources(run.sources, workdir)
     trainer = Trainer(run, workdir)

@@ -17,7 +17,7 @@ from jaxdefense import registry
 
 
 def steps_of(length: float | str, *, total: int, per_epoch: int) -> int:
-    """A length in steps.
+    """The number of steps of a length that is stated in steps, epochs or as a share of the run.
 
     Args:
       length: epochs as a number or "30e", steps as "500s", a share of `total` as "50%".
@@ -26,6 +26,10 @@ def steps_of(length: float | str, *, total: int, per_epoch: int) -> int:
 
     Raises:
       ValueError: anything else, or a negative length.
+
+    >>> from jaxdefense.train.optim import steps_of
+    >>> [steps_of(length, total=1000, per_epoch=100) for length in (2, "2e", "30s", "50%")]
+    [200, 200, 30, 500]
     """
     units = {"e": float(per_epoch), "s": 1.0, "%": total / 100}
     text = str(length).strip()
@@ -105,28 +109,36 @@ _SCHEDULES: dict[str, Callable[..., optax.Schedule]] = {
 }
 
 
-def _call(kind: str, table: Mapping[str, Callable], spec: Mapping[str, Any], *given: Any) -> Any:
-    """table[spec["name"]](*given, **the rest of spec), unknown names listed with the nearest."""
+def _call(kind: str, table: Mapping[str, Callable], spec: Mapping[str, Any], *inputs: Any) -> Any:
+    """Calls the entry of `table` that spec["name"] names, with the rest of `spec` as options.
+
+    Args:
+      kind: what the table holds, for messages.
+      table: functions by name.
+      spec: "name" and options.
+      *inputs: first arguments of the function.
+    """
     options = dict(spec)
     name = options.pop("name", None)
     if name not in table:
         registry.raise_unknown(kind, name, table)
-    known = [p.name for p in inspect.signature(table[name]).parameters.values()][len(given) :]
+    known = [p.name for p in inspect.signature(table[name]).parameters.values()][len(inputs) :]
     for option in options:
         if option not in known:
             registry.raise_unknown(f"option of {kind} {name}", option, known)
-    return table[name](*given, **options)
+    return table[name](*inputs, **options)
 
 
 def schedule(spec: Mapping[str, Any], lr: float, *, total: int, per_epoch: int) -> optax.Schedule:
-    """The learning rate over a role's steps.
+    """The schedule of a role's learning rate over its steps.
 
     Args:
       spec: {"name": one of constant, piecewise (at, factor), cosine (warmup, final), one_cycle
         (peak, start, final, shape: start and final as shares of lr), exponential (factor,
         every)}.
       lr: the largest rate.
-      total, per_epoch: steps of the run and of an epoch.
+      total: steps of the role in the whole run.
+      per_epoch: steps of the role in an epoch.
 
     Raises:
       ValueError: unknown name or option, or lengths out of order.
@@ -165,7 +177,8 @@ def make(spec: Mapping[str, Any], *, total: int, per_epoch: int) -> optax.Gradie
         "weight_decay": L2 term added to the gradient before momentum or Adam's moments, as
         torch's optimisers do, on all parameters or, with "decay_kernels_only": True, on arrays
         of two or more axes, "clip_norm": largest global norm of the gradient}.
-      total, per_epoch: the role's steps in all and per epoch.
+      total: steps of the role in the whole run.
+      per_epoch: steps of the role in an epoch.
 
     Raises:
       ValueError: unknown names or options, or a rate that is not positive.

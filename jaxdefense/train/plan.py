@@ -1,4 +1,4 @@
-"""The plan of a run: which phase at which step, and which optimiser each role has there."""
+"""The plan of a run: its phases as segments of steps, with the optimiser of each role in each."""
 
 import dataclasses
 import json
@@ -13,11 +13,12 @@ from jaxdefense.train import optim
 
 @dataclasses.dataclass(frozen=True)
 class Segment:
-    """One phase between two steps.
+    """A phase between two steps of a run.
 
     Attributes:
       phase: what is applied.
-      start, end: global steps, end excluded.
+      start: the first step, counted over the whole run.
+      end: the step after the last one.
       optimizers: role -> (spec, total steps, steps per epoch) as JSON: equal text, equal optimiser.
       fresh: roles whose optimiser state begins here.
     """
@@ -62,7 +63,7 @@ def _lengths(phases: Sequence[Phase], length: float | str, per_epoch: int) -> li
 def make(
     phases: Sequence[Phase], default: Mapping[str, Any], *, length: float | str, per_epoch: int
 ) -> list[Segment]:
-    """The segments of a run, in order.
+    """Plans a run: its segments, in order.
 
     A role keeps its optimiser, schedule and state from phase to phase as long as its spec stays
     the same and no phase asks for a fresh one: a cosine then spans all those phases, counted in
@@ -70,7 +71,7 @@ def make(
 
     Args:
       phases: the defence's.
-      default: the optimiser of roles for which a phase names none.
+      default: spec of `optim.make`, the optimiser of roles for which a phase names none.
       length: of the whole run (`optim.steps_of`); phases of fixed length may exceed it.
       per_epoch: batches per epoch.
 

@@ -14,21 +14,36 @@ from jaxdefense.types import Array, Key, PyTree
 
 
 class State(NamedTuple):
-    """All that a run changes. On devices, each array has a leading local-device axis."""
+    """All that a run changes. On devices, each array has a leading local-device axis.
 
-    step: Array  # () int32, batches seen
+    Attributes:
+      step: () int32, batches seen.
+      params: by role.
+      carry: what losses pass on: BatchNorm statistics, running averages, frozen networks.
+      opt: the optimisers' states by role.
+    """
+
+    step: Array
     params: Params
     carry: Carry
-    opt: dict[str, PyTree]  # optimiser state by role
+    opt: dict[str, PyTree]
 
 
 def replicate(state: State) -> State:
-    """One copy per local device, laid out as the step returns it, or pmap would compile twice."""
+    """One copy per local device, laid out as the step returns it, or pmap would compile twice.
+
+    Args:
+      state: on the host.
+    """
     return flax.jax_utils.replicate(state, axis_name=AXIS)
 
 
 def unreplicate(state: State) -> State:
-    """The first local device's copy, on the host."""
+    """The first local device's copy, on the host.
+
+    Args:
+      state: replicated.
+    """
     return jax.tree.map(lambda leaf: np.asarray(leaf.addressable_shards[0].data)[0], state)
 
 
@@ -37,7 +52,7 @@ Chunk = Callable[[State, PyTree, PyTree, Array], tuple[State, Metrics, Array]]
 
 
 def _average(old: PyTree, new: PyTree) -> PyTree:
-    """The devices' mean of what changed; what the loss passed through (a teacher) stays."""
+    """The devices' mean of what a loss changed; what it passed on as it was (a teacher) stays."""
 
     def one(was, now):
         return now if now is was or not jnp.issubdtype(now.dtype, jnp.inexact) else _pmean(now)
@@ -87,6 +102,13 @@ def make_step(
     """The pure step of one device: (state, batch of images in [0, 1]) -> (state, metrics).
 
     Its key is fold_in(fold_in(seed, step), axis_index), so what is drawn depends on nothing else.
+
+    Args:
+      phase: whose updates are applied in order to each batch.
+      txs: optimisers by role.
+      view: (key, images) -> {"image": ...}, the augmentation.
+      seed: of the run.
+      per_epoch: steps in an epoch.
     """
 
     def step(state: State, batch: Batch) -> tuple[State, Metrics]:
@@ -117,6 +139,10 @@ def make_chunk(
 
     The number of steps is an argument, not a shape: one compilation serves chunks of any length.
     The loop ends early at a loss that is not finite; the third result is that step, or -1.
+
+    Args:
+      step: of `make_step`.
+      gather: (resident data, item) -> batch, see `data.Batches`.
     """
 
     def run(state, resident, items, count):
