@@ -1,10 +1,10 @@
 """The benchmark's suites that compare verdicts: their tables, and one small run of each."""
 
+import importlib
 import json
 
 import configs
 import pytest
-from conftest import import_script
 
 from jaxdefense.evaluation import tables
 from jaxdefense.train import loop
@@ -71,7 +71,7 @@ class TestTables:
 def test_suites_on_a_trained_run(tmp_path, tfds_dir, monkeypatch):
     """A defence whose deployed predictor is not its plain network, and a journal to go on from."""
     monkeypatch.setenv("TFDS_DATA_DIR", tfds_dir)
-    suites = import_script("benchmark_verdicts")
+    suites = importlib.import_module("benchmark.verdicts")
     config = json.loads(configs.load("anti_adversary", "digits_debug").to_json())
     loop.train(config, tmp_path / "run", progress=False)
     given = suites.problem(str(tmp_path / "run"), 6, journal=tmp_path / "journal")

@@ -319,7 +319,7 @@ def check_table(record: Record, predictor: str) -> str:
 
 
 def benchmark_table(record: Record) -> str:
-    """A row per comparison of experiments/benchmark.py: medians in ms, and peer over ours."""
+    """A row per comparison of experiments/benchmark: medians in ms, and peer over ours."""
     rows = []
     for row in record["rows"]:
         if "survivors" in row or "suite" in row:

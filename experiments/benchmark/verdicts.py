@@ -6,11 +6,11 @@ import math
 import pathlib
 from typing import NamedTuple
 
-import benchmark_attacks
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from benchmark import attacks as benchmark_attacks
 from jaxdefense import attacks, data, runs, threat
 from jaxdefense.evaluation import cascade
 from jaxdefense.evaluation.evaluator import Evaluator

@@ -1,10 +1,10 @@
 """Times this library against its peers: same machine, same weights, in turn.
 
-    python experiments/benchmark.py                      # all suites
-    python experiments/benchmark.py conv pgd             # some
-    python experiments/benchmark.py --record=experiments/records/benchmark/cpu.json pgd
-    python experiments/benchmark.py --runs=runs/pgd_at-mnist-0:1000 --reference=auto-attack attacks
-    python experiments/benchmark.py --runs=runs/pgd_at-mnist-0:1000 --journal=J fast half targeted
+    python experiments/benchmark                      # all suites
+    python experiments/benchmark conv pgd             # some
+    python experiments/benchmark --record=experiments/records/benchmark/cpu.json pgd
+    python experiments/benchmark --runs=runs/pgd_at-mnist-0:1000 --reference=auto-attack attacks
+    python experiments/benchmark --runs=runs/pgd_at-mnist-0:1000 --journal=J fast half targeted
 
 Suites with --runs: `attacks` is AutoAttack against peers, `fast` AutoAttack's version fast beside
 standard (on any trained run: its deployed predictor), `half` float32 beside bfloat16, `targeted`
@@ -26,15 +26,18 @@ import sys
 import tempfile
 import time
 
-import benchmark_attacks
-import benchmark_conv
-import benchmark_verdicts
-import cli
 import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import flags
 
+sys.path[0] = str(pathlib.Path(__file__).parents[1])  # the scripts' folder, not this one
+
+import cli
+
+from benchmark import attacks as benchmark_attacks
+from benchmark import conv as benchmark_conv
+from benchmark import verdicts as benchmark_verdicts
 from jaxdefense import attacks, models, registry, threat
 from jaxdefense.evaluation import records, tables
 
