@@ -11,6 +11,7 @@ import re
 
 import cli
 from absl import flags
+from benchmark import tables as benchmark
 
 from jaxdefense import files
 from jaxdefense.evaluation import records, tables
@@ -44,9 +45,7 @@ def renew(text):
         begin, kind, path, end = match.groups()
         if kind == "benchmark":
             record = records.load(ROOT / path)
-            parts = [tables.benchmark_table(record), tables.verdict_table(record)]
-            parts = [part for part in parts if part.count("\n") > 1]
-            return begin + "\n\n".join([*parts, tables.provenance([record])]) + f"\n{end}"
+            return f"{begin}{benchmark.render(record)}\n\n{tables.provenance([record])}\n{end}"
         return begin + render([ROOT / path], protected=kind == "protected") + end
 
     return _MARKED.sub(block, text)

@@ -1,12 +1,11 @@
 """The benchmark's suites that compare verdicts: their tables, and one small run of each."""
 
-import importlib
 import json
 
 import configs
 import pytest
+from benchmark import pgd, tables, verdicts
 
-from jaxdefense.evaluation import tables
 from jaxdefense.train import loop
 
 FLAG = {"name": "unconfirmed wins", "severity": "note", "evidence": "3 wins"}
@@ -62,29 +61,39 @@ class TestTables:
         }
         timed = {"what": "t", "peer": "p", "ours_ms": 1.0, "peer_ms": 2.0, "ratio": 2.0}
         record = {"rows": [timed, row("half", verdicts)]}
-        assert len(tables.benchmark_table(record).splitlines()) == 3
+        assert len(tables.time_table(record).splitlines()) == 3
         assert len(tables.verdict_table(record).splitlines()) == 3
         assert tables.verdict_table({"rows": [timed]}) == ""
+
+
+def test_pgd_times_each_peer_or_says_that_it_is_missing(monkeypatch):
+    monkeypatch.setattr(pgd, "CASES", [("cnn", 2, 1)])
+    monkeypatch.setattr(pgd.importlib.util, "find_spec", lambda peer: peer == "foolbox")
+    missing, timed = pgd.rows(repeats=1)
+    assert missing == {
+        "what": "PGD-1, cnn, batch 2",
+        "peer": "torchattacks (not installed)",
+    }
+    assert timed["ratio"] == pytest.approx(timed["peer_ms"] / timed["ours_ms"])
 
 
 @pytest.mark.slow
 def test_suites_on_a_trained_run(tmp_path, tfds_dir, monkeypatch):
     """A defence whose deployed predictor is not its plain network, and a journal to go on from."""
     monkeypatch.setenv("TFDS_DATA_DIR", tfds_dir)
-    suites = importlib.import_module("benchmark.verdicts")
     config = json.loads(configs.load("anti_adversary", "digits_debug").to_json())
     loop.train(config, tmp_path / "run", progress=False)
-    given = suites.problem(str(tmp_path / "run"), 6, journal=tmp_path / "journal")
-    found = suites.fast(given)
+    given = verdicts.problem(str(tmp_path / "run"), 6, journal=tmp_path / "journal")
+    found = verdicts.fast(given)
     assert set(found["verdicts"]) == {"standard", "fast"}
     assert found["verdicts"]["standard"]["most_passes"][1] > 4 * 0.9 * 400
-    again = suites.fast(given)
+    again = verdicts.fast(given)
     assert again == found  # seconds too: nothing was attacked again
-    stages = suites.cascade.stages
-    monkeypatch.setattr(suites.cascade, "stages", lambda *a, **kw: stages(*a, **kw)[:1])
-    half = suites.half(given)
+    stages = verdicts.cascade.stages
+    monkeypatch.setattr(verdicts.cascade, "stages", lambda *a, **kw: stages(*a, **kw)[:1])
+    half = verdicts.half(given)
     assert half["verdicts"]["bfloat16"]["survivors"].keys() == {"clean", "apgd-ce"}
-    rows = list(suites.targeted(given._replace(journal=None)))
+    rows = list(verdicts.targeted(given._replace(journal=None)))
     assert {row["what"].rpartition(": ")[2] for row in rows} == {
         "pgd",
         "cw, in L2 without eps",
