@@ -1,9 +1,9 @@
 """Prints Markdown tables from records: files, or folders searched for *.json.
 
-python experiments/tables.py experiments/records/mnist
-python experiments/tables.py --per_class=pgd40 experiments/records/mnist
-python experiments/tables.py --protected experiments/records/cost_sensitive_fashion
-python experiments/tables.py --into=README.md      # renews the tables that README.md marks
+    python experiments/tables.py experiments/records/mnist
+    python experiments/tables.py --per_class=pgd40 experiments/records/mnist
+    python experiments/tables.py --protected experiments/records/cost_sensitive_fashion
+    python experiments/tables.py --into=README.md      # renews the tables that README.md marks
 """
 
 import pathlib
@@ -12,6 +12,7 @@ import re
 import cli
 from absl import flags
 from benchmark import tables as benchmark
+from papers import metric_i
 
 from jaxdefense import files
 from jaxdefense.evaluation import records, tables
@@ -32,7 +33,7 @@ def render(paths, per_class=None, protected=False):
     if per_class:
         table = tables.class_table(found, per_class)
     elif protected:
-        table = tables.protected_table(found)
+        table = metric_i.table(found)
     else:
         table = tables.accuracy_table(found)
     return f"{table}\n\n{tables.provenance(found)}\n"

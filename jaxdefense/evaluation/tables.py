@@ -242,62 +242,6 @@ def class_table(records: Sequence[Record], column: str) -> str:
     return markdown([f"{column}, %", "threat", "n", *map(str, range(classes))], rows)
 
 
-def protected(record: Record, *, prefix: str = "protect") -> dict[str, float]:
-    """Metric I: {column: mean over classes i of class i's accuracy by the model that protects i}.
-
-    Args:
-      record: its predictors `<prefix>i` protect class i; without such ones, its first predictor
-        stands for every class.
-      prefix: of those predictors' names.
-
-    Reference: Shen et al., Adversarial learning with cost-sensitive classes, arXiv 2101.12372.
-    """
-    results = record["results"]
-    first = next(iter(results.values()))
-    means = {}
-    for column, result in first.items():
-        values = []
-        for i in range(len(result["per_class"])):
-            own = results.get(f"{prefix}{i}") if f"{prefix}0" in results else first
-            if own is not None and own[column]["per_class"][i] is not None:
-                values.append(own[column]["per_class"][i])
-        means[column] = statistics.fmean(values)
-    return means
-
-
-def _protected_count(record: Record, prefix: str = "protect") -> str:
-    """The number of images behind metric I: all classes' together."""
-    results = record["results"]
-    members = [found for name, found in results.items() if re.fullmatch(rf"{prefix}\d+", name)]
-    firsts = [next(iter(found.values())) for found in members]
-    counted = all("n" in result for result in firsts)
-    classes = [sum(v is not None for v in result["per_class"]) for result in firsts]
-    if firsts and counted and max(classes) == 1:  # each member was judged on its own class alone
-        return str(sum(result["n"] for result in firsts))
-    return format_count(next(iter(results.values())).values())
-
-
-def protected_table(records: Sequence[Record]) -> str:
-    """A row per record name: threat, images, then metric I per attack, percent, mean ± std (seeds).
-
-    Args:
-      records: see `group_by_row`.
-    """
-    names = attack_columns(records)
-    rows: dict[str, list[str]] = {}
-    for (name, _), same in group_by_row(records).items():
-        if name in rows:  # a stack has one row per predictor there
-            continue
-        means = [protected(record) for record in same]
-        told = [format_threat(same[0]), _protected_count(same[0])]
-        rows[name] = [
-            name,
-            *told,
-            *(format_mean([one[c] for one in means if c in one]) for c in names),
-        ]
-    return markdown(["metric I, %", "threat", "n", *names], rows.values())
-
-
 def tier_table(record: Record, predictor: str) -> str:
     """A row per tier of an audit: threat, images, accuracy, and the class that suffers most."""
     rows = []
