@@ -4,6 +4,9 @@
     python experiments/tables.py --per_class=pgd40 experiments/records/mnist
     python experiments/tables.py --protected experiments/records/cost_sensitive_fashion
     python experiments/tables.py --into=README.md      # renews the tables that README.md marks
+
+A marked table lies between `<!-- KIND PATH -->` and `<!-- end -->`; KIND is table, protected
+(metric I) or benchmark, and PATH is of its records.
 """
 
 import pathlib

@@ -442,6 +442,7 @@ def test_autoattack_judges_each_member_on_its_own_class(tmp_path, tfds_dir, monk
     )
     loop.train(config, tmp_path, progress=False)
     run, variables, meta = runs.restore(tmp_path, kind="last")
+    assert run.defense.judged == {f"protect{i}": i for i in range(10)}
     record = protocols.autoattack(run, variables, training=meta, folder=tmp_path / "honest")
     labels, images = (getattr(run.arrays("test"), name) for name in ("labels", "images"))
     for i, (name, result) in enumerate(record["results"].items()):
@@ -453,6 +454,16 @@ def test_autoattack_judges_each_member_on_its_own_class(tmp_path, tfds_dir, monk
     assert [*record["results"], "flags"] == list(record["cascade"])
     assert (tmp_path / "honest" / "protect9").exists()
     assert set(metric_i.means(record)) == {"clean", "aa-fast", "autoattack"}
+
+
+def test_one_predictor_with_a_class_is_judged_whole():
+    def take(rows):
+        return LABELS[rows]
+
+    arrays = types.SimpleNamespace(labels=LABELS, take=take)
+    run = types.SimpleNamespace(defense=types.SimpleNamespace(judged={"classifier": 3}))
+    ((name, (weights, own)),) = protocols._judged(run, IMAGES, arrays).items()
+    assert (name, weights is IMAGES, list(own)) == ("classifier", True, [3, 3])
 
 
 def test_each_member_is_judged_by_its_own_loss():

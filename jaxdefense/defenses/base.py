@@ -148,6 +148,8 @@ class Defense:
       purifiers: {name of a predictor that cleans images first: its Purifier}.
       pretrained: {role: the trained network that `init` puts there}. No update trains such a role,
         and checkpoints leave it out.
+      judged: {predictor: the one class that it is judged on}, where each member of a stack answers
+        for a class; empty: each predictor is judged on all of them.
     """
 
     init: Callable[[Key, Images], tuple[Params, Carry]]
@@ -155,6 +157,7 @@ class Defense:
     predictors: Mapping[str, Predictor]
     purifiers: Mapping[str, Purifier] = dataclasses.field(default_factory=dict)
     pretrained: Mapping[str, Trained] = dataclasses.field(default_factory=dict)
+    judged: Mapping[str, int] = dataclasses.field(default_factory=dict)
 
     @property
     def primary(self) -> str:

@@ -100,7 +100,8 @@ def make(
     phase = base.Phase("cse", steps if adversarial else steps[:1])
     start = start or ("adv" if adversarial else "normal")
     phases = fgsm_at.warm_start(net, start, updates(natural), pretrain, phase)
-    return base.Defense(init, phases, {net.role: net.predict})
+    judged = {net.role: 0} if each else {}
+    return base.Defense(init, phases, {net.role: net.predict}, judged=judged)
 
 
 def attack_loss(

@@ -258,7 +258,8 @@ def stacked(
     predictors = {label(i, n): of(i, p) for i in every for n, p in defense.predictors.items()}
     purifiers = {label(i, n): purifier(i, p) for i in every for n, p in defense.purifiers.items()}
     phases = _map_phases(defense, change)
-    return base.Defense(init, phases, predictors, purifiers, defense.pretrained)
+    judged = {label(i, name): i for i in every for name in defense.judged}
+    return base.Defense(init, phases, predictors, purifiers, defense.pretrained, judged)
 
 
 def _equal(stack: Any) -> Any:
