@@ -1,13 +1,17 @@
-"""The benchmark's suites that compare verdicts: their tables, and one small run of each."""
+"""The benchmark: its tables, its peers' processes, and one small run of its suites."""
 
 import json
+import types
 
 import configs
+import numpy as np
 import pytest
-from benchmark import pgd, tables, verdicts
+from benchmark import peers, pgd, tables, verdicts
 
+from jaxdefense import threat
 from jaxdefense.train import loop
 
+WEIGHTS = {"params": {"head": {"bias": np.arange(3.0)}}}
 FLAG = {"name": "unconfirmed wins", "severity": "note", "evidence": "3 wins"}
 
 
@@ -75,6 +79,47 @@ def test_pgd_times_each_peer_or_says_that_it_is_missing(monkeypatch):
         "peer": "torchattacks (not installed)",
     }
     assert timed["ratio"] == pytest.approx(timed["peer_ms"] / timed["ours_ms"])
+
+
+class TestPeers:
+    """What goes to torch's process and comes back; a script of NumPy stands in its place."""
+
+    @pytest.fixture
+    def stand_in(self, tmp_path, monkeypatch):
+        def install(source):
+            path = tmp_path / "stand_in.py"
+            path.write_text(f"import sys\nimport numpy as np\n{source}")
+            monkeypatch.setattr(peers, "_SCRIPT", path)
+
+        return install
+
+    def test_pgd_runs_once_per_call(self, stand_in):
+        stand_in("for _ in sys.stdin:\n    print('done', flush=True)")
+        with peers.pgd_in_torch(WEIGHTS, name="cnn", steps=3) as run:
+            run()
+            run()
+
+    def test_a_process_that_failed_is_an_error(self, stand_in):
+        stand_in("sys.stdin.readline()")
+        with (
+            peers.pgd_in_torch(WEIGHTS, name="cnn") as run,
+            pytest.raises(ValueError, match="the torch process failed"),
+        ):
+            run()
+
+    def test_an_answer(self, stand_in):
+        stand_in(
+            "command, problem, answer, *words = sys.argv[1:]\n"
+            "np.savez(answer, command=command, words=words, **np.load(problem))"
+        )
+        run = types.SimpleNamespace(config={"model": {"name": "cnn", "width": 0.5}})
+        given = (run, threat.Linf(0.25), WEIGHTS, np.zeros((1, 2, 2, 1)), np.zeros(1))
+        answer = peers.answer_of_torch("targeted", *given, "pgd", "cw", alpha=0.1)
+        assert (answer["command"], list(answer["words"])) == ("targeted", ["pgd", "cw"])
+        told = {key: answer[key].item() for key in ("name", "width", "norm", "eps", "alpha")}
+        assert told == {"name": "cnn", "width": 0.5, "norm": "linf", "eps": 0.25, "alpha": 0.1}
+        np.testing.assert_array_equal(answer["variables/params/head/bias"], np.arange(3.0))
+        assert answer["images"].shape == (1, 2, 2, 1)
 
 
 @pytest.mark.slow

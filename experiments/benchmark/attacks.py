@@ -64,7 +64,8 @@ def rows(workdir, examples, *, norm=None, eps=None, reference=None, golden=None)
     Args:
       workdir: of a trained run of one classifier (cnn or resnet).
       examples: number of test images.
-      norm, eps: another threat than the run's.
+      norm: of another threat than the run's.
+      eps: of that threat.
       reference: a checkout of github.com/fra31/auto-attack, or None.
       golden: a folder for NAME.npz with weights, some images and every verdict, or None.
 

@@ -46,7 +46,8 @@ def problem(workdir, examples=None, *, norm=None, eps=None, journal=None):
     Args:
       workdir: of any trained run.
       examples: number of test images, or None for all.
-      norm, eps: another threat than the run's.
+      norm: of another threat than the run's.
+      eps: of that threat.
       journal: a folder for finished dispatches, to go on from, or None.
     """
     run, variables, _ = runs.restore(workdir)

@@ -30,6 +30,7 @@ class _Measurement:
 
     @classmethod
     def begin(cls, run: Run, examples: int | None) -> "_Measurement":
+        """Starts the clock and loads the first so many test examples, or all."""
         began = time.monotonic()
         return cls(run, run.arrays("test").take(slice(examples)), began)
 
