@@ -126,7 +126,7 @@ def own_losses(run):
 
 
 def judge(run, variables, *, eps, pgd=True, examples=None, progress=False):
-    """{predictor: {column: as in `evaluator.summarize`}} under the protocol, PGD left out on demand."""
+    """{predictor: {column: as in `summarize`}} under the protocol, PGD left out on demand."""
     model = run.config["model"]
     mean, std = (
         np.float32(model.get(name) or [without]).reshape(1, 1, 1, -1)
