@@ -56,7 +56,8 @@ def table(found, first, second, columns=None):
 
     Args:
       found: records.
-      first, second: NAME or NAME[PREDICTOR]; the difference is first - second.
+      first: NAME or NAME[PREDICTOR].
+      second: likewise; the difference is first - second.
       columns: attacks; None for all that every compared record has.
 
     Raises:

@@ -6,9 +6,13 @@ DIR holds any of
     mnist/, fashion_mnist/    {train,t10k}-{images-idx3,labels-idx1}-ubyte.gz
     cifar-10-batches-bin/     data_batch_1..5.bin, test_batch.bin, batches.meta.txt
     cifar-100-binary/         train.bin, test.bin, fine_label_names.txt, coarse_label_names.txt
-as they are published; each file is checked against its published MD5 sum. Without names, every set
-that DIR holds is prepared. A set that is already prepared is left as it is. `digits` needs no files
-and no preparation: it is made on first use.
+as they are published:
+    MNIST            https://ossci-datasets.s3.amazonaws.com/mnist/
+    Fashion-MNIST    https://github.com/zalandoresearch/fashion-mnist
+    CIFAR            https://www.cs.toronto.edu/~kriz/cifar.html ("binary version")
+Each file is checked against its published MD5 sum. Without names, every set that DIR holds is
+prepared. A set that is already prepared is left as it is. `digits` needs no files and no
+preparation: it is made on first use.
 """
 
 import argparse

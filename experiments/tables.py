@@ -1,9 +1,12 @@
 """Prints Markdown tables from records: files, or folders searched for *.json.
 
-python experiments/tables.py experiments/records/mnist
-python experiments/tables.py --per_class=pgd40 experiments/records/mnist
-python experiments/tables.py --protected experiments/records/cost_sensitive_fashion
-python experiments/tables.py --into=README.md      # renews the tables that README.md marks
+    python experiments/tables.py experiments/records/mnist
+    python experiments/tables.py --per_class=pgd40 experiments/records/mnist
+    python experiments/tables.py --protected experiments/records/cost_sensitive_fashion
+    python experiments/tables.py --into=README.md      # renews the tables that README.md marks
+
+A marked table lies between `<!-- KIND PATH -->` and `<!-- end -->`; KIND is table, protected
+(metric I) or benchmark, and PATH is of its records.
 """
 
 import pathlib
@@ -11,6 +14,8 @@ import re
 
 import cli
 from absl import flags
+from benchmark import tables as benchmark
+from papers import metric_i
 
 from jaxdefense import files
 from jaxdefense.evaluation import records, tables
@@ -31,7 +36,7 @@ def render(paths, per_class=None, protected=False):
     if per_class:
         table = tables.class_table(found, per_class)
     elif protected:
-        table = tables.protected_table(found)
+        table = metric_i.table(found)
     else:
         table = tables.accuracy_table(found)
     return f"{table}\n\n{tables.provenance(found)}\n"
@@ -44,9 +49,7 @@ def renew(text):
         begin, kind, path, end = match.groups()
         if kind == "benchmark":
             record = records.load(ROOT / path)
-            parts = [tables.benchmark_table(record), tables.verdict_table(record)]
-            parts = [part for part in parts if part.count("\n") > 1]
-            return begin + "\n\n".join([*parts, tables.provenance([record])]) + f"\n{end}"
+            return f"{begin}{benchmark.render(record)}\n\n{tables.provenance([record])}\n{end}"
         return begin + render([ROOT / path], protected=kind == "protected") + end
 
     return _MARKED.sub(block, text)

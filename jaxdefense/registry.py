@@ -1,15 +1,25 @@
-"""Names to things: a file's name is its registry key, and an unknown name lists the nearest."""
+"""Names to modules: a file's name is its key in a config, and an unknown name lists the nearest."""
 
 import difflib
 import importlib
-import pkgutil
+import pathlib
+import re
 from collections.abc import Iterable
 from types import ModuleType
 from typing import NoReturn
 
 
 def raise_unknown(kind: str, name: object, known: Iterable[str]) -> NoReturn:
-    """Raises the ValueError for an unknown name: what was asked, the nearest, all known ones."""
+    """Raises the error for an unknown name.
+
+    Args:
+      kind: what is named, "model" say.
+      name: what was asked for.
+      known: the names that there are.
+
+    Raises:
+      ValueError: always; it says what was asked for, the nearest names and all known ones.
+    """
     known = sorted(known)
     near = difflib.get_close_matches(str(name), known, n=3, cutoff=0.4)
     hint = f"nearest: {', '.join(near)}; " if near else ""
@@ -17,16 +27,27 @@ def raise_unknown(kind: str, name: object, known: Iterable[str]) -> NoReturn:
 
 
 def names(package: ModuleType, *, needs: str = "make") -> list[str]:
-    """The modules of `package` that define a function called `needs`, sorted."""
-    found = []
-    for info in pkgutil.iter_modules(package.__path__):
-        if hasattr(importlib.import_module(f"{package.__name__}.{info.name}"), needs):
-            found.append(info.name)
-    return sorted(found)
+    """The names of the files of `package` that define a function, sorted; nothing is imported.
+
+    Files with a leading underscore do not count, whatever they define.
+
+    Args:
+      package: an imported package.
+      needs: the function's name; it stands in the file as `def NAME(` at the top level.
+    """
+    defines = re.compile(rf"^def {needs}\(", re.MULTILINE)
+    files = [path for folder in package.__path__ for path in pathlib.Path(folder).glob("[!_]*.py")]
+    return sorted(path.stem for path in files if defines.search(path.read_text("utf-8")))
 
 
 def load(package: ModuleType, name: str, kind: str, *, needs: str = "make") -> ModuleType:
-    """The module `name` of `package`.
+    """The module `name` of `package`, the only one that is imported.
+
+    Args:
+      package: an imported package.
+      name: one of `names(package, needs=needs)`.
+      kind: what the package's modules are, for the error: "model".
+      needs: the function that the module must define.
 
     Raises:
       ValueError: `name` is not one of the package's files that define `needs`.

@@ -83,7 +83,7 @@ def pytest_terminal_summary(terminalreporter, config):
 def import_script(name):
     """A script of experiments/ as a module; the flags of those imported before give way."""
     for module, defined in list(flags.FLAGS.flags_by_module_dict().items()):
-        if (ROOT / "experiments" / f"{module.rpartition('.')[2]}.py").exists():
+        if (ROOT / "experiments" / f"{module.replace('.', '/')}.py").exists():
             for flag in list(defined):
                 delattr(flags.FLAGS, flag.name)
     return importlib.import_module(name)

@@ -1,14 +1,17 @@
-"""The benchmark's suites that compare verdicts: their tables, and one small run of each."""
+"""The benchmark: its tables, its peers' processes, and one small run of its suites."""
 
 import json
+import types
 
 import configs
+import numpy as np
 import pytest
-from conftest import import_script
+from benchmark import peers, pgd, tables, verdicts
 
-from jaxdefense.evaluation import tables
+from jaxdefense import threat
 from jaxdefense.train import loop
 
+WEIGHTS = {"params": {"head": {"bias": np.arange(3.0)}}}
 FLAG = {"name": "unconfirmed wins", "severity": "note", "evidence": "3 wins"}
 
 
@@ -62,29 +65,80 @@ class TestTables:
         }
         timed = {"what": "t", "peer": "p", "ours_ms": 1.0, "peer_ms": 2.0, "ratio": 2.0}
         record = {"rows": [timed, row("half", verdicts)]}
-        assert len(tables.benchmark_table(record).splitlines()) == 3
+        assert len(tables.time_table(record).splitlines()) == 3
         assert len(tables.verdict_table(record).splitlines()) == 3
         assert tables.verdict_table({"rows": [timed]}) == ""
+
+
+def test_pgd_times_each_peer_or_says_that_it_is_missing(monkeypatch):
+    monkeypatch.setattr(pgd, "CASES", [("cnn", 2, 1)])
+    monkeypatch.setattr(pgd.importlib.util, "find_spec", lambda peer: peer == "foolbox")
+    missing, timed = pgd.rows(repeats=1)
+    assert missing == {
+        "what": "PGD-1, cnn, batch 2",
+        "peer": "torchattacks (not installed)",
+    }
+    assert timed["ratio"] == pytest.approx(timed["peer_ms"] / timed["ours_ms"])
+
+
+class TestPeers:
+    """What goes to torch's process and comes back; a script of NumPy stands in its place."""
+
+    @pytest.fixture
+    def stand_in(self, tmp_path, monkeypatch):
+        def install(source):
+            path = tmp_path / "stand_in.py"
+            path.write_text(f"import sys\nimport numpy as np\n{source}")
+            monkeypatch.setattr(peers, "_SCRIPT", path)
+
+        return install
+
+    def test_pgd_runs_once_per_call(self, stand_in):
+        stand_in("for _ in sys.stdin:\n    print('done', flush=True)")
+        with peers.pgd_in_torch(WEIGHTS, name="cnn", steps=3) as run:
+            run()
+            run()
+
+    def test_a_process_that_failed_is_an_error(self, stand_in):
+        stand_in("sys.stdin.readline()")
+        with (
+            peers.pgd_in_torch(WEIGHTS, name="cnn") as run,
+            pytest.raises(ValueError, match="the torch process failed"),
+        ):
+            run()
+
+    def test_an_answer(self, stand_in):
+        stand_in(
+            "command, problem, answer, *words = sys.argv[1:]\n"
+            "np.savez(answer, command=command, words=words, **np.load(problem))"
+        )
+        run = types.SimpleNamespace(config={"model": {"name": "cnn", "width": 0.5}})
+        given = (run, threat.Linf(0.25), WEIGHTS, np.zeros((1, 2, 2, 1)), np.zeros(1))
+        answer = peers.answer_of_torch("targeted", *given, "pgd", "cw", alpha=0.1)
+        assert (answer["command"], list(answer["words"])) == ("targeted", ["pgd", "cw"])
+        told = {key: answer[key].item() for key in ("name", "width", "norm", "eps", "alpha")}
+        assert told == {"name": "cnn", "width": 0.5, "norm": "linf", "eps": 0.25, "alpha": 0.1}
+        np.testing.assert_array_equal(answer["variables/params/head/bias"], np.arange(3.0))
+        assert answer["images"].shape == (1, 2, 2, 1)
 
 
 @pytest.mark.slow
 def test_suites_on_a_trained_run(tmp_path, tfds_dir, monkeypatch):
     """A defence whose deployed predictor is not its plain network, and a journal to go on from."""
     monkeypatch.setenv("TFDS_DATA_DIR", tfds_dir)
-    suites = import_script("benchmark_verdicts")
     config = json.loads(configs.load("anti_adversary", "digits_debug").to_json())
     loop.train(config, tmp_path / "run", progress=False)
-    given = suites.problem(str(tmp_path / "run"), 6, journal=tmp_path / "journal")
-    found = suites.fast(given)
+    given = verdicts.problem(str(tmp_path / "run"), 6, journal=tmp_path / "journal")
+    found = verdicts.fast(given)
     assert set(found["verdicts"]) == {"standard", "fast"}
     assert found["verdicts"]["standard"]["most_passes"][1] > 4 * 0.9 * 400
-    again = suites.fast(given)
+    again = verdicts.fast(given)
     assert again == found  # seconds too: nothing was attacked again
-    stages = suites.cascade.stages
-    monkeypatch.setattr(suites.cascade, "stages", lambda *a, **kw: stages(*a, **kw)[:1])
-    half = suites.half(given)
+    stages = verdicts.cascade.stages
+    monkeypatch.setattr(verdicts.cascade, "stages", lambda *a, **kw: stages(*a, **kw)[:1])
+    half = verdicts.half(given)
     assert half["verdicts"]["bfloat16"]["survivors"].keys() == {"clean", "apgd-ce"}
-    rows = list(suites.targeted(given._replace(journal=None)))
+    rows = list(verdicts.targeted(given._replace(journal=None)))
     assert {row["what"].rpartition(": ")[2] for row in rows} == {
         "pgd",
         "cw, in L2 without eps",

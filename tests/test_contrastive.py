@@ -19,7 +19,7 @@ from jaxdefense.train import loop, optim, plan
 from jaxdefense.train.step import State, make_step
 from jaxdefense.types import example_keys, fold_in
 
-claf_literal = import_script("claf_literal")
+claf_literal = import_script("papers.claf_literal")
 
 KEY = jax.random.key(0)
 IMAGES = jax.random.uniform(jax.random.key(1), (8, 8, 8, 1))

@@ -11,15 +11,16 @@ import optax
 import pytest
 import scipy.special
 from conftest import import_script
+from papers import metric_i, min_max
 
 from jaxdefense import attacks, defenses, losses, runs, threat
 from jaxdefense.defenses import base, transforms
-from jaxdefense.evaluation import cascade, min_max, protocols, tables
+from jaxdefense.evaluation import cascade, protocols, tables
 from jaxdefense.models import layers
 from jaxdefense.train import loop, plan
 from jaxdefense.train.step import State, make_step
 
-cost_sensitive = import_script("cost_sensitive")
+cost_sensitive = import_script("papers.cost_sensitive")
 
 KEY = jax.random.key(0)
 IMAGES = np.random.default_rng(0).uniform(size=(8, 8, 8, 1)).astype(np.float32)
@@ -422,12 +423,12 @@ def test_metric_i_takes_each_class_from_its_protector():
         return {"clean": {"accuracy": 0.0, "per_class": list(per_class)}}
 
     stack = {"results": {"protect0": result(90.0, 10.0), "protect1": result(20.0, 80.0)}}
-    assert tables.protected(stack) == {"clean": 85.0}
+    assert metric_i.means(stack) == {"clean": 85.0}
     single = {"results": {"classifier": result(90.0, 10.0)}}
-    assert tables.protected(single) == {"clean": 50.0}
+    assert metric_i.means(single) == {"clean": 50.0}
     other = {"results": {"protect0": result(60.0, 0.0), "protect1": result(0.0, 40.0)}}
     seeds = [dict(name="cse", seed=seed, **some) for seed, some in enumerate((stack, other))]
-    table = tables.protected_table(seeds)
+    table = metric_i.table(seeds)
     assert table.splitlines()[2] == "| cse | – | – | 67.50 ± 24.75 (2) |"
 
 
@@ -464,6 +465,7 @@ def test_autoattack_judges_each_member_on_its_own_class(tmp_path, tfds_dir, monk
     )
     loop.train(config, tmp_path, progress=False)
     run, variables, meta = runs.restore(tmp_path, kind="last")
+    assert run.defense.judged == {f"protect{i}": i for i in range(10)}
     record = protocols.autoattack(run, variables, training=meta, folder=tmp_path / "honest")
     labels, images = (getattr(run.arrays("test"), name) for name in ("labels", "images"))
     for i, (name, result) in enumerate(record["results"].items()):
@@ -474,7 +476,17 @@ def test_autoattack_judges_each_member_on_its_own_class(tmp_path, tfds_dir, monk
         assert result["autoattack"]["accuracy"] <= result["clean"]["accuracy"]
     assert [*record["results"], "flags"] == list(record["cascade"])
     assert (tmp_path / "honest" / "protect9").exists()
-    assert set(tables.protected(record)) == {"clean", "aa-fast", "autoattack"}
+    assert set(metric_i.means(record)) == {"clean", "aa-fast", "autoattack"}
+
+
+def test_one_predictor_with_a_class_is_judged_whole():
+    def take(rows):
+        return LABELS[rows]
+
+    arrays = types.SimpleNamespace(labels=LABELS, take=take)
+    run = types.SimpleNamespace(defense=types.SimpleNamespace(judged={"classifier": 3}))
+    ((name, (weights, own)),) = protocols._judged(run, IMAGES, arrays).items()
+    assert (name, weights is IMAGES, list(own)) == ("classifier", True, [3, 3])
 
 
 def test_each_member_is_judged_by_its_own_loss():

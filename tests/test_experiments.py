@@ -18,7 +18,7 @@ def script(name, *arguments, data=None):
     env = {**os.environ, "JAX_CACHE_DIR": str(ROOT / ".cache" / "xla"), "COLUMNS": "80"}
     if data:
         env["TFDS_DATA_DIR"] = data
-    command = [sys.executable, str(ROOT / "experiments" / f"{name}.py"), *arguments]
+    command = [sys.executable, str(ROOT / "experiments" / name), *arguments]
     return subprocess.run(command, capture_output=True, text=True, env=env, timeout=400)
 
 
@@ -41,7 +41,7 @@ def test_unknown_names_list_the_nearest():
         configs.load("trade", "digits")
     with pytest.raises(ValueError, match="nearest: mnist"):
         configs.load("trades", "mnst")
-    result = script("train", "--config=trade:digits", "--workdir=nowhere")
+    result = script("train.py", "--config=trade:digits", "--workdir=nowhere")
     assert result.returncode == 1
     assert result.stderr.startswith("error: unknown config 'trade'; nearest: trades")
 
@@ -49,7 +49,7 @@ def test_unknown_names_list_the_nearest():
 def test_train_evaluate_and_tables(tmp_path, tfds_dir):
     """The three commands of the README on the debug variant, and an override."""
     result = script(
-        "train", "--config=trades:digits_debug", f"--workdir={tmp_path}/run",
+        "train.py", "--config=trades:digits_debug", f"--workdir={tmp_path}/run",
         "--config.train.optimizer.lr=0.002", data=tfds_dir,
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
@@ -59,24 +59,24 @@ def test_train_evaluate_and_tables(tmp_path, tfds_dir):
         json.loads((tmp_path / "run" / "config.json").read_text())["train"]["optimizer"]["lr"]
         == 0.002
     )
-    result = script("evaluate", f"--workdir={tmp_path}/run", data=tfds_dir)
+    result = script("evaluate.py", f"--workdir={tmp_path}/run", data=tfds_dir)
     assert result.returncode == 0, result.stderr
     record = records.load(tmp_path / "run" / "configured.json")
     assert record["results"]["classifier"]["clean"]["n"] == 256
     assert f"{record['results']['classifier']['pgd20']['accuracy']:.2f}" in result.stdout
-    result = script("tables", str(tmp_path / "run"))
+    result = script("tables.py", str(tmp_path / "run"))
     assert "| trades-digits-debug |" in result.stdout
-    result = script("tables", "--per_class=pgd20", str(tmp_path / "run"))
+    result = script("tables.py", "--per_class=pgd20", str(tmp_path / "run"))
     assert "| pgd20, % | threat | n | 0 | 1 |" in result.stdout
 
 
 def test_scripts_answer_bad_input_without_a_traceback(tmp_path):
     for arguments in (
-        ("evaluate", f"--workdir={tmp_path}"),
-        ("tables", str(tmp_path / "nothing")),
-        ("tables", str(tmp_path)),
-        ("train", f"--workdir={tmp_path}"),
-        ("train", "--config=pgd_at:digits", f"--workdir={tmp_path}", "surplus"),
+        ("evaluate.py", f"--workdir={tmp_path}"),
+        ("tables.py", str(tmp_path / "nothing")),
+        ("tables.py", str(tmp_path)),
+        ("train.py", f"--workdir={tmp_path}"),
+        ("train.py", "--config=pgd_at:digits", f"--workdir={tmp_path}", "surplus"),
     ):
         result = script(*arguments)
         assert result.returncode == 1, arguments
@@ -86,10 +86,19 @@ def test_scripts_answer_bad_input_without_a_traceback(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "name", ["benchmark", "train", "evaluate", "tables", "quickstart", "prepare_data"]
+    "name",
+    [
+        "benchmark",
+        "evaluate.py",
+        "paired.py",
+        "prepare_data.py",
+        "quickstart.py",
+        "tables.py",
+        "train.py",
+    ],
 )
 def test_help_is_readable(name):
     result = script(name, "--help")
     text = result.stdout + result.stderr
-    assert f"python experiments/{name}.py" in text
+    assert f"python experiments/{name} " in text
     assert len(text.splitlines()) < 60

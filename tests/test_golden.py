@@ -1,4 +1,4 @@
-"""AutoAttack against the verdicts of torch's, kept by experiments/benchmark.py --golden.
+"""AutoAttack against the verdicts of torch's, kept by experiments/benchmark --golden.
 
 Each file holds a network's weights, its verdicts here, in the authors' code and in torchattacks on
 the same images, and the first images; the library must still come to the same verdicts on those.

@@ -7,6 +7,7 @@ import re
 import paired
 import pytest
 import tables as script
+from papers import metric_i
 
 from jaxdefense.evaluation import plots, records, report, tables
 
@@ -149,7 +150,7 @@ class TestGroup:
         found = [record(0), changed("config.train.length", "8e")]
         for render in (
             tables.accuracy_table,
-            tables.protected_table,
+            metric_i.table,
             lambda some: tables.class_table(some, "pgd"),
             plots.accuracy_bars,
             lambda some: plots.class_bars(some, "pgd"),
@@ -191,7 +192,7 @@ class TestConditions:
         for table in (
             tables.accuracy_table([found]),
             tables.class_table([found], "pgd"),
-            tables.protected_table([found]),
+            metric_i.table([found]),
             tables.tier_table(found, "main"),
         ):
             header, _, *rows = table.splitlines()
@@ -209,9 +210,9 @@ class TestConditions:
             return {"clean": {"accuracy": 0.0, "per_class": list(per_class), "n": n}}
 
         own = {"protect0": judged(30, 90.0, None), "protect1": judged(20, None, 80.0)}
-        assert "| a | L∞ 0.3 | 50 | 85.00 |" in tables.protected_table([record(results=own)])
+        assert "| a | L∞ 0.3 | 50 | 85.00 |" in metric_i.table([record(results=own)])
         whole = {"protect0": judged(50, 90.0, 1.0), "protect1": judged(50, 1.0, 80.0)}
-        assert "| a | L∞ 0.3 | 50 | 85.00 |" in tables.protected_table([record(results=whole)])
+        assert "| a | L∞ 0.3 | 50 | 85.00 |" in metric_i.table([record(results=whole)])
 
     def test_figures(self):
         found = [record(), record(name="b", threat={"norm": "l2", "eps": 0.5})]

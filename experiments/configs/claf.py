@@ -2,7 +2,7 @@
 
     python experiments/train.py --config=claf:cifar10 --workdir=runs/claf-cifar10
     python experiments/evaluate.py --workdir=runs/claf-cifar10
-    python experiments/claf_literal.py --workdir=runs/claf-cifar10_literal
+    python experiments/papers/claf_literal.py --workdir=runs/claf-cifar10_literal
 
 Variants: digits, mnist, cifar10, cifar10_paper, cifar10_literal; cifar10_small and
 cifar10_small_literal (a small CNN, 20 passes, minutes on a CPU core: the README's comparison of the
@@ -10,7 +10,7 @@ two modes); each also with _debug.
 `cifar10_paper` has the published schedule, 60 + 140 (1 + 5) + 100 = 1,000 passes over the data
 (INFERRED: momentum .9), `cifar10` has 58 with one per refresh; `cifar10_literal` trains with the
 released code's attack, which is no L_inf attack (`claf.literal_pgd`), and is judged by
-claf_literal.py.
+experiments/papers/claf_literal.py.
 
 Expected: on digits and MNIST what the README's tables say. On CIFAR-10 the authors' README has
 92.46 clean and 60.47 under their literal attack, which is not 8/255 and is compared with nothing

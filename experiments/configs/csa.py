@@ -1,7 +1,7 @@
 """CSA: cost-sensitive adversarial training (Shen et al., arXiv 2101.12372).
 
     python experiments/train.py --config=csa:fashion_mnist_paper --workdir=runs/csa
-    python experiments/cost_sensitive.py --workdir=runs/csa      # the paper's own protocol
+    python experiments/papers/cost_sensitive.py --workdir=runs/csa  # the paper's own protocol
     python experiments/evaluate.py --workdir=runs/csa --checkpoint=last --protocol=autoattack
 
 Variants: digits, mnist, fashion_mnist, cifar10 (protect class 0); mnist_paper,

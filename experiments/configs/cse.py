@@ -1,7 +1,7 @@
 """CSE: cost-sensitive training with the Min-Max property (Shen et al., arXiv 2101.12372).
 
     python experiments/train.py --config=cse:mnist_example --workdir=runs/cse
-    python experiments/cost_sensitive.py --workdir=runs/cse      # the paper's own protocol
+    python experiments/papers/cost_sensitive.py --workdir=runs/cse  # the paper's own protocol
     python experiments/evaluate.py --workdir=runs/cse --checkpoint=last --protocol=autoattack
 
 Variants: digits, mnist, fashion_mnist, cifar10 (protect class 0); mnist_paper,

@@ -1,7 +1,7 @@
 """CSE+AT: CSE's loss in the loop of CSA (Shen et al., arXiv 2101.12372; the loop is inferred).
 
     python experiments/train.py --config=cse_at:mnist_paper --workdir=runs/cse_at
-    python experiments/cost_sensitive.py --workdir=runs/cse_at   # the paper's own protocol
+    python experiments/papers/cost_sensitive.py --workdir=runs/cse_at  # the paper's own protocol
     python experiments/evaluate.py --workdir=runs/cse_at --checkpoint=last --protocol=autoattack
 
 Variants: digits, mnist, fashion_mnist, cifar10 (protect class 0); mnist_paper,

@@ -1,7 +1,7 @@
 """FGSM adversarial training, two updates per batch: ADV of Shen et al., arXiv 2101.12372.
 
     python experiments/train.py --config=fgsm_at:mnist_paper --workdir=runs/adv
-    python experiments/cost_sensitive.py --workdir=runs/adv      # the paper's own protocol
+    python experiments/papers/cost_sensitive.py --workdir=runs/adv  # the paper's own protocol
     python experiments/evaluate.py --workdir=runs/adv --checkpoint=last --protocol=autoattack
 
 Variants: digits, mnist, fashion_mnist, cifar10; mnist_paper, fashion_mnist_paper, cifar10_paper
@@ -9,7 +9,7 @@ Variants: digits, mnist, fashion_mnist, cifar10; mnist_paper, fashion_mnist_pape
 reference's printed example: SGD, from NORMAL, one FGSM step per batch); each also with _debug.
 Expected: near the clean accuracy under FGSM and far below it under PGD and AutoAttack. The authors'
 notebooks report 94.74 under FGSM and 23.99 under DeepFool for the example (found), see
-experiments/cost_sensitive.py.
+experiments/papers/cost_sensitive.py.
 """
 
 from configs import recipes

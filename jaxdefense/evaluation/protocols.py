@@ -20,21 +20,35 @@ from jaxdefense.runs.run import Run
 from jaxdefense.types import Images, Predict, PyTree
 
 
-def _record(run: Run, results: Any, seconds: float, **more: Any) -> records.Record:
-    return records.make(
-        run.config["name"],
-        run.config,
-        results,
-        seed=run.seed,
-        seconds=seconds,
-        reported=run.config.get("reported", {}),
-        **more,
-    )
+@dataclasses.dataclass(frozen=True)
+class _Measurement:
+    """A run and its test examples, timed since `begin`."""
 
+    run: Run
+    arrays: data.Arrays
+    began: float
 
-def _evaluator(run: Run, predictor: str) -> Evaluator:
-    batch_size = run.config["evaluation"].get("batch_size")
-    return Evaluator(run.apply(predictor), run.threat, batch_size=batch_size)
+    @classmethod
+    def begin(cls, run: Run, examples: int | None) -> "_Measurement":
+        """Starts the clock and loads the first so many test examples, or all."""
+        began = time.monotonic()
+        return cls(run, run.arrays("test").take(slice(examples)), began)
+
+    def evaluator(self, predictor: str) -> Evaluator:
+        batch_size = self.run.config["evaluation"].get("batch_size")
+        return Evaluator(self.run.apply(predictor), self.run.threat, batch_size=batch_size)
+
+    def record(self, results: Any, *, seconds: float | None = None, **more: Any) -> records.Record:
+        """The record of results, which took `seconds`, by default those since `begin`."""
+        return records.make(
+            self.run.config["name"],
+            self.run.config,
+            results,
+            seed=self.run.seed,
+            seconds=time.monotonic() - self.began if seconds is None else seconds,
+            reported=self.run.config.get("reported", {}),
+            **more,
+        )
 
 
 def configured(
@@ -57,12 +71,12 @@ def configured(
     Raises:
       ValueError: see `Evaluator.check_model`.
     """
-    began = time.monotonic()
-    arrays = run.arrays("test").take(slice(examples))
+    measurement = _Measurement.begin(run, examples)
+    arrays = measurement.arrays
     images = data.to_float(arrays.images)
     results = {}
     for predictor in run.defense.predictors:
-        bits = _evaluator(run, predictor).bits(
+        bits = measurement.evaluator(predictor).bits(
             variables,
             images,
             arrays.labels,
@@ -72,9 +86,8 @@ def configured(
             progress=progress,
         )
         results[predictor] = summarize(bits, arrays.labels, arrays.num_classes)
-    seconds = time.monotonic() - began
     made = {name: repr(attack) for name, attack in run.attacks.items()}
-    return _record(run, results, seconds, protocol="configured", training=training, attacks=made)
+    return measurement.record(results, protocol="configured", training=training, attacks=made)
 
 
 def autoattack(
@@ -88,12 +101,16 @@ def autoattack(
 ) -> records.Record:
     """AutoAttack (standard) on the deployed predictor, AA-fast beside it.
 
-    Where each member of a stack protects a class (`cse` with `protect="each"`), each is judged on
-    its own class alone, which is what metric I asks (`tables.protected`).
+    A defence that declares a class for some of its predictors (`Defense.judged`) is judged by these
+    instead, each on the examples of its class alone.
 
     Args:
-      run, variables, training, examples, progress: as in `configured`.
+      run: what was trained.
+      variables: {"params", "carry"}.
+      training: the train summary, kept in the record.
+      examples: only the first so many test examples; the record's "n" says so.
       folder: keeps finished dispatches, so that a killed evaluation goes on.
+      progress: show bars.
 
     Returns:
       A record whose results hold "clean", "aa-fast" (APGD-CE and APGD-T), "autoattack", and under
@@ -102,12 +119,10 @@ def autoattack(
     Raises:
       ValueError: see `cascade.run_stages`.
     """
-    arrays = run.arrays("test").take(slice(examples))
-    stages = cascade.stages(run.threat, arrays.num_classes)
-    evaluator = _evaluator(run, run.defense.primary)
-    judged = {run.defense.primary: (variables, arrays)}
-    if run.config["defense"].get("protect") == "each" and len(run.defense.predictors) > 1:
-        judged = _own_classes(run, variables, arrays)
+    measurement = _Measurement.begin(run, examples)
+    stages = cascade.stages(run.threat, measurement.arrays.num_classes)
+    evaluator = measurement.evaluator(run.defense.primary)
+    judged = _judged(run, variables, measurement.arrays)
     results: dict[str, Any] = {}
     told: dict[str, Any] = {}
     flags: list[dict[str, str]] = []
@@ -125,28 +140,38 @@ def autoattack(
             progress=progress,
         )
         bits = {"clean": verdict.clean, "aa-fast": verdict.fast, "autoattack": verdict.robust}
-        results[name] = summarize(bits, own.labels, arrays.num_classes)
+        results[name] = summarize(bits, own.labels, own.num_classes)
         survivors = {stage: int(left.sum()) for stage, left in verdict.by_attack.items()}
         told[name] = {"survivors": survivors, "passes": verdict.passes}
         flags += [{"predictor": name, **dataclasses.asdict(flag)} for flag in verdict.flags]
         seconds += verdict.seconds
     told["flags"] = flags
-    made = {stage.name: repr(stage.attack) for stage in stages}
-    return _record(
-        run, results, seconds, protocol="autoattack", training=training, cascade=told, attacks=made
+    return measurement.record(
+        results,
+        seconds=seconds,
+        protocol="autoattack",
+        training=training,
+        cascade=told,
+        attacks={stage.name: repr(stage.attack) for stage in stages},
     )
 
 
-def _own_classes(run: Run, variables: PyTree, arrays: data.Arrays) -> dict[str, Any]:
-    """{member: (variables with it in the first place, the examples of its class)}.
+def _judged(run: Run, variables: PyTree, arrays: data.Arrays) -> dict[str, Any]:
+    """{predictor: (variables, examples)}: what AutoAttack judges, all by the deployed predictor.
 
-    The first member's predictor serves all, so that each attack is compiled once.
+    Several predictors with a class each are the members of a stack, in order. A member's slice of
+    the variables takes the first place there, so that each attack is compiled once for all.
     """
+    classes = run.defense.judged
+    if not classes:
+        return {run.defense.primary: (variables, arrays)}
     judged = {}
-    for i, name in enumerate(run.defense.predictors):
-        own = arrays.take(arrays.labels == i)
+    for i, (name, label) in enumerate(classes.items()):
+        own = arrays.take(arrays.labels == label)
         if len(own):
-            judged[name] = (jax.tree.map(operator.itemgetter(slice(i, i + 1)), variables), own)
+            member = operator.itemgetter(slice(i, i + 1))
+            weights = jax.tree.map(member, variables) if len(classes) > 1 else variables
+            judged[name] = (weights, own)
     return judged
 
 
@@ -167,9 +192,12 @@ def audit(
     """The honesty report of the deployed predictor and of every one that cleans images first.
 
     Args:
-      run, variables, training, examples, progress: as in `configured`. The config's
-        "evaluation": {"audit": {...}} may change `audit.audit`'s steps, restarts, stages, queries
-        and samples.
+      run: what was trained. Its config's "evaluation": {"audit": {...}} may change `audit.audit`'s
+        steps, restarts, stages, queries and samples.
+      variables: {"params", "carry"}.
+      training: the train summary, kept in the record.
+      examples: only the first so many test examples; the record's "n" says so.
+      progress: show bars.
 
     Returns:
       A record whose results hold "clean", each tier's attacks and "worst" (per example, without
@@ -179,12 +207,12 @@ def audit(
     Raises:
       ValueError: an unknown option, or see `audit.audit`.
     """
-    began = time.monotonic()
     options = dict(run.config["evaluation"].get("audit", {}))
     for option in options:
         if option not in _AUDIT_OPTIONS:
             registry.raise_unknown("option of evaluation.audit", option, _AUDIT_OPTIONS)
-    arrays = run.arrays("test").take(slice(examples))
+    measurement = _Measurement.begin(run, examples)
+    arrays = measurement.arrays
     images, labels = data.to_float(arrays.images), arrays.labels
     params, carry = jax.tree.map(jnp.asarray, (variables["params"], variables["carry"]))
     results, told = {}, {}
@@ -216,8 +244,7 @@ def audit(
         found = report.record(labels, arrays.num_classes)
         results[name] = found.pop("tiers")
         told[name] = {**found, "examples": _shown(report, images, labels, predict, known)}
-    seconds = time.monotonic() - began
-    return _record(run, results, seconds, protocol="audit", training=training, audit=told)
+    return measurement.record(results, protocol="audit", training=training, audit=told)
 
 
 def _shown(

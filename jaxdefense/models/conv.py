@@ -5,7 +5,7 @@ XLA:CPU takes 3 to 190 times longer for the two gradients of a convolution insid
 batch and feature axes exchanged. The gradients here are forward convolutions and matrix products,
 which XLA runs as fast inside a loop as outside. Five rules choose between the forms; the figures
 are ms on two cores of about 170 GFLOP/s together, or on one of 105 where that is said, jax 0.10.2
-and 0.11.2 agreeing within the noise (experiments/benchmark_conv.py compares with autodiff's).
+and 0.11.2 agreeing within the noise (`python experiments/benchmark conv` compares with autodiff's).
 
 * One pixel. With a 1x1 kernel, forward pass and weight gradient are a matrix product of the pixels
   (32x32x64 -> 128, stride 2: forward 4.2 -> 1.6, weights 14 -> 2). The weight gradient is one of

@@ -3,7 +3,7 @@
     python experiments/train.py --config=pgd_at:cifar10 --workdir=runs/small \\
         --config.model.width=8 --config.defense.steps=1 --config.defense.step_size=0.0392 \\
         --config.train.length=3e
-    python experiments/claf_literal.py --workdir=runs/small
+    python experiments/papers/claf_literal.py --workdir=runs/small
 
 The released code perturbs images that are already normalised, by eps in units of std, and clamps
 them to [0, 1] there. So every value below the mean becomes the mean, every one above mean + std
@@ -14,14 +14,18 @@ accuracy counts, as the released code does, every image that is right after the 
 """
 
 import pathlib
+import sys
 import time
 
-import cli
 import jax
 import numpy as np
 from absl import flags
-from configs import recipes
 from matplotlib.figure import Figure
+
+sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))  # the scripts' folder
+
+import cli
+from configs import recipes
 
 from jaxdefense import attacks, data, runs, threat
 from jaxdefense.data import prepare
@@ -29,7 +33,7 @@ from jaxdefense.defenses import claf
 from jaxdefense.evaluation import records
 from jaxdefense.evaluation.evaluator import Evaluator, Examples, attack_keys, summarize
 
-FOLDER = pathlib.Path(__file__).parent / "records" / "claf_literal"
+FOLDER = pathlib.Path(__file__).parents[1] / "records" / "claf_literal"
 
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder of a trained CIFAR-10 run.", required=True)
 OUT = flags.DEFINE_string("folder", str(FOLDER), "Where the record and the figure go.")

@@ -6,11 +6,11 @@ import math
 import pathlib
 from typing import NamedTuple
 
-import benchmark_attacks
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from benchmark import peers
 from jaxdefense import attacks, data, runs, threat
 from jaxdefense.attacks.ensemble import Stage
 from jaxdefense.evaluation import cascade
@@ -46,7 +46,8 @@ def problem(workdir, examples=None, *, norm=None, eps=None, journal=None):
     Args:
       workdir: of any trained run.
       examples: number of test images, or None for all.
-      norm, eps: another threat than the run's.
+      norm: of another threat than the run's.
+      eps: of that threat.
       journal: a folder for finished dispatches, to go on from, or None.
     """
     run, variables, _ = runs.restore(workdir)
@@ -204,20 +205,20 @@ def targeted(given):
     if given.ball.norm != "linf":
         raise ValueError(f"targeted compares attacks in linf, got {given.ball.norm}")
     targets = (given.arrays.labels + 1) % given.arrays.num_classes
-    variables = benchmark_attacks.classifier(given.variables)
+    variables = peers.classifier(given.variables)
     plans = _targeted_plans(given)
     verdicts = {}
     for name, (ball, stages) in plans.items():
         judging = evaluator(given, given.run.module.apply, ball)
         verdicts[name] = judge(name, judging, variables, given, stages, targets)
-    peers = {}
+    compared = {}
     if importlib.util.find_spec("torchattacks"):
         known = {"pgd": ["pgd"], "cw": ["cw", "cw, mended"]}
-        peers = {name: known[name] for name in plans if name in known}
-    names = [peer for known in peers.values() for peer in known]
+        compared = {name: known[name] for name in plans if name in known}
+    names = [peer for known in compared.values() for peer in known]
     answer = _targeted_peers(given, variables, targets, names) if names else {}
     for name, (_, stages) in plans.items():
-        for peer in peers.get(name, [None]):
+        for peer in compared.get(name, [None]):
             row = _targeted_row(given, name, verdicts[name], answer, peer)
             yield {**row, "attacks": {stage.name: repr(stage.attack) for stage in stages}}
 
@@ -248,7 +249,7 @@ def _targeted_peers(given, variables, targets, names):
     options = dict(pgd_steps=PGD_STEPS, c=CW_CONST, lr=CW_RATE, cw_steps=CW_STEPS)
     options |= dict(targets=targets, alpha=2.5 * given.ball.eps / PGD_STEPS)
     problem = (given.run, given.ball, variables, images, labels)
-    return benchmark_attacks.in_torch("targeted", *problem, *names, **options)
+    return peers.answer_of_torch("targeted", *problem, *names, **options)
 
 
 def _targeted_row(given, name, verdict, answer, peer):

@@ -2,28 +2,18 @@
 
 import importlib.util
 import pathlib
-import subprocess
-import sys
-import tempfile
 import time
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from benchmark import peers
 from jaxdefense import data, runs, threat
 from jaxdefense.evaluation import cascade
 from jaxdefense.evaluation.evaluator import Evaluator
 
 GUARDED = 64  # images that a golden file keeps, and that tests/test_golden.py attacks
-
-
-def _flat(variables):
-    """{"variables/params/conv1/kernel": array, ...}."""
-    return {
-        "/".join(("variables", *(str(key.key) for key in path))): np.asarray(leaf)
-        for path, leaf in jax.tree_util.tree_leaves_with_path(variables)
-    }
 
 
 def _matrix_rate(n=2048):
@@ -42,41 +32,6 @@ def _arithmetic(module, variables, images):
     """FLOP of a forward pass of one image; a backward pass for the image takes as many again."""
     forward = jax.jit(module.apply).lower(variables, images[:1]).compile()
     return forward.cost_analysis()["flops"]
-
-
-def in_torch(command, run, ball, variables, images, labels, *arguments, **more):
-    """What a command of torch_peers writes about a network, from a process of its own.
-
-    Args:
-      command: "cascade" or "targeted".
-      run: of the network, a cnn or a resnet.
-      ball: the threat.
-      variables: {"params", "batch_stats"}.
-      images, labels: NumPy.
-      *arguments: the command's further words.
-      **more: further arrays of the problem.
-    """
-    model = run.config["model"]
-    given = {"name": model["name"], "width": model.get("width", 1.0), "norm": ball.norm, **more}
-    with tempfile.TemporaryDirectory() as folder:
-        problem, answer = (pathlib.Path(folder) / name for name in ("in.npz", "out.npz"))
-        given |= {"eps": ball.eps, "images": images, "labels": labels, **_flat(variables)}
-        np.savez(problem, **given)
-        script = pathlib.Path(__file__).parent / "torch_peers.py"
-        # torch 2.13 corrupts its heap in FAB on a residual network when it has two threads, in the
-        # layout that is its faster one: `taskset -c 0` gives both sides one core.
-        words = [sys.executable, str(script), command, str(problem), str(answer), *arguments]
-        subprocess.run(words, check=True)
-        with np.load(answer) as file:
-            return dict(file)
-
-
-def classifier(trained):
-    """{"params", "batch_stats"} of the plain network in a trained run's {"params", "carry"}."""
-    found = {"params": trained["params"]["classifier"]}
-    if trained["carry"]["classifier"]:
-        found["batch_stats"] = trained["carry"]["classifier"]
-    return found
 
 
 def _row(what, peer, verdict, seconds, answer, share):
@@ -109,7 +64,8 @@ def rows(workdir, examples, *, norm=None, eps=None, reference=None, golden=None)
     Args:
       workdir: of a trained run of one classifier (cnn or resnet).
       examples: number of test images.
-      norm, eps: another threat than the run's.
+      norm: of another threat than the run's.
+      eps: of that threat.
       reference: a checkout of github.com/fra31/auto-attack, or None.
       golden: a folder for NAME.npz with weights, some images and every verdict, or None.
 
@@ -120,7 +76,9 @@ def rows(workdir, examples, *, norm=None, eps=None, reference=None, golden=None)
     run, trained, _ = runs.restore(workdir)
     ball = threat.make(norm or run.threat.norm, eps or run.threat.eps)
     # Half precision, so that a golden file is small and holds exactly what was attacked.
-    variables = jax.tree.map(lambda w: w.astype(np.float16).astype(np.float32), classifier(trained))
+    variables = jax.tree.map(
+        lambda w: w.astype(np.float16).astype(np.float32), peers.classifier(trained)
+    )
     arrays = run.arrays("test").take(slice(examples))
     images = data.to_float(arrays.images)
     evaluator = Evaluator(run.module.apply, ball)
@@ -134,11 +92,11 @@ def rows(workdir, examples, *, norm=None, eps=None, reference=None, golden=None)
     name = f"{run.config['name']}-{ball.norm}"
     what = f"AutoAttack {ball.norm} {ball.eps:.3g}, {run.config['name']}, {examples} images"
     made = {stage.name: repr(stage.attack) for stage in stages}
-    peers = [p for p in ("torchattacks",) if importlib.util.find_spec(p)]
+    installed = [p for p in ("torchattacks",) if importlib.util.find_spec(p)]
     answers = {}
-    for peer in [*peers, *(["reference"] if reference else [])]:
+    for peer in [*installed, *(["reference"] if reference else [])]:
         words = ("cascade", run, ball, variables, images, arrays.labels, peer, reference or "")
-        answers[peer] = answer = in_torch(*words)
+        answers[peer] = answer = peers.answer_of_torch(*words)
         yield {**_row(what, peer, verdict, again.seconds, answer, share), "attacks": made}
     if golden:
         bits = {f"ours {stage}": b for stage, b in verdict.by_attack.items()}
@@ -154,5 +112,5 @@ def rows(workdir, examples, *, norm=None, eps=None, reference=None, golden=None)
             clean=verdict.clean,
             images=arrays.images[:GUARDED],
             **bits,
-            **{path: w.astype(np.float16) for path, w in _flat(variables).items()},
+            **{path: w.astype(np.float16) for path, w in peers.flatten(variables).items()},
         )

@@ -1,9 +1,7 @@
 """Gradients of convolutions inside a loop: autodiff's form against `jaxdefense.models.conv`.
 
-    python experiments/benchmark_conv.py
-
-Two minutes on two cores; prints a Markdown table. On a GPU or TPU the same table says whether
-the explicit form is worth switching on there (`explicit_gradients(True)`).
+Two minutes on two cores. On a GPU or TPU the same rows say whether the explicit form is worth
+switching on there (`explicit_gradients(True)`).
 """
 
 import time
@@ -123,17 +121,3 @@ def network_rows(batch: int = 1000) -> list[dict]:
 def rows() -> list[dict]:
     """All rows: case, autodiff_ms, explicit_ms, ratio."""
     return convolution_rows() + network_rows()
-
-
-def main() -> None:
-    """Prints the table."""
-    device = jax.devices()[0]
-    print(f"jax {jax.__version__}, {device.platform} ({device.device_kind}); ms inside a loop\n")
-    print("| case | autodiff | explicit | ratio |\n|---|---|---|---|")
-    for row in rows():
-        autodiff, explicit = row["autodiff_ms"], row["explicit_ms"]
-        print(f"| {row['case']} | {autodiff:.1f} | {explicit:.1f} | {row['ratio']:.1f} |")
-
-
-if __name__ == "__main__":
-    main()

@@ -3,10 +3,9 @@
 The library never imports torch. `pip install torch torchattacks --no-deps` and torchattacks' own
 requirements (requests, tqdm, scipy) are enough.
 
-A program of its own, because torch and XLA in one process get in each other's way: `serve` runs
-torchattacks' PGD once for each line that it reads (experiments/benchmark.py), `cascade` a whole
-AutoAttack (experiments/benchmark_attacks.py), `targeted` torchattacks' targeted PGD and CW
-(experiments/benchmark_verdicts.py).
+A program of its own (peers.py starts it), because torch and XLA in one process get in each other's
+way: `serve` runs torchattacks' PGD once for each line that it reads (pgd.py), `cascade` a whole
+AutoAttack (attacks.py), `targeted` torchattacks' targeted PGD and CW (verdicts.py).
 """
 
 import sys
@@ -160,7 +159,7 @@ def read(problem):
 
 
 def serve(problem):
-    """PGD on the problem that experiments/benchmark.py wrote, once per line of standard input."""
+    """PGD on the problem that pgd.py wrote, once per line of standard input."""
     import torchattacks
 
     arrays, module, x, y = read(problem)

@@ -1,7 +1,8 @@
 """Judges a run by the protocol of Shen et al., arXiv 2101.12372, and tells of its Min-Max property.
 
-    python experiments/cost_sensitive.py --workdir=runs/cse
-    python experiments/cost_sensitive.py --workdir=runs/cse --before=runs/normal --figure=w.svg
+    python experiments/papers/cost_sensitive.py --workdir=runs/cse
+    python experiments/papers/cost_sensitive.py --workdir=runs/cse --before=runs/normal \\
+        --figure=weights.svg
 
 The attacks run in the network's normalised space (x - mean) / std, without a box: FGSM of eps .3
 (CIFAR-10: .03) on the network's own training loss; DeepFool, at most 3 steps, overshoot .02, at
@@ -17,18 +18,23 @@ initialisation.
 """
 
 import pathlib
+import sys
 import time
 
-import cli
 import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import flags
 
+sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))  # the scripts' folder
+
+import cli
+
 from jaxdefense import attacks, data, losses, runs, threat
 from jaxdefense.defenses import cse
-from jaxdefense.evaluation import min_max, records, tables
+from jaxdefense.evaluation import records, tables
 from jaxdefense.evaluation.evaluator import Evaluator, summarize
+from papers import metric_i, min_max
 
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder of a trained run.", required=True)
 KIND = flags.DEFINE_enum("checkpoint", "last", ["best", "last"], "Which; the paper's is the last.")
@@ -120,7 +126,7 @@ def own_losses(run):
 
 
 def judge(run, variables, *, eps, pgd=True, examples=None, progress=False):
-    """{predictor: {column: as in `summary`}} under the protocol, PGD left out on demand."""
+    """{predictor: {column: as in `summarize`}} under the protocol, PGD left out on demand."""
     model = run.config["model"]
     mean, std = (
         np.float32(model.get(name) or [without]).reshape(1, 1, 1, -1)
@@ -205,7 +211,7 @@ def main(argv):
         found = reported(REPORTED_I, name)
         rows = [
             (column, f"{value:.2f}", f"{found[column]['value']:.2f}" if column in found else "–")
-            for column, value in tables.protected(record).items()
+            for column, value in metric_i.means(record).items()
         ]
         print("\n" + tables.markdown(("metric I, %", "measured", "reported"), rows))
     print(f"\n{min_max.table(reports)}\n\nrecord: {path}")
