@@ -7,6 +7,7 @@ soft targets says so. Logits may be in half precision: the arithmetic is float32
 import math
 from collections.abc import Sequence
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -20,13 +21,18 @@ def _checked_float32(logits: Logits) -> Logits:
     """The logits in float32 or wider; raises unless they are floating and (B, K)."""
     if not jnp.issubdtype(logits.dtype, jnp.floating):
         raise ValueError(f"logits must be floating, got {logits.dtype}")
-    if logits.ndim != 2:
-        raise ValueError(f"logits must be (B, K), got {logits.shape}")
+    chex.assert_rank(logits, 2, custom_message="logits must be (B, K)", exception_type=ValueError)
     return logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
+
+
+def _check_same_shape(message: str, *arrays: Array) -> None:
+    """Arrays that would otherwise broadcast in silence have one shape."""
+    chex.assert_equal_shape(arrays, custom_message=message, exception_type=ValueError)
 
 
 def _at_labels(logits: Logits, labels: Labels) -> PerExample:
     """Each example's logit of its label, (B,)."""
+    _check_same_shape("labels must be (B,), one for each row of logits", labels, logits[:, 0])
     return jnp.take_along_axis(logits, labels[:, None], axis=-1)[:, 0]
 
 
@@ -70,7 +76,9 @@ def cross_entropy(logits: Logits, targets: Array) -> PerExample:
     """
     logits = _checked_float32(logits)
     if targets.ndim == 1:
+        _check_same_shape("labels must be (B,), one for each row of logits", targets, logits[:, 0])
         return optax.softmax_cross_entropy_with_integer_labels(logits, targets)
+    _check_same_shape("soft targets must be (B, K) as the logits", targets, logits)
     return optax.softmax_cross_entropy(logits, targets)
 
 
@@ -136,6 +144,7 @@ def kl(p_logits: Logits, q_logits: Logits) -> PerExample:
     >>> losses.kl(p, p), losses.kl(p, q)
     (Array([0.], dtype=float32), Array([0.12...], dtype=float32))
     """
+    _check_same_shape("both logits must be (B, K)", p_logits, q_logits)
     p = jax.nn.log_softmax(_checked_float32(p_logits))
     q = jax.nn.log_softmax(_checked_float32(q_logits))
     return jnp.sum(jnp.exp(p) * (p - q), -1)
@@ -269,6 +278,7 @@ def mart(
     Array([3.12...], dtype=float32)
     """
     own = jax.nn.one_hot(labels, moved.shape[-1], dtype=bool)
+    _check_same_shape("both logits must be (B, K)", clean, moved)
     log_p, log_q = (jax.nn.log_softmax(_checked_float32(z)) for z in (clean, moved))
     runner_up = jnp.argmax(jnp.where(own, -jnp.inf, log_q), -1)
     others = ~jax.nn.one_hot(runner_up, moved.shape[-1], dtype=bool)
@@ -504,8 +514,7 @@ def absolute_error(x: Array, y: Array) -> PerExample:
 
 
 def _difference(x: Array, y: Array) -> Array:
-    if x.shape != y.shape:
-        raise ValueError(f"need arrays of one shape, got {x.shape} and {y.shape}")
+    _check_same_shape("need arrays of one shape", x, y)
     return x.astype(jnp.float32) - y.astype(jnp.float32)
 
 
@@ -533,8 +542,8 @@ def gaussian_kl(mean: Array, log_variance: Array) -> PerExample:
     >>> losses.gaussian_kl(jnp.array([[1.0, 1.0]]), jnp.zeros((1, 2)))
     Array([1.], dtype=float32)
     """
-    if mean.shape != log_variance.shape or mean.ndim != 2:
-        raise ValueError(f"moments must be (B, D) both, got {mean.shape}, {log_variance.shape}")
+    _check_same_shape("moments must be (B, D) both", mean, log_variance)
+    chex.assert_rank(mean, 2, custom_message="moments must be (B, D)", exception_type=ValueError)
     mean, log_variance = mean.astype(jnp.float32), log_variance.astype(jnp.float32)
     return jnp.sum(jnp.expm1(log_variance) - log_variance + jnp.square(mean), -1) / 2
 
@@ -557,8 +566,7 @@ def binary_cross_entropy(logits: Array, targets: Array | float) -> PerExample:
     >>> losses.binary_cross_entropy(jnp.array([0.0, 5.0]), 1.0)
     Array([0.69..., 0.0067...], dtype=float32)
     """
-    if logits.ndim != 1:
-        raise ValueError(f"logits must be (B,), got {logits.shape}")
+    chex.assert_rank(logits, 1, custom_message="logits must be (B,)", exception_type=ValueError)
     return optax.sigmoid_binary_cross_entropy(logits.astype(jnp.float32), jnp.asarray(targets))
 
 

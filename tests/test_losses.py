@@ -125,6 +125,15 @@ def test_too_few_classes_and_bad_shapes():
         losses.dlr_targeted(LOGITS[:, :3], LABELS % 3, LABELS % 3)
     with pytest.raises(ValueError, match="floating"):
         losses.cross_entropy(LABELS[None], LABELS)
+    with pytest.raises(ValueError, match="labels must be"):
+        losses.margin(LOGITS, LABELS[:, None])
+    with pytest.raises(ValueError, match="labels must be"):
+        losses.cross_entropy(LOGITS, LABELS[:1])
+    with pytest.raises(ValueError, match="soft targets must be"):
+        losses.cross_entropy(LOGITS, LOGITS[:, :1])
+    for loss in (losses.kl, losses.distillation):
+        with pytest.raises(ValueError, match="both logits"):
+            loss(LOGITS, LOGITS[:1])
     with pytest.raises(ValueError, match="nearest: margin"):
         losses.make("margins")
 
