@@ -270,7 +270,7 @@ class TestTeachers:
     @pytest.mark.parametrize(
         ("options", "match"),
         [
-            (dict(teacher=dict(workdir="runs/x")), "runs.load"),
+            (dict(teacher=dict(workdir="runs/x")), "runs.load_classifier"),
             (dict(teacher=dict(name="ipg")), "train it in a run of its own"),
             (dict(teacher=dict(name="pgd_ta")), "nearest: pgd_at"),
             (dict(teacher=dict(model=dict(name="cnm"))), "nearest: cnn"),

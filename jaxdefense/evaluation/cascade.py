@@ -222,8 +222,12 @@ def run_stages(
     """
     images = evaluator.check_images(images)
     targeted = targets is not None
+    threat, diameter = evaluator.threat, evaluator.threat.diameter(images[0].size)
+    whole_box = bool(np.all(np.asarray(threat.eps) >= diameter * (1 - 1e-6)))  # nothing is outside
     for stage in stages:
-        check_attack(stage.name, stage.attack, evaluator.threat, len(images), targets=targeted)
+        check_attack(
+            stage.name, stage.attack, threat, len(images), targets=targeted, minimal=whole_box
+        )
     examine.check_stage_names(stages)
     ids = check_ids(ids, len(images))
     variables = evaluator.replicate(variables)
