@@ -762,7 +762,7 @@ class TestTargets:
     def test_a_curve_refuses_one(self):
         evaluator = Evaluator(apply, T)
         with pytest.raises(ValueError, match="targeted"):
-            evaluation.curves.grid(
+            evaluation.curves.survival_over_eps(
                 evaluator, W, X, Y, [0.0, 0.1], lambda ball: attacks.pgd(ball, targeted=True)
             )
 

@@ -254,9 +254,9 @@ def make(name: str, dataset: str) -> Augment:
     >>> import jax
     >>> import jax.numpy as jnp
     >>> from jaxdefense import data
-    >>> augment = data.make_augment("crop_flip", "cifar10")
-    >>> augment(jax.random.key(0), jnp.zeros((4, 32, 32, 3))).shape
-    (4, 32, 32, 3)
+    >>> view = data.make_augment("crop_flip", "cifar10")
+    >>> view(jax.random.key(0), jnp.zeros((8, 32, 32, 3))).shape
+    (8, 32, 32, 3)
     """
     if dataset not in _SIZES:
         registry.raise_unknown("data set", dataset, _SIZES)

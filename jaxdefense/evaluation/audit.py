@@ -206,8 +206,8 @@ def audit(
     )
     with tqdm(disable=not progress, unit="attack") as bar:
         survey = _Survey(judge, images, labels, seed, bar)
-        for attempt in plan.attempts(classes, gradients=gradients):
-            survey.add(attempt)
+        for tier_attack in plan.tier_attacks(classes, gradients=gradients):
+            survey.add(tier_attack)
         tiers = survey.tiers
         worst = np.all([b for name, b in tiers.items() if not name.startswith("T0")], axis=0)
         curve: tuple[tuple[float, float], ...] = ()
@@ -231,6 +231,7 @@ def _basic_checks(noise: flags.Noise, logits: np.ndarray, answers: examine.Answe
     rows = (~np.isfinite(np.concatenate([logits, answers.nearby]))).any(-1).mean()
     sums = logits.sum(-1)
     soft = rows == 0 and logits.min() >= 0 and np.allclose(sums, 1, atol=1e-2)
+    alone = noise.random or not noise.depends_on_batch  # noise has failed a check of its own
     loop = "it iterates: attack what it optimises too"
     return [
         Check("deterministic", not noise.random, noise.evidence()),
@@ -240,7 +241,7 @@ def _basic_checks(noise: flags.Noise, logits: np.ndarray, answers: examine.Answe
             not soft,
             f"rows sum to {sums.min():.3g}..{sums.max():.3g}",
         ),
-        Check("independent of the batch", noise.random or not noise.mixed, noise.evidence()),
+        Check("independent of the batch", alone, noise.evidence()),
         Check(
             "no loop in the forward pass",
             not answers.loop,
@@ -272,7 +273,7 @@ def _gradient_checks(answers: examine.Answers) -> list[Check]:
     ]
 
 
-class _Attempt(NamedTuple):
+class _TierAttack(NamedTuple):
     """One attack of an audit.
 
     Attributes:
@@ -303,7 +304,7 @@ class _Plan:
     queries: int
     layout: str | None
 
-    def attempts(self, num_classes: int, *, gradients: bool) -> list[_Attempt]:
+    def tier_attacks(self, num_classes: int, *, gradients: bool) -> list[_TierAttack]:
         """All attacks, in order.
 
         Args:
@@ -312,39 +313,39 @@ class _Plan:
         """
         result = []
         if self.base is not None:
-            result.append(_Attempt(OBLIVIOUS, self._pgd(), self.base, counts=False))
+            result.append(_TierAttack(OBLIVIOUS, self._pgd(), self.base, counts=False))
         if gradients:
             result += self._white_box(num_classes)
         if self.purify is not None and self.base is not None:
             base, through = self.base, attacks.bpda(self.purify)
-            result.append(_Attempt("T2 bpda pgd", self._pgd(), lambda x: base(through(x))))
+            result.append(_TierAttack("T2 bpda pgd", self._pgd(), lambda x: base(through(x))))
         return result + self._black_box()
 
-    def short(self) -> _Attempt:
+    def short(self) -> _TierAttack:
         """A PGD of ten steps, which longer attacks are compared with."""
-        return _Attempt("T1 pgd-10", attacks.pgd(self.threat, steps=10))
+        return _TierAttack("T1 pgd-10", attacks.pgd(self.threat, steps=10))
 
     def _pgd(self) -> Attack:
         return attacks.pgd(self.threat, steps=self.steps)
 
-    def _white_box(self, num_classes: int) -> list[_Attempt]:
+    def _white_box(self, num_classes: int) -> list[_TierAttack]:
         long = attacks.pgd(self.threat, steps=self.steps, restarts=self.restarts, best=True)
         stages = cascade.stages(self.threat, num_classes, attacks=self.stages)
         return [
             self.short(),
-            _Attempt("T1 pgd", long),
-            *(_Attempt(f"T1 {stage.name}", stage.attack) for stage in stages),
-            *(_Attempt(f"T1 {name}", attack) for name, attack in self.extra.items()),
+            _TierAttack("T1 pgd", long),
+            *(_TierAttack(f"T1 {stage.name}", stage.attack) for stage in stages),
+            *(_TierAttack(f"T1 {name}", attack) for name, attack in self.extra.items()),
         ]
 
-    def _black_box(self) -> list[_Attempt]:
+    def _black_box(self) -> list[_TierAttack]:
         square = attacks.square(self.threat, queries=self.queries, layout=self.layout)
         apgd = attacks.apgd(self.threat, early_stop=False)
-        result = [_Attempt("T3 square", square)]
+        result = [_TierAttack("T3 square", square)]
         if self.sources:
-            result.append(_Attempt("T3 transfer", attacks.transfer(apgd, self.sources)))
+            result.append(_TierAttack("T3 transfer", attacks.transfer(apgd, self.sources)))
         if self.base is not None:
-            result.append(_Attempt("T3 transfer from base", attacks.transfer(apgd, [self.base])))
+            result.append(_TierAttack("T3 transfer from base", attacks.transfer(apgd, [self.base])))
         return result
 
 
@@ -368,13 +369,13 @@ class _Survey:
         self.calls: dict[str, str] = {}
         self.x_adv = images.astype(np.promote_types(images.dtype, np.float32))
 
-    def add(self, attempt: _Attempt) -> None:
+    def add(self, tier_attack: _TierAttack) -> None:
         """Attacks the examples that are right without an attack; the defence judges its images.
 
         Args:
-          attempt: of the plan.
+          tier_attack: of the plan.
         """
-        name, attack, model, counts = attempt
+        name, attack, model, counts = tier_attack
         check_attack(name, attack, self.judge.threat, len(self.examples))
         self.bar.set_postfix_str(name)
         right = self.tiers["clean"].copy()
@@ -393,22 +394,22 @@ class _Survey:
         self.tiers[name], self.calls[name] = right, _call_of(attack)
         self.bar.update()
 
-    def accuracy_everywhere(self, attempt: _Attempt) -> float:
+    def accuracy_everywhere(self, tier_attack: _TierAttack) -> float:
         """Accuracy in percent when the attack also gets what is misclassified already.
 
         Args:
-          attempt: of the plan.
+          tier_attack: of the plan.
         """
         bits = self.judge.bits(
             (),
             self.examples.images,
             self.examples.labels,
             self.examples.ids,
-            {attempt.name: attempt.attack},
+            {tier_attack.name: tier_attack.attack},
             seed=self.seed,
             everywhere=True,
         )
-        return 100 * float(bits[attempt.name].mean())
+        return 100 * float(bits[tier_attack.name].mean())
 
     def curve(self, steps: int) -> tuple[tuple[float, float], ...]:
         """(eps, PGD's accuracy in percent) from 0 to eps .5 of the box's diameter.

@@ -74,34 +74,34 @@ class Noise:
     """How far logits differ that should be equal, over the logits' spread.
 
     Attributes:
-      repeat: the same batch once more.
-      company: the same images at other places of a batch, beside other images.
-      traced: whether two traces of the model are different programs: it draws on the host.
+      between_calls: of the same batch.
+      between_batches: of the same images at other places of a batch, beside other images.
+      traces_differ: whether two traces of the model are different programs: it draws on the host.
       tolerance: what rounding explains.
     """
 
-    repeat: float
-    company: float
-    traced: bool
+    between_calls: float
+    between_batches: float
+    traces_differ: bool
     tolerance: float
 
     @property
     def random(self) -> bool:
         """Whether the model gives the same batch other logits the second time."""
-        return self.traced or self.repeat > self.tolerance
+        return self.traces_differ or self.between_calls > self.tolerance
 
     @property
-    def mixed(self) -> bool:
+    def depends_on_batch(self) -> bool:
         """Whether an image's logits depend on the rest of its batch, or on its place in it."""
-        return self.company > self.tolerance
+        return self.between_batches > self.tolerance
 
     def evidence(self) -> str:
         """What was seen, in words."""
-        if self.traced:
+        if self.traces_differ:
             return "two traces of it are different programs: it draws numbers on the host"
         return (
-            f"of the logits' spread, the same batch again differs by {self.repeat:.2g}, the same "
-            f"images at other places beside others by {self.company:.2g} "
+            f"of the logits' spread, the same batch again differs by {self.between_calls:.2g}, "
+            f"the same images at other places beside others by {self.between_batches:.2g} "
             f"(rounding: {self.tolerance:.0e})"
         )
 
@@ -116,7 +116,7 @@ class Noise:
                 f"the model is random ({self.evidence()}): its verdict would be one draw's. Give "
                 f"evaluation.autoattack(random=predict) with predict(key, images), or fix its noise"
             )
-        if self.mixed:
+        if self.depends_on_batch:
             raise ValueError(
                 f"the logits of an image change with the rest of its batch or its place in it "
                 f"({self.evidence()}): BatchNorm in train mode? Evaluate with running averages. "
@@ -125,7 +125,7 @@ class Noise:
             )
 
 
-_SHOWN = 32  # images that the questions of noise are asked about
+_NOISE_IMAGES = 32  # that `measure_noise` uses
 
 
 def logit_difference(first: np.ndarray, second: np.ndarray) -> float:
@@ -170,7 +170,7 @@ def measure_noise(
     forward: Callable[[np.ndarray], np.ndarray],
     images: np.ndarray,
     threat: Threat,
-    traced: bool = False,
+    traces_differ: bool = False,
 ) -> Noise:
     """Asks a model for the same logits several times: of images and of random points beside them.
 
@@ -178,9 +178,9 @@ def measure_noise(
       forward: images (n, ...) -> logits (n, K), compiled.
       images: (N, ...); the first 32 are used.
       threat: of the evaluation.
-      traced: whether two traces of the model were different programs.
+      traces_differ: whether two traces of the model were different programs.
     """
-    x = images[:_SHOWN]
+    x = images[:_NOISE_IMAGES]
     n = len(x)
     beside = random_points(x, threat)
     grey = np.full_like(x, sum(threat.bounds) / 2)
@@ -190,9 +190,9 @@ def measure_noise(
     besides = np.asarray(forward(np.concatenate([beside[::-1], grey])))[:n][::-1]
     exact = 1e-4 if jax.default_backend() == "cpu" else 1e-2  # matrix units round to 10 bits
     return Noise(
-        repeat=logit_difference(first, again),
-        company=logit_difference(first, np.concatenate([others, besides])),
-        traced=traced,
+        between_calls=logit_difference(first, again),
+        between_batches=logit_difference(first, np.concatenate([others, besides])),
+        traces_differ=traces_differ,
         tolerance=max(4 * float(jnp.finfo(first.dtype).eps), exact),
     )
 

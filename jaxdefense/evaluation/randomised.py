@@ -8,8 +8,7 @@ Of all attacks' images the worst is chosen by draws of its own, and reported ove
 import functools
 import pathlib
 import time
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -22,11 +21,11 @@ from jaxdefense.attacks.ensemble import Stage
 from jaxdefense.attacks.outcome import mean_over_draws
 from jaxdefense.evaluation import examine, flags
 from jaxdefense.evaluation.checks import check_attack, check_ids
-from jaxdefense.evaluation.evaluator import Evaluator, Examples, attack_keys
+from jaxdefense.evaluation.evaluator import Apply, Evaluator, Examples, attack_keys
 from jaxdefense.evaluation.flags import Flag
 from jaxdefense.evaluation.journal import Journal, describe_evaluation
 from jaxdefense.evaluation.verdict import RandomVerdict
-from jaxdefense.types import HostArray, Images, Labels, Predict, PyTree
+from jaxdefense.types import Array, HostArray, Images, Labels, Logits, Predict, PyTree
 
 
 def run_stages(
@@ -73,24 +72,18 @@ def run_stages(
     judge = Draws(evaluator, variables, labels, ids, draws, seed)
     first, second = judge.logits("first", images), judge.logits("second", images)
     checks.check_logits(first, len(images))
-
-    def one_draw(variables: PyTree, x: Images) -> Any:
-        key = jax.random.fold_in(jax.random.key(seed), 1)
-        return jax.vmap(lambda z: evaluator.apply(variables, key, z[None])[0])(x)
-
-    fixed = evaluator.with_model(one_draw)
-    raised = examine.examine(
-        fixed, variables, images, labels, fixed.logits(variables, images), stages
-    )
+    fixed = evaluator.with_model(_one_draw(evaluator, seed))
+    logits = fixed.logits(variables, images)
+    raised = examine.examine(fixed, variables, images, labels, logits, stages)
     if np.array_equal(first, second):
         evidence = "two draws give the same logits for every image: is the key used?"
         raised.append(Flag("not random", "warning", evidence))
-
     weights = None if folder is None else evaluator.model_arrays(variables, images, keyed=True)
     arrays = {"images": images, "labels": labels, "ids": ids}
     options = {"draws": draws}
     description = describe_evaluation(evaluator.threat, stages, seed, options, weights, arrays)
     journal = Journal(folder, description, first)
+
     clean_share = judge.share("clean", images)
     x_adv = images.astype(np.promote_types(images.dtype, np.float32))
     worst = judge.share("choice", images)
@@ -98,18 +91,11 @@ def run_stages(
     by_attack, passes, seconds = {}, {}, 0.0
     examples = Examples.of(images, labels, ids)
 
-    def crafted(stage: Stage, pack: np.ndarray) -> dict[str, np.ndarray]:
-        began = time.monotonic()
-        some = examples.take(pack)
-        x, _ = evaluator.craft(stage.name, stage.attack, variables, some, seed=seed)
-        return {"x_adv": x, "seconds": np.asarray(time.monotonic() - began)}
-
-    everything = np.arange(len(images))
     with tqdm(total=len(stages) * len(images), disable=not progress, unit="image") as bar:
         for stage in stages:
             passes[stage.name] = (stage.forward * len(images), stage.backward * len(images))
-            craft = functools.partial(crafted, stage)
-            for done in journal.finish(stage.name, everything, evaluator.split_rows, craft):
+            dispatch = functools.partial(_craft, evaluator, variables, stage, examples, seed)
+            for done in journal.finish(stage.name, examples.rows, evaluator.split_rows, dispatch):
                 rows = done["asked"]
                 share = judge.share("choice", done["x_adv"], rows)
                 better = share < worst[rows]
@@ -136,6 +122,39 @@ def run_stages(
     )
 
 
+def _one_draw(evaluator: Evaluator, seed: int) -> Apply:
+    """The model with one key for all images: deterministic, so that it can be examined."""
+
+    def apply(variables: PyTree, x: Images) -> Logits:
+        key = jax.random.fold_in(jax.random.key(seed), 1)
+        return jax.vmap(lambda z: evaluator.apply(variables, key, z[None])[0])(x)
+
+    return apply
+
+
+def _craft(
+    evaluator: Evaluator,
+    variables: PyTree,
+    stage: Stage,
+    examples: Examples,
+    seed: int,
+    rows: np.ndarray,
+) -> dict[str, np.ndarray]:
+    """What one dispatch of a stage writes in the journal: its images and seconds.
+
+    Args:
+      evaluator: of the model.
+      variables: its weights.
+      stage: an attack with `samples`.
+      examples: all of the evaluation.
+      seed: of all attacks.
+      rows: (n,) the examples of this dispatch.
+    """
+    began = time.monotonic()
+    x_adv, _ = evaluator.craft(stage.name, stage.attack, variables, examples.take(rows), seed=seed)
+    return {"x_adv": x_adv, "seconds": np.asarray(time.monotonic() - began)}
+
+
 class Draws:
     """A randomised model over fresh draws; each example has random keys of its own.
 
@@ -160,7 +179,15 @@ class Draws:
         self.evaluator, self.variables, self.labels = evaluator, variables, labels
         self.ids, self.draws, self.seed = ids, draws, seed
 
-    def _over(self, name: str, purpose: str, values: Any, samples: int, x: Any, rows: Any) -> Any:
+    def _mean_over(
+        self,
+        name: str,
+        purpose: str,
+        values: Callable[[Predict, Images, Labels], Array],
+        samples: int,
+        x: np.ndarray,
+        rows: np.ndarray | None,
+    ) -> np.ndarray:
         """The mean of values(predict, x, y) over draws.
 
         Args:
@@ -173,14 +200,10 @@ class Draws:
         """
         rows = np.arange(len(x)) if rows is None else rows
 
-        def run(variables: PyTree, data: Any, x: Images, y: Labels) -> Any:
-            def one(predict: Predict) -> Any:
-                return values(predict, x, y)
-
-            def apply(key: Any, z: Images) -> Any:
-                return self.evaluator.apply(variables, key, z)
-
-            return mean_over_draws(apply, jax.random.wrap_key_data(data), samples, one)
+        def run(variables: PyTree, data: Array, x: Images, y: Labels) -> Array:
+            apply = functools.partial(self.evaluator.apply, variables)
+            keys = jax.random.wrap_key_data(data)
+            return mean_over_draws(apply, keys, samples, lambda predict: values(predict, x, y))
 
         keys = attack_keys(self.seed, f"draws for the {purpose}", self.ids[rows])
         data = np.asarray(jax.random.key_data(keys))
@@ -194,7 +217,7 @@ class Draws:
           purpose: other purposes have other draws.
           x: (N, ...) images.
         """
-        logits = self._over("a draw", purpose, lambda predict, x, _: predict(x), 1, x, None)
+        logits = self._mean_over("a draw", purpose, lambda predict, x, _: predict(x), 1, x, None)
         return logits.astype(np.float32)
 
     def share(self, purpose: str, x: np.ndarray, rows: np.ndarray | None = None) -> np.ndarray:
@@ -206,7 +229,7 @@ class Draws:
           rows: (n,) the examples that they are; default all.
         """
 
-        def right(predict: Predict, x: Images, y: Labels) -> Any:
+        def right(predict: Predict, x: Images, y: Labels) -> Array:
             return (losses.margin(predict(x), y) < 0).astype(jnp.float32)
 
-        return self._over("draws", purpose, right, self.draws, x, rows)
+        return self._mean_over("draws", purpose, right, self.draws, x, rows)

@@ -219,27 +219,9 @@ def build(config: Mapping[str, Any], *, workdir: pathlib.Path | None = None) -> 
     held_out = _load(_section(config, "dataset"), "validation")
     module = models.make(model.pop("name", None), held_out.num_classes, **model)
     defense = _section(config, "defense")
-    options = {**TRAIN_DEFAULTS, **_section(config, "train")}
-    for name in options:
-        if name not in TRAIN_DEFAULTS:
-            registry.raise_unknown("train option", name, TRAIN_DEFAULTS)
-    if options["select"] not in ("robust", "clean"):
-        registry.raise_unknown("train.select", options["select"], ("robust", "clean"))
-    if not isinstance(options["optimizer"], Mapping):
-        raise ValueError("train.optimizer must be a mapping, see jaxdefense.train.optim.make")
-    named: dict[str, attacks.Method] = {
-        name: attacks.make(spec.pop("name", None), ball, **spec)
-        for name, spec in (
-            (name, dict(spec)) for name, spec in _section(config, "evaluation")["attacks"].items()
-        )
-    }
-    validation = _section(config, "validation")
-    judge = attacks.make(validation.pop("name", None), ball, **validation)
-    for name, attack in {"validation": judge, **named}.items():
-        if attack.targeted:
-            raise ValueError(
-                f"{name}: {attack!r} is targeted, and would take the labels for its targets"
-            )
+    train = _train_options(config)
+    named_attacks = _attacks(_section(config, "evaluation")["attacks"], ball)
+    validation = _attacks({"validation": _section(config, "validation")}, ball)["validation"]
     named_runs = {}
     for path, spec in sources.find_sources(defense).items():
         option = ".".join(path)
@@ -252,11 +234,38 @@ def build(config: Mapping[str, Any], *, workdir: pathlib.Path | None = None) -> 
         threat=ball,
         module=module,
         defense=defenses.make(defense.pop("name", None), module, ball, **defense),
-        train=options,
-        validation=judge,
-        attacks={**named},
+        train=train,
+        validation=validation,
+        attacks=named_attacks,
         sources=named_runs,
     )
+
+
+def _train_options(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The section "train", checked, with its defaults."""
+    options = {**TRAIN_DEFAULTS, **_section(config, "train")}
+    for name in options:
+        if name not in TRAIN_DEFAULTS:
+            registry.raise_unknown("train option", name, TRAIN_DEFAULTS)
+    if options["select"] not in ("robust", "clean"):
+        registry.raise_unknown("train.select", options["select"], ("robust", "clean"))
+    if not isinstance(options["optimizer"], Mapping):
+        raise ValueError("train.optimizer must be a mapping, see jaxdefense.train.optim.make")
+    return options
+
+
+def _attacks(specs: Mapping[str, Mapping[str, Any]], ball: Threat) -> dict[str, Attack]:
+    """The attacks that a config specifies as {"name": ..., options}, by the config's names."""
+    made: dict[str, Attack] = {}
+    for name, spec in specs.items():
+        options = dict(spec)
+        attack = attacks.make(options.pop("name", None), ball, **options)
+        if attack.targeted:
+            raise ValueError(
+                f"{name}: {attack!r} is targeted, and would take the labels for its targets"
+            )
+        made[name] = attack
+    return made
 
 
 class Restored(NamedTuple):
@@ -323,11 +332,8 @@ def read_model(
     Raises:
       ValueError: no checkpoint, a damaged one, or one of another model.
     """
-    kept = {
-        "params": defense.without_pretrained(params),
-        "carry": defense.without_pretrained(carry),
-    }
-    model = store.restore("model", kept)
+    trained = defense.without_pretrained
+    model = store.restore("model", {"params": trained(params), "carry": trained(carry)})
     for role, network in defense.pretrained.items():
         params, carry = network.init(role)
         model = {
