@@ -204,3 +204,42 @@ def head_phase(
         fresh_params=("head",) if fresh else (),
         fresh_optimizers=("head",),
     )
+
+
+def two_phases(
+    parts: Parts,
+    view: base.View,
+    contrast: base.Update,
+    *,
+    head_epochs: float | str,
+    head_lr: float,
+    attack: Attack | None,
+    **kwargs: Any,
+) -> base.Defense:
+    """The defence of a phase `contrast`, and of a phase `head` that trains a new head.
+
+    Args:
+      parts: the model and the projector.
+      view: makes the views of both phases (see `views`).
+      contrast: the update of the first phase.
+      head_epochs: length of the phase `head`.
+      head_lr: Adam's rate there.
+      attack: makes the images that the head is trained on; None: clean crops.
+      **kwargs: of the deployed model's call (`bn_set`).
+    """
+
+    def predict(params: base.Params, carry: base.Carry) -> Predict:
+        return parts.predict(params, carry, **kwargs)
+
+    head = head_phase(
+        "head",
+        parts,
+        view,
+        length=head_epochs,
+        lr=head_lr,
+        fresh=True,
+        attack=attack,
+        **kwargs,
+    )
+    phases = (base.Phase("contrast", (contrast,), view=view), head)
+    return base.Defense(parts.init, phases, {"classifier": predict})

@@ -170,8 +170,7 @@ def metrics(batch: base.Batch, clean: Logits, moved: Logits) -> base.Metrics:
       moved: the student's logits of x'.
     """
     return {
-        "accuracy": base.accuracy(clean, batch["label"]),
-        "robust_accuracy": base.accuracy(moved, batch["label"]),
+        **base.accuracies(clean, moved, batch["label"]),
         "agreement": base.accuracy(moved, jnp.argmax(batch["soft"], -1)),
     }
 
@@ -188,6 +187,10 @@ def check_temperature_scale(scale: float) -> None:
 
 def check_distillation(temperature: float, **shares: float) -> None:
     """A positive temperature, and shares in [0, 1].
+
+    Args:
+      temperature: of the softened predictions.
+      **shares: by their names in the message.
 
     Raises:
       ValueError: otherwise.

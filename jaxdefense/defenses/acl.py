@@ -9,7 +9,7 @@ from jaxdefense import attacks, losses, registry
 from jaxdefense.attacks import checks
 from jaxdefense.defenses import _contrastive, base
 from jaxdefense.models import layers
-from jaxdefense.types import Array, Images, Key, PerExample, Predict, Threat
+from jaxdefense.types import Array, Images, Key, PerExample, Threat
 
 BRANCHES = ("clean", "adversarial")
 
@@ -95,20 +95,12 @@ def make(
         metrics = {"robust_contrast": base.mean_metric(robust)}
         return jnp.mean(natural + robust) / 2, (carry, metrics)
 
-    def predict(params: base.Params, carry: base.Carry) -> Predict:
-        return parts.predict(params, carry, **deployed)
-
-    contrast_phase = base.Phase(
-        "contrast", (base.Update(loss, _contrastive.CONTRAST, craft),), view=view
-    )
-    head_phase = _contrastive.head_phase(
-        "head",
+    return _contrastive.two_phases(
         parts,
         view,
-        length=head_epochs,
-        lr=head_lr,
-        fresh=True,
+        base.Update(loss, _contrastive.CONTRAST, craft),
+        head_epochs=head_epochs,
+        head_lr=head_lr,
         attack=attacks.pgd(threat, steps=steps, step_size=length) if head == "adv" else None,
         **deployed,
     )
-    return base.Defense(parts.init, (contrast_phase, head_phase), {"classifier": predict})

@@ -215,11 +215,29 @@ class Net:
         out, new = self.module.apply(variables, x, train=True, mutable=["batch_stats"], **kwargs)
         return out, {**carry, self.role: new.get("batch_stats", {})}
 
+    def train_on_both(
+        self, params: Params, carry: Carry, batch: Batch
+    ) -> tuple[Logits, Logits, Carry]:
+        """(logits of the images, of the adversarial ones, carry), two batches to BatchNorm.
+
+        The images come first.
+        """
+        clean, carry = self.train(params, carry, batch["image"])
+        moved, carry = self.train(params, carry, batch["adversarial"])
+        return clean, moved, carry
+
 
 def single_phase(
     net: Net, loss: Loss, *, craft: Craft = unchanged, phase: str = "train"
 ) -> Defense:
-    """The defence of one network, one phase, one update per batch."""
+    """The defence of one network, one phase, one update per batch.
+
+    Args:
+      net: what is trained and deployed.
+      loss: minimised over its parameters.
+      craft: of the update.
+      phase: name of the phase.
+    """
     update = Update(loss, (net.role,), craft)
     return Defense(net.init, (Phase(phase, (update,)),), {net.role: net.predict})
 
@@ -324,7 +342,13 @@ def kl_objective(net: Net) -> Callable[[Params, Carry, Batch], Objective]:
 
 
 def targets(batch: Batch, logits: Logits, *, smoothing: float = 0.0) -> Array:
-    """The batch's soft targets (B, K) where a transform put some, else the smoothed labels."""
+    """The batch's soft targets (B, K) where a transform put some, else the smoothed labels.
+
+    Args:
+      batch: with "label" and, perhaps, "target".
+      logits: (B, K), for the number of classes alone.
+      smoothing: label smoothing, in [0, 1).
+    """
     if "target" in batch:
         return batch["target"]
     return losses.one_hot(batch["label"], logits.shape[-1], smoothing=smoothing)
@@ -343,6 +367,11 @@ def eps_ramp(batch: Batch, epochs: float) -> Array | float:
 def mean_metric(values: PerExample) -> tuple[Scalar, Scalar]:
     """The mean of one number per example as a metric: (sum, count)."""
     return jnp.sum(values), jnp.float32(values.size)
+
+
+def accuracies(clean: Logits, moved: Logits, labels: Labels) -> Metrics:
+    """The accuracy on images and on adversarial ones, as metrics."""
+    return {"accuracy": accuracy(clean, labels), "robust_accuracy": accuracy(moved, labels)}
 
 
 def accuracy(logits: Logits, labels: Labels) -> tuple[Scalar, Scalar]:

@@ -130,8 +130,7 @@ def make(
 
     def loss(params: base.Params, carry: base.Carry, batch: base.Batch, key: Key) -> base.LossValue:
         labels, state = batch["label"], carry["frl"]
-        clean, carry = net.train(params, carry, batch["image"])
-        moved, carry = net.train(params, carry, batch["adversarial"])
+        clean, moved, carry = net.train_on_both(params, carry, batch)
         natural = losses.cross_entropy(clean, base.targets(batch, clean))
         robust = losses.kl(clean, moved)
         natural_weight, robust_weight = (weights(m)[labels] for m in state["multipliers"][:2])
@@ -139,8 +138,7 @@ def make(
         crossed = right & (jnp.argmax(moved, -1) != labels)
         state = follow(state, batch, (~right).astype(jnp.float32), crossed.astype(jnp.float32))
         metrics = {
-            "accuracy": base.accuracy(clean, labels),
-            "robust_accuracy": base.accuracy(moved, labels),
+            **base.accuracies(clean, moved, labels),
             "largest_natural_error": (jnp.max(state["errors"][0]), jnp.float32(1)),
             "largest_boundary_error": (jnp.max(state["errors"][1]), jnp.float32(1)),
         }

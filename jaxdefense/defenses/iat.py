@@ -32,8 +32,8 @@ def make(
       lam_per_sample: one lam per image; else one per batch and device, as mixup's authors have it.
       steps: number of PGD steps.
       step_size: of the PGD, in image units; default eps / 4.
-      ramp_epochs: eps and step size grow linearly from 0 over so many epochs.
       smoothing: label smoothing of both losses, in [0, 1).
+      ramp_epochs: eps and step size grow linearly from 0 over so many epochs.
 
     Returns:
       A `Defense` with the role and predictor `classifier`.

@@ -48,14 +48,9 @@ def make(
 
     def loss(params: base.Params, carry: base.Carry, batch: base.Batch, key: Key) -> base.LossValue:
         label = batch["label"]
-        clean, carry = net.train(params, carry, batch["image"])
-        moved, carry = net.train(params, carry, batch["adversarial"])
+        clean, moved, carry = net.train_on_both(params, carry, batch)
         target = base.targets(batch, clean)
         value = losses.mart(clean, moved, label, weight=beta, targets=target)
-        metrics = {
-            "accuracy": base.accuracy(clean, label),
-            "robust_accuracy": base.accuracy(moved, label),
-        }
-        return jnp.mean(value), (carry, metrics)
+        return jnp.mean(value), (carry, base.accuracies(clean, moved, label))
 
     return base.single_phase(net, loss, craft=craft)

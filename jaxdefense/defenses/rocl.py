@@ -78,17 +78,11 @@ def make(
         value = contrast(z) + weight * contrast(z[1:])
         return jnp.mean(value), (carry, {})
 
-    contrast_phase = base.Phase(
-        "contrast", (base.Update(loss, _contrastive.CONTRAST, craft),), view=view
-    )
-    head_phase = _contrastive.head_phase(
-        "head",
+    return _contrastive.two_phases(
         parts,
         view,
-        length=head_epochs,
-        lr=head_lr,
-        fresh=True,
+        base.Update(loss, _contrastive.CONTRAST, craft),
+        head_epochs=head_epochs,
+        head_lr=head_lr,
         attack=attacks.pgd(threat, steps=steps, step_size=step_size) if head == "adv" else None,
     )
-    phases = (contrast_phase, head_phase)
-    return base.Defense(parts.init, phases, {"classifier": parts.predict})

@@ -49,14 +49,12 @@ def make(
     )
 
     def loss(params: base.Params, carry: base.Carry, batch: base.Batch, key: Key) -> base.LossValue:
-        clean, carry = net.train(params, carry, batch["image"])
-        moved, carry = net.train(params, carry, batch["adversarial"])
+        clean, moved, carry = net.train_on_both(params, carry, batch)
         target = base.targets(batch, clean, smoothing=smoothing)
         natural = losses.cross_entropy(clean, target)
         robust = losses.kl(clean, moved)
         metrics = {
-            "accuracy": base.accuracy(clean, batch["label"]),
-            "robust_accuracy": base.accuracy(moved, batch["label"]),
+            **base.accuracies(clean, moved, batch["label"]),
             "kl": base.mean_metric(robust),
         }
         return jnp.mean(natural + beta * robust), (carry, metrics)

@@ -216,6 +216,11 @@ def names() -> list[str]:
 def apply(defense: base.Defense, name: str, **options: Any) -> base.Defense:
     """The transform called `name`, applied.
 
+    Args:
+      defense: what is transformed.
+      name: one of `names()`.
+      **options: of the transform.
+
     Raises:
       ValueError: unknown name or options out of range.
     """

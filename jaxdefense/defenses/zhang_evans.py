@@ -68,16 +68,14 @@ def make(
     )
 
     def loss(params: base.Params, carry: base.Carry, batch: base.Batch, key: Key) -> base.LossValue:
-        clean, carry = net.train(params, carry, batch["image"])
-        moved, carry = net.train(params, carry, batch["adversarial"])
+        clean, moved, carry = net.train_on_both(params, carry, batch)
         natural = losses.cross_entropy(clean, base.targets(batch, clean))
         margin = losses.margin_cost(moved, batch["label"], matrix)
         # The classes' means are the whole batch's, not each device's.
         count = jnp.sum(jax.nn.one_hot(batch["label"], classes), 0)
         count = jax.lax.pmean(count, base.AXIS)[batch["label"]]
         metrics = {
-            "accuracy": base.accuracy(clean, batch["label"]),
-            "robust_accuracy": base.accuracy(moved, batch["label"]),
+            **base.accuracies(clean, moved, batch["label"]),
             "margin_cost": base.mean_metric(margin),
         }
         return jnp.mean(natural) + alpha * jnp.sum(margin / count), (carry, metrics)

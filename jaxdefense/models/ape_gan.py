@@ -46,13 +46,7 @@ class Generator(nn.Module):
         inner = [layers.scaled(c, self.width) for c in (64, 128)]
 
         def follow(x: jax.Array, name: str) -> jax.Array:
-            norm = layers.BatchNorm(
-                use_running_average=not train,
-                dtype=self.dtype,
-                axis_name=self.bn_axis,
-                name=name,
-            )
-            return nn.leaky_relu(norm(x))
+            return nn.leaky_relu(_batch_norm(self, x, name, train))
 
         conv = functools.partial(layers.convolve, dtype=self.dtype)
         x = follow(conv(x, inner[0], 4, 2, name="conv1", use_bias=False), "bn1")
@@ -94,15 +88,19 @@ class Discriminator(nn.Module):
             c = layers.scaled(channels, self.width)
             x = layers.convolve(x, c, 3, 2, name=f"conv{i}", use_bias=i == 1, dtype=self.dtype)
             if i > 1:
-                x = layers.BatchNorm(
-                    use_running_average=not train,
-                    dtype=self.dtype,
-                    axis_name=self.bn_axis,
-                    name=f"bn{i}",
-                )(x)
+                x = _batch_norm(self, x, f"bn{i}", train)
             x = nn.leaky_relu(x)
         x = x.reshape(x.shape[0], -1).astype(jnp.float32)
         return layers.dense(1, x.shape[-1], name="head")(x)[:, 0]
+
+
+def _batch_norm(
+    module: Generator | Discriminator, x: jax.Array, name: str, train: bool
+) -> jax.Array:
+    """BatchNorm in the submodule `name` of either network."""
+    return layers.BatchNorm(
+        use_running_average=not train, dtype=module.dtype, axis_name=module.bn_axis, name=name
+    )(x)
 
 
 def make_generator(channels: int, **kwargs: Any) -> Generator:

@@ -8,28 +8,22 @@ import jax
 from jaxdefense.models import layers
 
 
-class CNN(nn.Module):
+class CNN(layers.Classifier):
     """Two 4x4 convolutions with stride 2 and padding 1 (16, 32), a linear layer of 100, K logits.
 
     166,406 parameters on 28x28x1 with ten classes. Works from 4x4 pixels up, hence on the 8x8
     digits too. Submodules: conv1, conv2, fc1, head.
 
     Attributes:
-      num_classes: K.
       width: multiplies 16, 32 and 100.
-      dtype: compute dtype, "float32" or "bfloat16"; parameters and logits are float32.
-      mean: C numbers subtracted inside the model, or None.
-      std: C numbers divided by inside the model, or None.
+
+    Further attributes: those of `layers.Classifier`.
 
     Reference: Wong and Kolter, Provable defenses against adversarial examples via the convex outer
     adversarial polytope, arXiv 1711.00851 (their MNIST network).
     """
 
-    num_classes: int
     width: float = 1.0
-    dtype: str = "float32"
-    mean: tuple[float, ...] | None = None
-    std: tuple[float, ...] | None = None
 
     @nn.compact
     def __call__(

@@ -171,6 +171,55 @@ Conv = functools.partial(nn.Conv, kernel_init=kernel_init, conv_general_dilated=
 BatchNorm = functools.partial(nn.BatchNorm, momentum=0.9, epsilon=1e-5)
 
 
+class Classifier(nn.Module):
+    """The fields that every classifier has.
+
+    Attributes:
+      num_classes: K.
+      dtype: compute dtype, "float32" or "bfloat16"; parameters and logits are float32.
+      mean: C numbers subtracted inside the model, or None.
+      std: C numbers divided by inside the model, or None.
+    """
+
+    num_classes: int
+    dtype: str = "float32"
+    mean: tuple[float, ...] | None = None
+    std: tuple[float, ...] | None = None
+
+
+class NormedClassifier(Classifier):
+    """The fields of a classifier with BatchNorm.
+
+    Attributes:
+      bn_axis: mapped axis over which BatchNorm averages in training, or None.
+      bn_sets: number of BatchNorm sets, of which a call's `bn_set` uses one.
+
+    Further attributes: those of `Classifier`.
+    """
+
+    bn_axis: str | None = None
+    bn_sets: int = 1
+
+    @property
+    def norm_fields(self) -> dict[str, Any]:
+        """The fields of a `NormedBlock` inside this network."""
+        return {"dtype": self.dtype, "bn_axis": self.bn_axis, "bn_sets": self.bn_sets}
+
+
+class NormedBlock(nn.Module):
+    """The fields of a block inside a `NormedClassifier`.
+
+    Attributes:
+      dtype: compute dtype.
+      bn_axis: mapped axis over which BatchNorm averages, or None.
+      bn_sets: number of BatchNorm sets.
+    """
+
+    dtype: str
+    bn_axis: str | None
+    bn_sets: int
+
+
 def has_bn_sets(model: nn.Module) -> bool:
     """Whether a network can keep several sets of BatchNorm, i.e. has BatchNorm and `bn_sets`."""
     return hasattr(model, "bn_sets") and getattr(model, "bn", True)

@@ -8,30 +8,24 @@ import jax
 from jaxdefense.models import layers
 
 
-class LeNet(nn.Module):
+class LeNet(layers.Classifier):
     """conv 5x5 (6), pool, conv 5x5 (16), pool, 120-84-K; PyTorch's default initialisation.
 
     61,706 parameters on 28x28x1 with ten classes, 62,006 on 32x32x3: both reach 5x5x16 before the
     first linear layer. Submodules: conv1, conv2, fc1, fc2, head.
 
     Attributes:
-      num_classes: K.
       width: multiplies 6, 16, 120 and 84.
       padding: zeros around the image in conv1; None pads images below 32 pixels by 2, others not.
-      dtype: compute dtype, "float32" or "bfloat16"; parameters and logits are float32.
-      mean: C numbers subtracted inside the model, or None.
-      std: C numbers divided by inside the model, or None.
+
+    Further attributes: those of `layers.Classifier`.
 
     Reference: LeCun et al., Gradient-based learning applied to document recognition (1998), as
     changed in Shen et al., Adversarial learning with cost-sensitive classes, arXiv 2101.12372.
     """
 
-    num_classes: int
     width: float = 1.0
     padding: int | None = None
-    dtype: str = "float32"
-    mean: tuple[float, ...] | None = None
-    std: tuple[float, ...] | None = None
 
     @nn.compact
     def __call__(

@@ -8,7 +8,7 @@ import jax
 from jaxdefense.models import layers
 
 
-class MNISTNet(nn.Module):
+class MNISTNet(layers.NormedClassifier):
     """Two 5x5 convolutions (32, 64), a 2x2 maximum after each, a linear layer of 1024, K logits.
 
     3,274,634 parameters on 28x28x1 with ten classes. Works from 4x4 pixels up. Submodules: conv1,
@@ -19,27 +19,17 @@ class MNISTNet(nn.Module):
     something to keep apart: 3,275,754 parameters with one set.
 
     Attributes:
-      num_classes: K.
       width: channels of the first convolution; the second has twice, fc1 32 times as many.
-      dtype: compute dtype, "float32" or "bfloat16"; parameters and logits are float32.
-      mean: C numbers subtracted inside the model, or None.
-      std: C numbers divided by inside the model, or None.
       bn: whether there is BatchNorm; not in the published network.
-      bn_axis: mapped axis over which BatchNorm averages in training, or None.
-      bn_sets: number of BatchNorm sets, of which a call's `bn_set` uses one.
+
+    Further attributes: those of `layers.NormedClassifier`.
 
     Reference: Madry et al., Towards deep learning models resistant to adversarial attacks,
     arXiv 1706.06083 (their MNIST network).
     """
 
-    num_classes: int
     width: int = 32
-    dtype: str = "float32"
-    mean: tuple[float, ...] | None = None
-    std: tuple[float, ...] | None = None
     bn: bool = False
-    bn_axis: str | None = None
-    bn_sets: int = 1
 
     @nn.compact
     def __call__(

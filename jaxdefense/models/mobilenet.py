@@ -20,7 +20,7 @@ STAGES = (
 )
 
 
-class Block(nn.Module):
+class Block(layers.NormedBlock):
     """shortcut + bn(project(relu(bn(depthwise(relu(bn(expand(x))))))).
 
     The shortcut is x itself or, where only the channels change, bn of a 1x1 convolution of x; a
@@ -30,17 +30,13 @@ class Block(nn.Module):
       channels: of the result.
       expansion: the inner channels are so many times those of x.
       stride: of the depthwise 3x3 convolution.
-      dtype: compute dtype.
-      bn_axis: mapped axis over which BatchNorm averages, or None.
-      bn_sets: number of BatchNorm sets.
+
+    Further attributes: those of `layers.NormedBlock`.
     """
 
     channels: int
     expansion: int
     stride: int
-    dtype: str
-    bn_axis: str | None
-    bn_sets: int
 
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool, bn_set: int) -> jax.Array:
@@ -68,7 +64,7 @@ class Block(nn.Module):
         return x + y
 
 
-class MobileNet(nn.Module):
+class MobileNet(layers.NormedClassifier):
     """MobileNetV2: 3x3 stem of 32, 17 inverted residual blocks, 1x1 of 1280, global mean, K logits.
 
     2,296,922 parameters with ten classes. The form for 32x32 images of the distillation papers:
@@ -77,27 +73,17 @@ class MobileNet(nn.Module):
     stage{1..7}_block{1..}, conv2, bn2, head. Running statistics: `batch_stats`.
 
     Attributes:
-      num_classes: K.
       width: multiplies all channels, plainly rounded.
       stages: (expansion, channels, blocks, stride of the first block) of each.
-      dtype: compute dtype, "float32" or "bfloat16"; parameters and logits are float32.
-      mean: C numbers subtracted inside the model, or None.
-      std: C numbers divided by inside the model, or None.
-      bn_axis: mapped axis over which BatchNorm averages in training, or None.
-      bn_sets: number of BatchNorm sets, of which a call's `bn_set` uses one.
+
+    Further attributes: those of `layers.NormedClassifier`.
 
     Reference: Sandler et al., MobileNetV2: inverted residuals and linear bottlenecks, arXiv
     1801.04381, in the form of Goldblum et al., Adversarially robust distillation, arXiv 1905.09747.
     """
 
-    num_classes: int
     width: float = 1.0
     stages: tuple[tuple[int, int, int, int], ...] = STAGES
-    dtype: str = "float32"
-    mean: tuple[float, ...] | None = None
-    std: tuple[float, ...] | None = None
-    bn_axis: str | None = None
-    bn_sets: int = 1
 
     @nn.compact
     def __call__(
@@ -122,9 +108,7 @@ class MobileNet(nn.Module):
                     channels=layers.scaled(channels, self.width),
                     expansion=expansion,
                     stride=stride if i == 0 else 1,
-                    dtype=self.dtype,
-                    bn_axis=self.bn_axis,
-                    bn_sets=self.bn_sets,
+                    **self.norm_fields,
                     name=f"stage{stage}_block{i + 1}",
                 )(x, train=train, bn_set=bn_set)
         x = conv(layers.scaled(1280, self.width), (1, 1), name="conv2")(x)

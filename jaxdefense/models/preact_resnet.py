@@ -9,7 +9,7 @@ import jax
 from jaxdefense.models import layers
 
 
-class Block(nn.Module):
+class Block(layers.NormedBlock):
     """shortcut + conv(relu(bn(conv(relu(bn(x)))))).
 
     The shortcut is x itself, or a 1x1 convolution of relu(bn(x)) where the shape changes.
@@ -17,17 +17,13 @@ class Block(nn.Module):
     Attributes:
       channels: of both convolutions.
       stride: of the first convolution and of the shortcut.
-      dtype: compute dtype.
-      bn_axis: mapped axis over which BatchNorm averages, or None.
-      bn_sets: number of BatchNorm sets.
       kernel_init: of the convolutions.
+
+    Further attributes: those of `layers.NormedBlock`.
     """
 
     channels: int
     stride: int
-    dtype: str
-    bn_axis: str | None
-    bn_sets: int
     kernel_init: nn.initializers.Initializer = layers.kernel_init
 
     @nn.compact
@@ -49,7 +45,7 @@ class Block(nn.Module):
         return x + conv((3, 3), padding=1, name="conv2")(y)
 
 
-class PreActResNet(nn.Module):
+class PreActResNet(layers.NormedClassifier):
     """3x3 stem, four stages of two blocks (strides 1, 2, 2, 2), global mean, K logits.
 
     11,172,170 parameters with ten classes, 11,171,146 without the final BatchNorm. PyTorch's
@@ -57,28 +53,18 @@ class PreActResNet(nn.Module):
     Running statistics: `batch_stats`.
 
     Attributes:
-      num_classes: K.
       width: channels of the first stage; doubled at each next one.
       final_norm: BatchNorm and ReLU before the mean, as Rice et al. do; the network of most other
         codebases has neither.
-      dtype: compute dtype, "float32" or "bfloat16"; parameters and logits are float32.
-      mean: C numbers subtracted inside the model, or None.
-      std: C numbers divided by inside the model, or None.
-      bn_axis: mapped axis over which BatchNorm averages in training, or None.
-      bn_sets: number of BatchNorm sets, of which a call's `bn_set` uses one.
+
+    Further attributes: those of `layers.NormedClassifier`.
 
     Reference: He et al., Identity mappings in deep residual networks, arXiv 1603.05027; Rice et
     al., Overfitting in adversarially robust deep learning, arXiv 2002.11569.
     """
 
-    num_classes: int
     width: int = 64
     final_norm: bool = True
-    dtype: str = "float32"
-    mean: tuple[float, ...] | None = None
-    std: tuple[float, ...] | None = None
-    bn_axis: str | None = None
-    bn_sets: int = 1
 
     @nn.compact
     def __call__(
@@ -101,9 +87,7 @@ class PreActResNet(nn.Module):
                 x = Block(
                     channels=self.width * 2**stage,
                     stride=2 if stage > 0 and i == 0 else 1,
-                    dtype=self.dtype,
-                    bn_axis=self.bn_axis,
-                    bn_sets=self.bn_sets,
+                    **self.norm_fields,
                     name=f"stage{stage + 1}_block{i + 1}",
                 )(x, train=train, bn_set=bn_set)
         if self.final_norm:

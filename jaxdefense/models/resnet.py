@@ -16,24 +16,20 @@ DEPTHS = {
 }
 
 
-class Block(nn.Module):
+class Block(layers.NormedBlock):
     """relu(shortcut(x) + convolutions(x)), BatchNorm after every convolution.
 
     Attributes:
       channels: of the inner convolutions; a bottleneck returns four times as many.
       stride: of the first 3x3 convolution and of the shortcut.
       bottleneck: 1x1, 3x3, 1x1 instead of 3x3, 3x3.
-      dtype: compute dtype.
-      bn_axis: mapped axis over which BatchNorm averages, or None.
-      bn_sets: number of BatchNorm sets.
+
+    Further attributes: those of `layers.NormedBlock`.
     """
 
     channels: int
     stride: int
     bottleneck: bool
-    dtype: str
-    bn_axis: str | None
-    bn_sets: int
 
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool, bn_set: int) -> jax.Array:
@@ -59,34 +55,24 @@ class Block(nn.Module):
         return nn.relu(x + y)
 
 
-class ResNet(nn.Module):
+class ResNet(layers.NormedClassifier):
     """3x3 stem, four stages of residual blocks (strides 1, 2, 2, 2), global mean, K logits.
 
     11,173,962 parameters at depth 18 with ten classes. PyTorch's default initialisation.
     Submodules: conv1, bn1, stage{1..4}_block{1..}, head. Running statistics: `batch_stats`.
 
     Attributes:
-      num_classes: K.
       depth: 18, 34 (basic blocks) or 50 (bottlenecks).
       width: channels of the first stage; doubled at each next one.
-      dtype: compute dtype, "float32" or "bfloat16"; parameters and logits are float32.
-      mean: C numbers subtracted inside the model, or None.
-      std: C numbers divided by inside the model, or None.
-      bn_axis: mapped axis over which BatchNorm averages in training, or None.
-      bn_sets: number of BatchNorm sets, of which a call's `bn_set` uses one.
+
+    Further attributes: those of `layers.NormedClassifier`.
 
     Reference: He et al., Deep residual learning for image recognition, arXiv 1512.03385, in the
     form for 32x32 images that the robustness literature uses.
     """
 
-    num_classes: int
     depth: int = 18
     width: int = 64
-    dtype: str = "float32"
-    mean: tuple[float, ...] | None = None
-    std: tuple[float, ...] | None = None
-    bn_axis: str | None = None
-    bn_sets: int = 1
 
     @nn.compact
     def __call__(
@@ -114,9 +100,7 @@ class ResNet(nn.Module):
                     channels=self.width * 2**stage,
                     stride=2 if stage > 0 and i == 0 else 1,
                     bottleneck=kind == "bottleneck",
-                    dtype=self.dtype,
-                    bn_axis=self.bn_axis,
-                    bn_sets=self.bn_sets,
+                    **self.norm_fields,
                     name=f"stage{stage + 1}_block{i + 1}",
                 )(x, train=train, bn_set=bn_set)
         return layers.classify(x.mean((1, 2)), self.num_classes, features)

@@ -8,7 +8,7 @@ import jax
 from jaxdefense.models import layers
 
 
-class VGG(nn.Module):
+class VGG(layers.NormedClassifier):
     """3x3 convolutions of 64, 64, 128, 128, 256, 256 channels, BatchNorm and ReLU, K logits.
 
     A 2x2 maximum follows every second one, the global mean the last. 1,148,874 parameters on
@@ -17,25 +17,15 @@ class VGG(nn.Module):
     bn{1..6}, head. Running statistics: `batch_stats`.
 
     Attributes:
-      num_classes: K.
       width: channels of the first two convolutions; doubled at the next ones.
-      dtype: compute dtype, "float32" or "bfloat16"; parameters and logits are float32.
-      mean: C numbers subtracted inside the model, or None.
-      std: C numbers divided by inside the model, or None.
-      bn_axis: mapped axis over which BatchNorm averages in training, or None.
-      bn_sets: number of BatchNorm sets, of which a call's `bn_set` uses one.
+
+    Further attributes: those of `layers.NormedClassifier`.
 
     Reference: Simonyan and Zisserman, Very deep convolutional networks for large-scale image
     recognition, arXiv 1409.1556 (the style); BatchNorm is later than the paper.
     """
 
-    num_classes: int
     width: int = 64
-    dtype: str = "float32"
-    mean: tuple[float, ...] | None = None
-    std: tuple[float, ...] | None = None
-    bn_axis: str | None = None
-    bn_sets: int = 1
 
     @nn.compact
     def __call__(

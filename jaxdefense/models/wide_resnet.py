@@ -12,7 +12,7 @@ from jaxdefense.models.preact_resnet import Block
 kernel_init = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
 
 
-class WideResNet(nn.Module):
+class WideResNet(layers.NormedClassifier):
     """3x3 stem of 16, three stages of pre-activation blocks (strides 1, 2, 2), BatchNorm, K logits.
 
     WRN-28-10 has 36,479,194 parameters with ten classes, WRN-34-10 46,160,474. The stages have
@@ -21,27 +21,17 @@ class WideResNet(nn.Module):
     `batch_stats`.
 
     Attributes:
-      num_classes: K.
       depth: 6 n + 4.
       width: the widening factor.
-      dtype: compute dtype, "float32" or "bfloat16"; parameters and logits are float32.
-      mean: C numbers subtracted inside the model, or None.
-      std: C numbers divided by inside the model, or None.
-      bn_axis: mapped axis over which BatchNorm averages in training, or None.
-      bn_sets: number of BatchNorm sets, of which a call's `bn_set` uses one.
+
+    Further attributes: those of `layers.NormedClassifier`.
 
     Reference: Zagoruyko and Komodakis, Wide residual networks, arXiv 1605.07146. The head has
     PyTorch's default initialisation, its bias too, which the reference codes set to 0.
     """
 
-    num_classes: int
     depth: int = 28
     width: int = 10
-    dtype: str = "float32"
-    mean: tuple[float, ...] | None = None
-    std: tuple[float, ...] | None = None
-    bn_axis: str | None = None
-    bn_sets: int = 1
 
     @nn.compact
     def __call__(
@@ -73,9 +63,7 @@ class WideResNet(nn.Module):
                 x = Block(
                     channels=16 * self.width * 2**stage,
                     stride=2 if stage > 0 and i == 0 else 1,
-                    dtype=self.dtype,
-                    bn_axis=self.bn_axis,
-                    bn_sets=self.bn_sets,
+                    **self.norm_fields,
                     kernel_init=kernel_init,
                     name=f"stage{stage + 1}_block{i + 1}",
                 )(x, train=train, bn_set=bn_set)
