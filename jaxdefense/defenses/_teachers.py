@@ -85,8 +85,8 @@ def make_teacher(spec: Spec, model: nn.Module, threat: Threat) -> Teacher:
     options = dict(spec or {})
     if "workdir" in options:
         raise ValueError(
-            f"a teacher is a trained network: runs.load_classifier({options['workdir']!r}); a config's "
-            f"'workdir' is read by runs.build"
+            f"a teacher is a trained network: runs.load_classifier({options['workdir']!r}); a "
+            f"config's 'workdir' is read by runs.build"
         )
     fields, length = dict(options.pop("model", None) or {}), options.pop("length", None)
     name = options.pop("name", "pgd_at")

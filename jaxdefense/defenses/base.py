@@ -121,7 +121,8 @@ class Purifier:
 class Trained:
     """A network that was trained before, as a value: what a defence takes for its teacher, say.
 
-    In a config it is written as {"workdir": ..., "checkpoint": "best"}; `runs.load_classifier` reads one.
+    In a config it is written as {"workdir": ..., "checkpoint": "best"};
+    `runs.load_classifier` reads one.
 
     Attributes:
       module: the network.
