@@ -51,6 +51,7 @@ def make(
         clean, moved, carry = net.train_on_both(params, carry, batch)
         target = base.targets(batch, clean)
         value = losses.mart(clean, moved, label, weight=beta, targets=target)
-        return jnp.mean(value), (carry, base.accuracies(clean, moved, label))
+        metrics = base.accuracies(clean, moved, label)
+        return jnp.mean(value), (carry, metrics)
 
     return base.single_phase(net, loss, craft=craft)
