@@ -11,15 +11,32 @@ import pytest
 # Each with its modules, if it is a package.
 PACKAGES = (
     "jaxdefense.attacks",
+    "jaxdefense.data",
+    "jaxdefense.defenses",
+    "jaxdefense.evaluation",
+    "jaxdefense.extras",
+    "jaxdefense.files",
     "jaxdefense.losses",
     "jaxdefense.mixing",
+    "jaxdefense.models",
+    "jaxdefense.registry",
+    "jaxdefense.runs",
     "jaxdefense.threat",
+    "jaxdefense.train",
     "jaxdefense.types",
 )
 # Whose functions need an Args section and an example; of the packages, those in __all__.
-DOCUMENTED = ("jaxdefense.attacks", "jaxdefense.losses", "jaxdefense.mixing", "jaxdefense.threat")
+DOCUMENTED = (
+    "jaxdefense.attacks",
+    "jaxdefense.evaluation",
+    "jaxdefense.evaluation.curves",
+    "jaxdefense.losses",
+    "jaxdefense.mixing",
+    "jaxdefense.threat",
+)
 WITH_EXAMPLES = (
     "jaxdefense.attacks.Method",
+    "jaxdefense.evaluation.Evaluator",
     "jaxdefense.threat.Linf",
     "jaxdefense.threat.L2",
     "jaxdefense.threat.L1",
@@ -47,7 +64,8 @@ def public_members(module):
             for key, value in vars(member).items():
                 function = value.fget if isinstance(value, property) else value
                 function = getattr(function, "__func__", function)
-                if not key.startswith("_") and inspect.isfunction(function):
+                own = getattr(function, "__module__", None) == module.__name__
+                if own and not key.startswith("_") and inspect.isfunction(function):
                     yield f"{module.__name__}.{name}.{key}", function
 
 
@@ -83,7 +101,12 @@ def documented_arguments(member):
 
 
 def arguments(member):
-    return [name for name in inspect.signature(member).parameters if name != "self"]
+    """The signature's names, *args and **kwargs with their stars."""
+    stars = {inspect.Parameter.VAR_POSITIONAL: "*", inspect.Parameter.VAR_KEYWORD: "**"}
+    parameters = list(inspect.signature(member).parameters.values())
+    if inspect.isfunction(member) and "." in member.__qualname__:
+        parameters = [p for p in parameters if p.name not in ("self", "cls")]
+    return [stars.get(p.kind, "") + p.name for p in parameters]
 
 
 @pytest.mark.parametrize("name", MEMBERS)

@@ -99,7 +99,7 @@ def make(name: str, threat: Threat, **options: Any) -> Method:
     Args:
       name: one of `names()`.
       threat: norm, eps, bounds.
-      options: the factory's keyword arguments.
+      **options: the factory's keyword arguments.
 
     Raises:
       ValueError: unknown attack or option.

@@ -27,7 +27,7 @@ def worst_case(*attacks: Attack) -> Attack:
     alone if they stop early; once the whole batch is fooled they are skipped.
 
     Args:
-      attacks: in their order; each draws from `fold_in(key, its number)`.
+      *attacks: in their order; each draws from `fold_in(key, its number)`.
 
     Returns:
       An `Attack`; the image itself where it is misclassified. It takes targets where its attacks

@@ -114,7 +114,7 @@ class Method:
         """The attack with other arguments, checked by the factory; all parts get a new threat.
 
         Args:
-          arguments: of the factory, by name.
+          **arguments: of the factory, by name.
         """
         if "threat" in arguments and "threat" not in self.arguments:
             ball = arguments.pop("threat")
