@@ -23,7 +23,7 @@ CONFIG_HELP = (
 )
 
 
-def expand(argv: Sequence[str]) -> list[str]:
+def expand_config_flag(argv: Sequence[str]) -> list[str]:
     """argv with --config=NAME:VARIANT written as the path of the config file.
 
     Raises:
@@ -32,14 +32,15 @@ def expand(argv: Sequence[str]) -> list[str]:
     expanded = list(argv)
     for i, word in enumerate(expanded):
         if word in ("--config", "-config") and i + 1 < len(expanded):
-            expanded[i + 1] = _path(expanded[i + 1])
+            expanded[i + 1] = _config_path(expanded[i + 1])
         elif word.startswith(("--config=", "-config=")):
             flag, _, value = word.partition("=")
-            expanded[i] = f"{flag}={_path(value)}"
+            expanded[i] = f"{flag}={_config_path(value)}"
     return expanded
 
 
-def _path(value: str) -> str:
+def _config_path(value: str) -> str:
+    """The path of the config file that NAME:VARIANT means, with its variant."""
     name, colon, variant = value.partition(":")
     if name.endswith(".py") or "/" in name:
         if not pathlib.Path(name).exists():
@@ -61,7 +62,7 @@ def spread_over_cores() -> None:
     """Makes up to eight of the CPU's cores a JAX device each, before JAX finds its devices.
 
     Attacks on a small network take 1.7 times longer on one device of two cores than on two devices:
-    what lies between its matrix products runs on one core. Verdicts are the same on any number.
+    its element-wise operations run on one core. Verdicts are the same on any number.
     """
     affinity = getattr(os, "sched_getaffinity", None)  # not on macOS
     cores = len(affinity(0)) if affinity else os.cpu_count() or 1
@@ -82,7 +83,7 @@ def run(main: Callable[[Sequence[str]], None], *, spread: bool = False) -> None:
         if spread:
             spread_over_cores()
         if not flags.FLAGS["verbosity"].present:
-            logging.set_verbosity(logging.WARNING)  # orbax tells of every file it writes
+            logging.set_verbosity(logging.WARNING)  # orbax logs every file that it writes
         try:
             main(argv)
         except (ValueError, Diverged) as error:
@@ -92,7 +93,7 @@ def run(main: Callable[[Sequence[str]], None], *, spread: bool = False) -> None:
             sys.exit(143)
 
     try:
-        argv = expand(sys.argv)
+        argv = expand_config_flag(sys.argv)
     except ValueError as error:
         sys.exit(f"error: {error}")
     app.run(guarded, argv=argv)

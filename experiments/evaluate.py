@@ -29,7 +29,9 @@ PROTOCOLS = {
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder of a trained run.", required=True)
 KIND = flags.DEFINE_enum("checkpoint", "best", ["best", "last"], "Which checkpoint.")
 PROTOCOL = flags.DEFINE_enum("protocol", "configured", list(PROTOCOLS), "Which attacks.")
-RECORD = flags.DEFINE_string("record", None, "Where to write it; default WORKDIR/PROTOCOL.json.")
+RECORD = flags.DEFINE_string(
+    "record", None, "Where to write it; default WORKDIR/PROTOCOL[-last][-EXAMPLES].json."
+)
 EXAMPLES = flags.DEFINE_integer("examples", None, "Only the first so many test examples.")
 PROGRESS = flags.DEFINE_bool("progress", True, "Show a progress bar.")
 
@@ -37,8 +39,13 @@ PROGRESS = flags.DEFINE_bool("progress", True, "Show a progress bar.")
 def main(argv):
     if len(argv) > 1:
         raise ValueError(f"unexpected arguments: {argv[1:]}")
+    if PROTOCOL.value == "audit":
+        from jaxdefense.evaluation import report  # needs matplotlib: said before the hours
     run, variables, meta = runs.restore(WORKDIR.value, kind=KIND.value)
     workdir = pathlib.Path(WORKDIR.value)
+    parts = [PROTOCOL.value, *(["last"] if KIND.value == "last" else [])]
+    parts += [str(EXAMPLES.value)] if EXAMPLES.value else []
+    path = pathlib.Path(RECORD.value or workdir / f"{'-'.join(parts)}.json")
     options = {
         "training": {"checkpoint": KIND.value, **meta},
         "examples": EXAMPLES.value,
@@ -47,11 +54,8 @@ def main(argv):
     if PROTOCOL.value == "autoattack":
         options["folder"] = workdir / f"autoattack-{KIND.value}-{EXAMPLES.value or 'all'}"
     record = PROTOCOLS[PROTOCOL.value](run, variables, **options)
-    path = pathlib.Path(RECORD.value or workdir / f"{PROTOCOL.value}.json")
     records.save(record, path)
     if PROTOCOL.value == "audit":
-        from jaxdefense.evaluation import report  # the one protocol that needs matplotlib
-
         for predictor in record["audit"]:
             print(tables.tier_table(record, predictor), "\n")
             print(tables.check_table(record, predictor), "\n")

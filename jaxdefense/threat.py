@@ -1,8 +1,11 @@
 """Threat models: a norm ball around each image, cut by the box of valid images.
 
-Each norm is one frozen dataclass with exact operations; nothing else in the library branches on
-the norm. `eps` and distances are in image units ([0, 1] pixels unless `bounds` says otherwise);
-`eps` is one number or one per example, and may be traced, so a grid of eps is one program.
+Each norm is one frozen dataclass with exact operations. Elsewhere a norm is only a key of a table:
+of step rules (`attacks.apgd`), proposals (`attacks.square`), budgets (`attacks.ensemble`), names
+(`evaluation.tables`).
+
+`eps` and distances are in image units ([0, 1] pixels unless `bounds` says otherwise). `eps` is one
+number or one per example, and may be traced, so a grid of eps is one program.
 """
 
 import abc

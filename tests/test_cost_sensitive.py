@@ -272,7 +272,7 @@ def test_a_warm_start_is_computed_once_for_all_members(adversarial):
     options = dict(adversarial=adversarial, layers={"conv1": 0.05}, transforms={})
     chosen = {"stacked": {"members": 4, "prefix": "protect", "same_keys": True}}
     each = defenses.make("cse", Tiny(), BALL, protect="each", **{**options, "transforms": chosen})
-    assert [phase.common for phase in each.phases] == [True, False]
+    assert [phase.shared_by_variants for phase in each.phases] == [True, False]
     before, state, metrics = stepped(each, n=2, phase=0)
     accuracy = "update0_accuracy" if adversarial else "accuracy"
     assert float(metrics[accuracy][1]) == 8  # of one member

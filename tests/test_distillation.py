@@ -449,7 +449,7 @@ class TestGivenByTheirWorkdir:
         source = run.Source(taught[0], "best")
         arrays = run.build(taught[1]).arrays("validation")
         with pytest.raises(ValueError, match=rf"defense\.teacher .*{match}"):
-            run._trained("teacher", source, dataclasses.replace(arrays, **change))
+            run._load_source("teacher", source, dataclasses.replace(arrays, **change))
 
     def test_missing_damaged_and_misspelt(self, taught, tmp_path):
         folder, values = taught

@@ -21,7 +21,7 @@ from jaxdefense.defenses import base
 from jaxdefense.runs import checkpoint
 from jaxdefense.runs.run import build
 from jaxdefense.train import loop, optim, plan
-from jaxdefense.train.step import State, make_chunk, make_step, unreplicate
+from jaxdefense.train.step import State, compile_steps, make_step, unreplicate
 
 ROOT = pathlib.Path(__file__).parents[1]
 
@@ -242,7 +242,7 @@ class TestStep:
             return step(state, batch)
 
         return (
-            make_chunk(counted, gather),
+            compile_steps(counted, gather),
             flax.jax_utils.replicate(state, devices, axis_name=base.AXIS),
             flax.jax_utils.replicate(resident, devices, axis_name=base.AXIS),
         )

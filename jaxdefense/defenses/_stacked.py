@@ -26,8 +26,8 @@ def stacked(
 
     Members differ in their keys (initialisation, what is drawn in crafts and losses) and, where
     the defence asks for it, in a constant: a defence whose carry holds "member", a one-hot vector
-    over its variants (`cse` with `protect="each"`), finds its own number there, and must be
-    stacked as often as it has variants. The batches, with their order and augmentation, are the
+    over its variants (one for each class to protect, say), finds its own number there, and must
+    be stacked as often as it has variants. The batches, with their order and augmentation, are the
     same for all: members are not quite as different as runs of several seeds.
 
     Optimisers act on each entry, so they serve the stack as they would each member; two options
@@ -42,7 +42,8 @@ def stacked(
         will not do, train for a fixed length and take the checkpoint `last`.
       same_keys: all members draw from the same keys: with a constant of their own each is then
         what the unstacked defence would be with that constant and the same seed. A phase that
-        does not ask for the constant (`Phase.common`: a warm start) is computed once for all.
+        does not ask for the constant (`Phase.shared_by_variants`: a warm start) is computed once
+        for all.
 
     Returns:
       A `Defense` of the same phases. Where variant i of the defence protects one class
@@ -148,7 +149,7 @@ class _Stack:
 
     def phase(self, phase: base.Phase) -> base.Phase:
         """The phase of the whole stack."""
-        change = self.common_update if phase.common and self.same_keys else self.update
+        change = self.common_update if phase.shared_by_variants and self.same_keys else self.update
         updates = tuple(map(change, phase.updates))
         return dataclasses.replace(
             phase, updates=updates, after=tuple(map(self.after, phase.after))
@@ -182,6 +183,7 @@ class _Stack:
             purifiers,
             single.pretrained,
             judged={self.name(i, single.primary): k for i, k in enumerate(single.variant_classes)},
+            deployed=_of_member(0, single.deployed),
         )
 
 

@@ -9,6 +9,17 @@ One train loop runs any list of phases, so no defence has a trainer of its own:
     Loss     (params, carry, batch, key) -> (scalar, (carry, metrics))   the outer minimisation
     metrics  {name: (sum, count)}
 
+What a defence may change is what these dataclasses hold:
+
+    Defense  init, phases (read by `train`), predictors and purifiers (by `evaluation`), deployed
+             (by `runs.load_classifier`), pretrained (by checkpoints, which leave it out), judged
+             (by AutoAttack), variant_classes (by the transform `stacked`)
+    Phase    its length, optimisers, view of the data, what begins anew, what follows each batch
+    Update   a loss, the roles that it trains, the craft before it
+
+The carry's "member" is a stack's, "ema" the averages'; the batch's "target" are a teacher's soft
+labels, "parts" a combination's and "members" a stack's crafts.
+
 Craft and loss run inside the mapped axis `AXIS`; the step averages over it.
 """
 
@@ -52,6 +63,10 @@ View = Callable[[Key, Images], dict[str, Images]]
 Predictor = Callable[[Params, Carry], Predict]
 
 
+def _as_they_are(params: Params, carry: Carry) -> tuple[Params, Carry]:
+    return params, carry
+
+
 def unchanged(params: Params, carry: Carry, batch: Batch, key: Key) -> Batch:
     """The craft that adds nothing."""
     return batch
@@ -86,8 +101,8 @@ class Phase:
       fresh_params: roles initialised anew (with their optimiser) when the phase begins.
       fresh_optimizers: roles whose optimiser begins anew.
       after: run after the updates of each batch (running averages of parameters).
-      common: what the updates do is the same for all variants of the defence, whatever the carry's
-        "member" says, so that a stack of variants with the same keys does it once for all.
+      shared_by_variants: the updates ignore carry["member"], so that a stack with equal keys
+        computes them once for all members (a warm start).
     """
 
     name: str
@@ -98,7 +113,7 @@ class Phase:
     fresh_params: tuple[str, ...] = ()
     fresh_optimizers: tuple[str, ...] = ()
     after: tuple[After, ...] = ()
-    common: bool = False
+    shared_by_variants: bool = False
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -137,7 +152,7 @@ class Trained:
     source: str = "memory"
 
     def init(self, role: str) -> tuple[Params, Carry]:
-        """({role: parameters}, {role: running statistics}), as of `Net.init`."""
+        """({role: parameters}, {role: running statistics})."""
         return {role: self.params}, {role: self.batch_stats}
 
 
@@ -154,8 +169,10 @@ class Defense:
         and checkpoints leave it out.
       variant_classes: the class that each variant protects, where the carry's "member" chooses
         among variants and each protects one class (see `transforms.stacked`).
-      judged: {predictor: the one class that it is judged on}, of predictors that each protect one
-        class; empty where every predictor is judged on all classes.
+      judged: {predictor: the one class that it is judged on}, of a stack's members in their order,
+        each of which protects one class; empty where predictors are judged on all classes.
+      deployed: (params, carry) of the networks that predict: averages, where a transform keeps
+        some.
     """
 
     init: Callable[[Key, Images], tuple[Params, Carry]]
@@ -165,6 +182,7 @@ class Defense:
     pretrained: Mapping[str, Trained] = dataclasses.field(default_factory=dict)
     variant_classes: Sequence[int] = ()
     judged: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    deployed: Callable[[Params, Carry], tuple[Params, Carry]] = _as_they_are
 
     @property
     def primary(self) -> str:

@@ -55,7 +55,7 @@ def combine(parts: Sequence[tuple[float, base.Defense]]) -> base.Defense:
     def init(key: Key, images: Images) -> tuple[base.Params, base.Carry]:
         params: base.Params = {}
         carry: base.Carry = {}
-        for _, part in reversed(parts):  # the first part's word counts
+        for _, part in reversed(parts):  # of a shared role the first part's parameters are taken
             new_params, new_carry = part.init(key, images)
             params, carry = {**params, **new_params}, {**carry, **new_carry}
         return params, carry

@@ -142,5 +142,5 @@ def warm_start(
         registry.raise_unknown("start", start, counts)
     if length == 0:
         return (phase,)
-    first = base.Phase(start, updates[: counts[start]], length, common=True)
+    first = base.Phase(start, updates[: counts[start]], length, shared_by_variants=True)
     return first, dataclasses.replace(phase, fresh_optimizers=(net.role,))

@@ -48,11 +48,11 @@ def with_ema(defense: base.Defense, *, decay: float = 0.9995) -> base.Defense:
     def follow(params: base.Params, carry: base.Carry, batch: base.Batch) -> base.Carry:
         t = batch["step"].astype(jnp.float32)
         d = jnp.minimum(decay, (1 + t) / (10 + t))
-        averages = carry["ema"]
+        kept = carry["ema"]
         # Of the roles that had averages at first, not of those that later transforms add.
         now = {
-            "params": {role: params[role] for role in averages["params"]},
-            "carry": {role: carry[role] for role in averages["carry"]},
+            "params": {role: params[role] for role in kept["params"]},
+            "carry": {role: carry[role] for role in kept["carry"]},
         }
 
         def average(old: Array, new: Array) -> Array:
@@ -60,14 +60,17 @@ def with_ema(defense: base.Defense, *, decay: float = 0.9995) -> base.Defense:
                 return new
             return d * old + (1 - d) * new
 
-        return {**carry, "ema": jax.tree.map(average, averages, now)}
+        return {**carry, "ema": jax.tree.map(average, kept, now)}
+
+    def averages(params: base.Params, carry: base.Carry) -> tuple[base.Params, base.Carry]:
+        ema = carry["ema"]
+        return {**params, **ema["params"]}, {**carry, **ema["carry"]}
 
     def averaged(
         function: Callable[[base.Params, base.Carry], Built],
     ) -> Callable[[base.Params, base.Carry], Built]:
         def of_averages(params: base.Params, carry: base.Carry) -> Built:
-            ema = carry["ema"]
-            return function({**params, **ema["params"]}, {**carry, **ema["carry"]})
+            return function(*averages(params, carry))
 
         return of_averages
 
@@ -87,6 +90,7 @@ def with_ema(defense: base.Defense, *, decay: float = 0.9995) -> base.Defense:
         phases=defense.map_phases(change),
         predictors={**predictors, **raw},
         purifiers=purifiers,
+        deployed=averaged(defense.deployed),
     )
 
 

@@ -23,7 +23,7 @@ from jaxdefense import attacks
 from jaxdefense.attacks import checks as inputs
 from jaxdefense.evaluation import cascade, curves, examine, flags, randomised, tables
 from jaxdefense.evaluation.checks import check_attack
-from jaxdefense.evaluation.evaluator import LEAST, Evaluator, Examples, summarize
+from jaxdefense.evaluation.evaluator import MIN_PER_DEVICE, Evaluator, Examples, summarize
 from jaxdefense.types import Attack, HostArray, Images, Key, Logits, Predict, Threat
 
 OBLIVIOUS = "T0 oblivious pgd (not white-box)"
@@ -185,8 +185,8 @@ def audit(
     labels = judge.logits((), images).argmax(-1) if labels is None else np.asarray(labels)
     inputs.check_labels(labels, len(images), classes)
     noise = judge.measure_noise((), images)
-    answers = examine.ask(judge, (), images, labels, count=LEAST)
-    checks = _basic_checks(noise, judge.logits((), images[:LEAST]), answers)
+    answers = examine.ask(judge, (), images, labels, count=MIN_PER_DEVICE)
+    checks = _basic_checks(noise, judge.logits((), images[:MIN_PER_DEVICE]), answers)
     if any(not check.passed and check.name in _FATAL for check in checks):
         nothing = np.zeros(len(images), bool)
         return Audit(threat, {}, {}, nothing, tuple(checks), (), images.copy())

@@ -223,7 +223,7 @@ def run_stages(
     images = evaluator.check_images(images)
     targeted = targets is not None
     threat, diameter = evaluator.threat, evaluator.threat.diameter(images[0].size)
-    whole_box = bool(np.all(np.asarray(threat.eps) >= diameter * (1 - 1e-6)))  # nothing is outside
+    whole_box = bool(np.all(np.asarray(threat.eps) >= diameter * (1 - 1e-6)))  # the ball covers it
     for stage in stages:
         check_attack(
             stage.name, stage.attack, threat, len(images), targets=targeted, minimal=whole_box
@@ -250,13 +250,13 @@ def run_stages(
     start = clean if not targeted else ~flags.is_fooled(logits, aims, targeted=True)
     examples = Examples.of(images, aims, ids)
     x_adv = images.astype(np.promote_types(images.dtype, np.float32))
-    standing = _Standing(start.copy(), x_adv, logits.copy())
+    standing = _Progress(start.copy(), x_adv, logits.copy())
     with tqdm(total=len(stages) * int(start.sum()), disable=not progress, unit="image") as bar:
         for stage in stages:
             rows = standing.begin(stage)
             bar.set_postfix_str(standing.summary(stage))
             dispatch = functools.partial(_attack, evaluator, variables, stage, examples, seed)
-            for done in journal.finish(stage.name, rows, evaluator.split_rows, dispatch):
+            for done in journal.replay_and_run(stage.name, rows, evaluator.split_rows, dispatch):
                 standing.add(stage, done)
                 bar.set_postfix_str(standing.summary(stage))
                 bar.update(len(done["asked"]))
@@ -313,7 +313,7 @@ def _attack(
 
 
 @dataclasses.dataclass(eq=False)
-class _Standing:
+class _Progress:
     """What a cascade has found so far.
 
     Attributes:
@@ -363,7 +363,7 @@ def _unconfirmed_flags(counts: dict[str, np.ndarray]) -> list[Flag]:
     """The flag of wins that only the attack's own program saw.
 
     Args:
-      counts: `_Standing.unconfirmed`.
+      counts: `_Progress.unconfirmed`.
     """
     lost, won = (int(sum(column)) for column in zip(*counts.values(), strict=True))
     if not lost:

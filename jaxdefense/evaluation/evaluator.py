@@ -36,7 +36,7 @@ from jaxdefense.types import Array, Attack, HostArray, Key, Logits, PyTree, Thre
 # On XLA:CPU a network's logits and gradients are the same to the bit in every batch of 64 or
 # more, whatever its size and an example's place in it, and not in smaller ones (measured for the
 # CNN and ResNet-18 here). So no device gets a smaller one, unless a smaller batch is asked for.
-LEAST = 64
+MIN_PER_DEVICE = 64
 
 _AXIS = "examples"
 
@@ -107,9 +107,9 @@ class Evaluator:
       threat: every attack is one of it, and every image is checked against it. Its eps is one
         number or one for each image of a call.
       batch_size: most examples per dispatch, over all devices; a device computes at least
-        `LEAST`, padded where there are fewer, unless `batch_size` leaves it less; no example is
-        dropped. Default 512, on the CPU `LEAST` a device: one compiled shape, and more images leave
-        a core's cache.
+        `MIN_PER_DEVICE`, padded where there are fewer, unless `batch_size` leaves it less; no
+        example is dropped. Default 512, on the CPU `MIN_PER_DEVICE` a device: one compiled shape,
+        and more images leave a core's cache.
       devices: that share each batch; default all local ones.
       grid: steps over the box (255 for images of 8 bits): what an attack finds is rounded to them
         inside the ball, and the verdict is the rounded image's.
@@ -137,7 +137,7 @@ class Evaluator:
         checks.check_threat("Evaluator", threat)
         devices = tuple(devices or jax.local_devices())
         if batch_size is None:
-            batch_size = LEAST * len(devices) if devices[0].platform == "cpu" else 512
+            batch_size = MIN_PER_DEVICE * len(devices) if devices[0].platform == "cpu" else 512
         checks.check_count("batch_size", batch_size)
         if grid is not None:
             checks.check_count("grid", grid)
@@ -145,7 +145,7 @@ class Evaluator:
         mesh = Mesh(np.asarray(devices), (_AXIS,))
         self._split = NamedSharding(mesh, PartitionSpec(_AXIS))
         self._whole = NamedSharding(mesh, PartitionSpec())
-        least = min(LEAST, max(batch_size // len(devices), 1)) * len(devices)
+        least = min(MIN_PER_DEVICE, max(batch_size // len(devices), 1)) * len(devices)
         self.large = max(batch_size // least, 1) * least
         self.small = max(self.large // 4 // least, 1) * least
         self._compiled: dict[Hashable, Callable] = {}
@@ -207,7 +207,7 @@ class Evaluator:
             def run(weights, *arrays):
                 return function(rest.join(weights), *arrays)
 
-            # No device hears of another: each stops when its own examples are done.
+            # No collectives: each device's loops end when its own examples are done.
             self._compiled[key, rest] = jax.jit(
                 jax.shard_map(
                     run,

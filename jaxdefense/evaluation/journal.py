@@ -123,7 +123,7 @@ class Journal:
                 f"choose another folder, or remove it"
             )
 
-    def finish(
+    def replay_and_run(
         self,
         stage: str,
         rows: np.ndarray,

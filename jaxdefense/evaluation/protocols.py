@@ -41,7 +41,7 @@ class _Measurement:
     def record(self, results: Any, *, seconds: float | None = None, **more: Any) -> records.Record:
         """The record of results, which took `seconds`, by default those since `begin`."""
         return records.make(
-            self.run.config["name"],
+            self.run.name,
             self.run.config,
             results,
             seed=self.run.seed,
@@ -64,7 +64,7 @@ def configured(
     Args:
       run: what was trained.
       variables: {"params", "carry"}.
-      training: the train summary, kept in the record.
+      training: the checkpoint and its metadata, kept in the record.
       examples: only the first so many test examples; the record's "n" says so.
       progress: show bars.
 
@@ -107,7 +107,7 @@ def autoattack(
     Args:
       run: what was trained.
       variables: {"params", "carry"}.
-      training: the train summary, kept in the record.
+      training: the checkpoint and its metadata, kept in the record.
       examples: only the first so many test examples; the record's "n" says so.
       folder: keeps finished dispatches, so that a killed evaluation goes on.
       progress: show bars.
@@ -195,7 +195,7 @@ def audit(
       run: what was trained. Its config's "evaluation": {"audit": {...}} may change `audit.audit`'s
         steps, restarts, stages, queries and samples.
       variables: {"params", "carry"}.
-      training: the train summary, kept in the record.
+      training: the checkpoint and its metadata, kept in the record.
       examples: only the first so many test examples; the record's "n" says so.
       progress: show bars.
 

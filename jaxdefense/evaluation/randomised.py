@@ -95,7 +95,9 @@ def run_stages(
         for stage in stages:
             passes[stage.name] = (stage.forward * len(images), stage.backward * len(images))
             dispatch = functools.partial(_craft, evaluator, variables, stage, examples, seed)
-            for done in journal.finish(stage.name, examples.rows, evaluator.split_rows, dispatch):
+            for done in journal.replay_and_run(
+                stage.name, examples.rows, evaluator.split_rows, dispatch
+            ):
                 rows = done["asked"]
                 share = judge.share("choice", done["x_adv"], rows)
                 better = share < worst[rows]

@@ -200,8 +200,7 @@ def load(path: str | os.PathLike) -> Record:
 def load_all(paths: Iterable[str | os.PathLike]) -> list[Record]:
     """The records of files and folders, in the order of their paths.
 
-    A folder gives every *.json below it that says it is a record; a config beside it is passed
-    over.
+    A folder gives every *.json below it that says it is a record; other JSON files are skipped.
 
     Args:
       paths: files and folders.

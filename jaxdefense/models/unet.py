@@ -19,9 +19,9 @@ class UNet(nn.Module):
     pixels, joined with the down path's result of the same size, and a 3x3 convolution; each with
     GroupNorm and ReLU. A last 3x3 convolution is zero at the start, so the network begins by
     adding nothing. GroupNorm, not BatchNorm: the function that is trained is to the bit the one
-    that is deployed and attacked. (Without any norm, IPG's tanh saturated within 50 steps on MNIST
-    and had not returned after 800.) Sizes that 2^depth does not divide are padded with their edge
-    and cut again.
+    that is deployed and attacked. (Without any norm, a tanh behind it saturated within 50 steps on
+    MNIST and had not returned after 800.) Sizes that 2^depth does not divide are padded with their
+    edge and cut again.
     193,857 parameters at width 16 and depth 2 for one channel. Submodules: stem, down{1..},
     bottom, up{1..}, join{1..}, each also with _norm, and out.
 

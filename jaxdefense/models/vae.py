@@ -15,7 +15,7 @@ class VAE(nn.Module):
     Encoder: two 4x4 convolutions with stride 2 (32, 64) and a linear layer to both moments.
     Decoder: a linear layer to (H/4, W/4, 64), then twice a 3x3 convolution whose channels are
     spread over 2x2 pixels (32, C), and a sigmoid. No BatchNorm: the network that is trained is
-    the one that is attacked. The architecture is ours: INFERRED in defenses/gssl.py.
+    the one that is attacked. The architecture is ours: INFERRED where a paper names none.
     2,520,484 parameters on 28x28x1. Submodules: conv1, conv2, moments, expand, up1, up2.
 
     Attributes:

@@ -3,6 +3,7 @@
 `restore` does so from a workdir, and adds the weights of a checkpoint. The sections of a config:
 
 {"seed": 0,
+ "name":     "pgd_at-mnist",
  "dataset":  {"name": "mnist", "validation": 2000},
  "model":    {"name": "cnn", "width": 1.0},
  "threat":   {"norm": "linf", "eps": 0.3},
@@ -29,6 +30,7 @@ import flax.errors
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxdefense import attacks, data, defenses, models, registry, threat
 from jaxdefense.defenses import base
@@ -48,6 +50,7 @@ TRAIN_DEFAULTS: dict[str, Any] = {
     "steps_per_dispatch": 50,
     "streaming": False,
 }
+_EVALUATION = ("attacks", "audit", "batch_size")  # keys of the section "evaluation"
 _SECTIONS = (
     "seed",
     "name",
@@ -88,13 +91,19 @@ class Run:
     attacks: dict[str, Attack]
     sources: dict[str, Source]
 
+    @property
+    def name(self) -> str:
+        """The row's name in tables: the config's "name", or its defence and data set."""
+        default = f"{self.config['defense']['name']}-{self.config['dataset']['name']}"
+        return self.config.get("name", default)
+
     def arrays(self, split: str) -> data.Arrays:
         """A split of the run's data set.
 
         Args:
           split: 'train', 'validation' or 'test'.
         """
-        return _load(self.config["dataset"], split)
+        return _load_split(self.config["dataset"], split)
 
     def apply(self, predictor: str) -> Any:
         """A predictor as a function of its weights: (variables, images) -> logits.
@@ -121,14 +130,25 @@ class Run:
         return self.defense.init(key, jnp.asarray(images[:1], jnp.float32))
 
 
-def _section(config: Mapping[str, Any], name: str) -> dict[str, Any]:
+def _section(config: Mapping[str, Any], name: str, where: str = "") -> dict[str, Any]:
     section = config.get(name)
     if not isinstance(section, Mapping):
-        raise ValueError(f"the config needs a section {name!r}, got {section!r}")
+        raise ValueError(f"the config needs a section {where + name!r}, got {section!r}")
     return dict(section)
 
 
-def _load(dataset: Mapping[str, Any], split: str) -> data.Arrays:
+def _make_threat(options: Mapping[str, Any]) -> Threat:
+    known = inspect.signature(threat.make).parameters
+    for name in options:
+        if name not in known:
+            registry.raise_unknown("option of threat", name, known)
+    for name, parameter in known.items():
+        if parameter.default is parameter.empty and name not in options:
+            raise ValueError(f"the config's threat needs {name!r}, got {dict(options)}")
+    return threat.make(**options)
+
+
+def _load_split(dataset: Mapping[str, Any], split: str) -> data.Arrays:
     options = dict(dataset)
     limit = options.pop("limit", None)
     known = [p for p in inspect.signature(data.load).parameters if p != "split"]
@@ -138,7 +158,7 @@ def _load(dataset: Mapping[str, Any], split: str) -> data.Arrays:
     return data.load(options.pop("name", None), split, **options).take(slice(limit))
 
 
-def _trained(option: str, source: Source, arrays: data.Arrays) -> base.Trained:
+def _load_source(option: str, source: Source, arrays: data.Arrays) -> base.Trained:
     """The network of a source, if it fits the run's data."""
     try:
         run, model, _ = restore(source.workdir, kind=source.checkpoint)
@@ -157,9 +177,7 @@ def _trained(option: str, source: Source, arrays: data.Arrays) -> base.Trained:
 
 
 def _classifier(run: Run, model: Mapping[str, Any], source: Source) -> base.Trained:
-    params, carry = model["params"], model["carry"]
-    if "ema" in carry:  # what is deployed are the running averages
-        params, carry = carry["ema"]["params"], carry["ema"]["carry"]
+    params, carry = run.defense.deployed(model["params"], model["carry"])
     if "classifier" not in params:
         raise ValueError(f"it has no network called classifier, only {sorted(params)}")
     where = f"{source.workdir}/{source.checkpoint}"
@@ -190,6 +208,10 @@ def build(config: Mapping[str, Any], *, workdir: pathlib.Path | None = None) -> 
       config: plain values, see the head of this file.
       workdir: the run's own, where copies of the trained runs that the config names may lie.
 
+    Returns:
+      A `Run`. Its data are read when they are asked for; train options that need the data's size
+      are checked by `train`.
+
     Raises:
       ValueError: a missing or unknown section or name, a value out of range, or a trained run
         that is not there, is damaged, or is of other data.
@@ -214,19 +236,23 @@ def build(config: Mapping[str, Any], *, workdir: pathlib.Path | None = None) -> 
     seed = config.get("seed", 0)
     if not isinstance(seed, int) or seed < 0:
         raise ValueError(f"seed must be an integer >= 0, got {seed!r}")
-    ball = threat.make(**_section(config, "threat"))
+    ball = _make_threat(_section(config, "threat"))
     model = _section(config, "model")
-    held_out = _load(_section(config, "dataset"), "validation")
+    held_out = _load_split(_section(config, "dataset"), "validation")
     module = models.make(model.pop("name", None), held_out.num_classes, **model)
     defense = _section(config, "defense")
     train = _train_options(config)
-    named_attacks = _attacks(_section(config, "evaluation")["attacks"], ball)
-    validation = _attacks({"validation": _section(config, "validation")}, ball)["validation"]
+    evaluation = _section(config, "evaluation")
+    for name in evaluation:
+        if name not in _EVALUATION:
+            registry.raise_unknown("evaluation option", name, _EVALUATION)
+    named_attacks = _make_attacks(_section(evaluation, "attacks", "evaluation."), ball)
+    validation = _make_attacks({"validation": _section(config, "validation")}, ball)["validation"]
     named_runs = {}
     for path, spec in sources.find_sources(defense).items():
         option = ".".join(path)
         named_runs[option] = sources.locate_source(option, spec, workdir)
-        network = _trained(option, named_runs[option], held_out)
+        network = _load_source(option, named_runs[option], held_out)
         defense = sources.replace_option(defense, path, network)
     return Run(
         config=dict(config),
@@ -254,7 +280,7 @@ def _train_options(config: Mapping[str, Any]) -> dict[str, Any]:
     return options
 
 
-def _attacks(specs: Mapping[str, Mapping[str, Any]], ball: Threat) -> dict[str, Attack]:
+def _make_attacks(specs: Mapping[str, Mapping[str, Any]], ball: Threat) -> dict[str, Attack]:
     """The attacks that a config specifies as {"name": ..., options}, by the config's names."""
     made: dict[str, Attack] = {}
     for name, spec in specs.items():
@@ -335,9 +361,10 @@ def read_model(
     trained = defense.without_pretrained
     model = store.restore("model", {"params": trained(params), "carry": trained(carry)})
     for role, network in defense.pretrained.items():
-        params, carry = network.init(role)
-        model = {
-            "params": {**model["params"], **params},
-            "carry": {**model["carry"], **carry},
-        }
+        for kind, like, own in zip(
+            ("params", "carry"), (params, carry), network.init(role), strict=True
+        ):
+            # A stack holds it once for each member.
+            whole = jax.tree.map(lambda x, y: np.broadcast_to(x, y.shape), own[role], like[role])
+            model[kind] = {**model[kind], role: whole}
     return model

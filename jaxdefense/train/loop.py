@@ -34,9 +34,9 @@ from jaxdefense.runs import checkpoint, sources
 from jaxdefense.runs.run import Run, build, read_model
 from jaxdefense.train import optim, plan
 from jaxdefense.train.step import (
-    Chunk,
+    RunSteps,
     State,
-    make_chunk,
+    compile_steps,
     make_step,
     replicate,
     unreplicate,
@@ -136,17 +136,17 @@ class Trainer:
             per_epoch=self.per_epoch,
         )
         self.total = self.segments[-1].end
-        self.examples = data.to_float(arrays.images[:1])
+        self.example_image = data.to_float(arrays.images[:1])
         self.held_out = run.arrays("validation")
         self.augment = data.make_augment(options["augment"], arrays.name)
         self.evaluator = Evaluator(run.apply(run.defense.primary), run.threat, batch_size=512)
-        self._chunks: dict[Any, Chunk] = {}
+        self._compiled: dict[Any, RunSteps] = {}
         self.stores = {
             "last": checkpoint.Store(workdir / "last"),
             "best": checkpoint.Store(workdir / "best"),
         }
         self.best: dict[str, Any] = {}
-        self.pretrained: dict[str, Any] = {}
+        self.pretrained_scores: dict[str, Any] = {}
         self.seconds = 0.0
 
     def run_to_end(self, *, progress: bool) -> dict[str, Any]:
@@ -174,7 +174,7 @@ class Trainer:
                 if segment.end > int(state.step):
                     state = self._run_segment(segment, state, log, bar, received)
         summary = {"steps": self.total, "seconds": self.seconds, "best": self.best}
-        return {**summary, "given": self.pretrained} if self.pretrained else summary
+        return {**summary, "given": self.pretrained_scores} if self.pretrained_scores else summary
 
     def _run_segment(
         self, segment: plan.Segment, state: State, log: Log, bar: tqdm, received: list[int]
@@ -215,7 +215,7 @@ class Trainer:
 
     def initial_state(self) -> State:
         """The state before the first step, on the host."""
-        params, carry = self.run.init(self.examples)
+        params, carry = self.run.init(self.example_image)
         return State(jnp.zeros((), jnp.int32), params, carry, {})
 
     def begin_segment(self, state: State, segment: plan.Segment) -> State:
@@ -228,7 +228,7 @@ class Trainer:
         params, opt = dict(state.params), dict(state.opt)
         if segment.phase.fresh_params:
             key = jax.random.fold_in(jax.random.key(self.run.seed), segment.start)
-            new, _ = self.run.defense.init(key, jnp.asarray(self.examples))
+            new, _ = self.run.defense.init(key, jnp.asarray(self.example_image))
             params |= {role: new[role] for role in segment.phase.fresh_params}
         built = segment.build()
         opt |= {role: built[role].init(params[role]) for role in segment.fresh}
@@ -238,11 +238,11 @@ class Trainer:
         """The last checkpoint's state, or the initial one where there is none, on the host."""
         last = self.stores["last"]
         if not last.steps():
-            self.pretrained = self.score_pretrained()
+            self.pretrained_scores = self.score_pretrained()
             return self.initial_state()
         meta = last.meta()
         self.best, self.seconds = meta["best"], meta["seconds"]
-        self.pretrained = meta.get("given", {})
+        self.pretrained_scores = meta.get("given", {})
 
         def state_at_checkpoint() -> State:
             """Only its structure is used: which roles have optimisers depends on past segments."""
@@ -272,8 +272,8 @@ class Trainer:
         if kind == "last":
             items["optimizer"] = host.opt
         meta = {"best": self.best, "seconds": self.seconds}
-        if self.pretrained:
-            meta["given"] = self.pretrained
+        if self.pretrained_scores:
+            meta["given"] = self.pretrained_scores
         self.stores[kind].save(int(host.step), items, meta)
 
     # Steps.
@@ -304,7 +304,7 @@ class Trainer:
         self, state: State, segment: plan.Segment, step: int, end: int
     ) -> tuple[State, Metrics]:
         """The replicated state after the steps step..end-1, and their metrics' sums."""
-        items = self._items(step, end - step)
+        items = self._padded_items(step, end - step)
         chunk = self.compiled_steps(segment)
         state, sums, bad = chunk(state, self.batches.resident, items, jnp.int32(end - step))
         if (at := int(bad[0])) >= 0:
@@ -315,7 +315,7 @@ class Trainer:
             )
         return state, sums
 
-    def _items(self, step: int, count: int) -> PyTree:
+    def _padded_items(self, step: int, count: int) -> PyTree:
         """The next `count` steps' items, padded to the one shape that is compiled."""
         missing = self.run.train["steps_per_dispatch"] - count
 
@@ -324,14 +324,14 @@ class Trainer:
 
         return jax.tree.map(pad, self.batches.chunk(step, count))
 
-    def compiled_steps(self, segment: plan.Segment) -> Chunk:
+    def compiled_steps(self, segment: plan.Segment) -> RunSteps:
         """The compiled steps of a segment; equal phases with equal optimisers share them.
 
         Args:
           segment: of the run.
         """
         name = (segment.phase, tuple(sorted(segment.optimizers.items())))
-        if name not in self._chunks:
+        if name not in self._compiled:
             step = make_step(
                 segment.phase,
                 segment.build(),
@@ -339,8 +339,8 @@ class Trainer:
                 seed=self.run.seed,
                 per_epoch=self.per_epoch,
             )
-            self._chunks[name] = make_chunk(step, self.batches.gather)
-        return self._chunks[name]
+            self._compiled[name] = compile_steps(step, self.batches.gather)
+        return self._compiled[name]
 
     def augment_view(self, key: Key, images: Images) -> dict[str, Images]:
         """The run's augmentation, for phases without a view of their own.
@@ -401,7 +401,7 @@ class Trainer:
             scores[role] = {"source": network.source, **accuracies}
         return scores
 
-    def is_new_best(self, scores: Mapping[str, float], step: int) -> bool:
+    def update_best(self, scores: Mapping[str, float], step: int) -> bool:
         """Whether these scores beat the best so far, which they then replace.
 
         Ties go to the other score, then to the later step.
@@ -427,7 +427,7 @@ class Trainer:
         bar.write(f"epoch {epoch:.4g}: {_format_scores(scores)}")
         # What earlier phases have is not yet the defence.
         is_last = segment.phase is self.segments[-1].phase
-        if is_last and self.is_new_best(scores, step):
+        if is_last and self.update_best(scores, step):
             self.save_checkpoint("best", state)
 
     # What a reader sees.
@@ -442,7 +442,7 @@ class Trainer:
 
     def _print_pretrained(self) -> None:
         """Writes the pretrained networks' scores to stderr."""
-        for role, scores in self.pretrained.items():
+        for role, scores in self.pretrained_scores.items():
             accuracies = {name: v for name, v in scores.items() if name != "source"}
             line = f"{role} {scores['source']}: {_format_scores(accuracies)}"
             tqdm.write(line, file=sys.stderr)
@@ -453,18 +453,15 @@ def _format_scores(scores: Mapping[str, float]) -> str:
     return f"validation {shown}"
 
 
-def _write_config(config: Mapping[str, Any], workdir: pathlib.Path) -> None:
-    """Writes config.json, or checks that the workdir belongs to this config."""
-    path = workdir / "config.json"
-    text = json.dumps(config, indent=1, sort_keys=True) + "\n"
+def _check_config(config: Mapping[str, Any], path: pathlib.Path) -> None:
+    """The workdir whose config.json is at `path` belongs to this config, or is new."""
     if not path.exists():
-        files.write_text(path, text)
         return
-    before, now = json.loads(path.read_text()), json.loads(text)
+    before, now = json.loads(path.read_text()), json.loads(json.dumps(config))
     if before != now:
         changed = [name for name in {**before, **now} if before.get(name) != now.get(name)]
         raise ValueError(
-            f"{workdir} holds a run of another config (it differs in {sorted(changed)}); "
+            f"{path.parent} holds a run of another config (it differs in {sorted(changed)}); "
             f"choose another workdir, or remove it"
         )
 
@@ -491,11 +488,13 @@ def train(
     """
     workdir = pathlib.Path(workdir)
     run = build(config, workdir=workdir)
-    workdir.mkdir(parents=True, exist_ok=True)
-    _write_config(config, workdir)
+    path = workdir / "config.json"
+    _check_config(config, path)
+    trainer = Trainer(run, workdir)  # refuses what it cannot train, before the workdir is claimed
+    if not path.exists():
+        files.write_text(path, json.dumps(config, indent=1, sort_keys=True) + "\n")
     if jax.process_index() == 0:
         sources.copy_sources(run.sources, workdir)
-    trainer = Trainer(run, workdir)
     try:
         return trainer.run_to_end(progress=progress)
     finally:

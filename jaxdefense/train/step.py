@@ -48,7 +48,7 @@ def unreplicate(state: State) -> State:
 
 
 # (state, resident data, items (n, ...), how many of them) -> (state, metric sums, first bad step)
-Chunk = Callable[[State, PyTree, PyTree, Array], tuple[State, Metrics, Array]]
+RunSteps = Callable[[State, PyTree, PyTree, Array], tuple[State, Metrics, Array]]
 
 
 def _average(old: PyTree, new: PyTree) -> PyTree:
@@ -131,10 +131,10 @@ def make_step(
     return step
 
 
-def make_chunk(
+def compile_steps(
     step: Callable[[State, Batch], tuple[State, Metrics]],
     gather: Callable[[PyTree, PyTree], Batch],
-) -> Chunk:
+) -> RunSteps:
     """Several steps in one dispatch, mapped over the local devices, the state donated.
 
     The number of steps is an argument, not a shape: one compilation serves chunks of any length.
