@@ -1162,14 +1162,14 @@ class TestJournal:
         """(folder, what each later and finished dispatch was asked): killed at the third."""
         real, calls = Evaluator.attack, []
 
-        def failing(self, name, attack, variables, images, labels, ids, **options):
+        def failing(self, name, attack, variables, examples, **options):
             if len(calls) == 2:
                 raise KeyboardInterrupt
-            return watched(self, name, attack, variables, images, labels, ids, **options)
+            return watched(self, name, attack, variables, examples, **options)
 
-        def watched(self, name, attack, variables, images, labels, ids, **options):
-            calls.append((name, ids))
-            return real(self, name, attack, variables, images, labels, ids, **options)
+        def watched(self, name, attack, variables, examples, **options):
+            calls.append((name, examples.ids))
+            return real(self, name, attack, variables, examples, **options)
 
         monkeypatch.setattr(Evaluator, "attack", failing)
         with pytest.raises(KeyboardInterrupt):
@@ -1276,7 +1276,7 @@ class TestMemory:
     def test_a_test_set_stays_on_the_host(self, monkeypatch):
         """No new array on a device is as large as the images at any dispatch."""
         images, labels = np.tile(X, (16, 1, 1, 1)), np.tile(Y, 16)
-        before, largest, real = jax.live_arrays(), [], Evaluator.call
+        before, largest, real = jax.live_arrays(), [], Evaluator.dispatch
         known = {id(array) for array in before}
 
         def watched(self, *args):
