@@ -134,8 +134,9 @@ def test_has_an_example(name):
 
 
 @pytest.mark.parametrize("name", EXAMPLES)
-def test_the_example_runs_as_it_stands(name):
+def test_the_example_runs_as_it_stands(name, tfds_dir, monkeypatch):
     """With nothing defined before it, as a reader would paste it."""
+    monkeypatch.setenv("TFDS_DATA_DIR", tfds_dir)
     example = doctest.DocTestParser().get_doctest(EXAMPLES[name], {}, name, None, None)
     flags = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
     report = []

@@ -89,11 +89,11 @@ class Audit:
         """What was judged, and two tables: accuracy per tier, the checks with their evidence."""
         rows = [[name, f"{100 * right.mean():.2f}"] for name, right in self.tiers.items()]
         rows.append(["worst case per example", f"{100 * self.worst.mean():.2f}"])
+        if not self.tiers:
+            rows = [["not attacked: a check below failed", "–"]]
         answers = [[c.name, "pass" if c.passed else "FAIL", c.evidence] for c in self.checks]
         first = tables.markdown(["accuracy, %", "all"], rows)
         head = f"{len(self.worst)} images, {self.threat}"
-        if not self.tiers:
-            rows = [["not attacked: a check below failed", "–"]]
         return f"{head}\n\n{first}\n\n{tables.markdown(['check', 'answer', 'evidence'], answers)}"
 
     def record(self, labels: np.ndarray, num_classes: int) -> dict[str, Any]:
