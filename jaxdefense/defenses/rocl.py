@@ -84,5 +84,5 @@ def make(
         base.Update(loss, _contrastive.CONTRAST, craft),
         head_epochs=head_epochs,
         head_lr=head_lr,
-        attack=attacks.pgd(threat, steps=steps, step_size=step_size) if head == "adv" else None,
+        attack=attacks.pgd(threat, steps=steps, step_size=length) if head == "adv" else None,
     )
