@@ -14,7 +14,10 @@ import pathlib
 import time
 
 if not os.environ.get("XLA_FLAGS"):
-    os.environ["XLA_FLAGS"] = "--xla_backend_optimization_level=0"
+    os.environ["XLA_FLAGS"] = (
+        "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+        " --xla_cpu_parallel_codegen_split_count=1"
+    )
     if importlib.metadata.version("jax").startswith("0.10."):  # later ones know no such flag
         os.environ["XLA_FLAGS"] += " --xla_cpu_use_fusion_emitters=false"
 os.environ["XLA_FLAGS"] += " --xla_force_host_platform_device_count=2"
@@ -22,6 +25,8 @@ os.environ["XLA_FLAGS"] += " --xla_force_host_platform_device_count=2"
 import jax
 import pytest
 from absl import flags
+
+from jaxdefense import models
 
 ROOT = pathlib.Path(__file__).parents[1]
 
@@ -48,10 +53,31 @@ def pytest_addoption(parser):
 
 @pytest.fixture(scope="module", autouse=True)
 def _release_programs():
-    """What one file of tests compiled is of no use to the next, and fills gigabytes."""
+    """What one file of tests compiled is of little use to the next, and fills gigabytes."""
     yield
-    jax.clear_caches()
-    gc.collect()
+    if resident_bytes() > 1e9:
+        jax.clear_caches()
+        gc.collect()
+
+
+def resident_bytes():
+    """The memory of this process; infinite where the system does not tell."""
+    try:
+        pages = pathlib.Path("/proc/self/statm").read_text().split()[1]
+    except OSError:
+        return float("inf")
+    return int(pages) * os.sysconf("SC_PAGE_SIZE")
+
+
+@pytest.fixture(scope="module")
+def autodiff_convolutions():
+    """For tests of what is computed with a network, not of the network: a third less to compile.
+
+    The explicit gradients of `models.conv` are tested against these in test_conv.py, and whole runs
+    (test_train.py, test_experiments.py, test_golden.py) use them.
+    """
+    with models.explicit_gradients(False):
+        yield
 
 
 def pytest_sessionstart(session):

@@ -19,6 +19,8 @@ from jaxdefense.train import loop, optim, plan
 from jaxdefense.train.step import State, make_step
 from jaxdefense.types import example_keys, fold_in
 
+pytestmark = pytest.mark.usefixtures("autodiff_convolutions")
+
 claf_literal = import_script("papers.claf_literal")
 
 KEY = jax.random.key(0)

@@ -20,6 +20,8 @@ from jaxdefense.models import layers
 from jaxdefense.train import loop, plan
 from jaxdefense.train.step import State, make_step
 
+pytestmark = pytest.mark.usefixtures("autodiff_convolutions")
+
 cost_sensitive = import_script("papers.cost_sensitive")
 
 KEY = jax.random.key(0)

@@ -15,6 +15,8 @@ from jaxdefense.defenses import base, combine, transforms
 from jaxdefense.models import layers
 from jaxdefense.train.step import State, make_step
 
+pytestmark = pytest.mark.usefixtures("autodiff_convolutions")
+
 KEY = jax.random.key(0)
 IMAGES = jax.random.uniform(jax.random.key(1), (8, 8, 8, 1))
 LABELS = jnp.arange(8) % 4

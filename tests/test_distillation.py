@@ -18,6 +18,8 @@ from jaxdefense.runs import run
 from jaxdefense.train import loop
 from jaxdefense.train.step import State, make_step
 
+pytestmark = pytest.mark.usefixtures("autodiff_convolutions")
+
 KEY = jax.random.key(0)
 IMAGES = jax.random.uniform(jax.random.key(1), (4, 8, 8, 1), minval=0.3, maxval=0.7)
 LABELS = jnp.arange(4)

@@ -17,6 +17,8 @@ from jaxdefense.defenses import base, gssl
 from jaxdefense.runs import run
 from jaxdefense.train import plan
 
+pytestmark = pytest.mark.usefixtures("autodiff_convolutions")
+
 KEY = jax.random.key(0)
 IMAGES = jax.random.uniform(jax.random.key(1), (8, 8, 8, 1))
 LABELS = jnp.arange(8) % 4

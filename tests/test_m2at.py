@@ -14,6 +14,8 @@ from jaxdefense import defenses, threat
 from jaxdefense.defenses import base
 from jaxdefense.train.step import State, make_step
 
+pytestmark = pytest.mark.usefixtures("autodiff_convolutions")
+
 KEY = jax.random.key(0)
 EPS = 0.1
 BALL = threat.Linf(EPS)

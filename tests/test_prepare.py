@@ -276,6 +276,7 @@ def examples(images, labels):
     return sorted(zip(labels.tolist(), (image.tobytes() for image in images)))
 
 
+@pytest.mark.slow
 @needs_packed
 def test_the_published_mnist(tmp_path):
     check_published("mnist", tmp_path)

@@ -21,6 +21,8 @@ from jaxdefense.runs.run import build
 from jaxdefense.train import train
 from jaxdefense.train.step import State, make_step
 
+pytestmark = pytest.mark.usefixtures("autodiff_convolutions")
+
 KEY = jax.random.key(0)
 IMAGES = jax.random.uniform(jax.random.key(1), (6, 8, 8, 1))
 LABELS = jnp.arange(6) % 4
