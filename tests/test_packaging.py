@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+import re
 import subprocess
 import sys
 import tarfile
@@ -56,13 +57,16 @@ def test_the_sdist_holds_the_repository(built, files):
     assert made <= {"PKG-INFO"}, sorted(made)
 
 
-def test_the_wheel_holds_the_library_and_nothing_else(built, files):
+def test_the_wheel_holds_the_library_the_scripts_and_nothing_else(built, files):
     (path,) = built.glob("*.whl")
     with zipfile.ZipFile(path) as archive:
         held = {name for name in archive.namelist() if ".dist-info/" not in name}
         (name,) = (name for name in archive.namelist() if name.endswith("/METADATA"))
         metadata = archive.read(name).decode()
-    assert held == {name for name in files if name.startswith("jaxdefense/")}
+    scripts = {name for name in files if re.fullmatch(r"experiments/.*\.py", name)}
+    shared = {name for name in held if ".data/data/" in name}
+    assert {name.partition(".data/data/share/jaxdefense/")[2] for name in shared} == scripts
+    assert held - shared == {name for name in files if name.startswith("jaxdefense/")}
     extras = {"cuda", "digits", "docs", "plots", "test", "tpu", "train"}
     lines = metadata.splitlines()
     assert {line.split()[-1] for line in lines if line.startswith("Provides-Extra")} == extras
