@@ -7,7 +7,7 @@ quickstart: .venv/installed
 	.venv/bin/python experiments/quickstart.py
 
 test: .venv/installed
-	.venv/bin/python -m pytest --numprocesses 2 --dist loadfile
+	.venv/bin/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 test-slow: .venv/installed
 	XLA_FLAGS=--xla_backend_optimization_level=3 .venv/bin/python -m pytest -m slow --results=tests/slow.json

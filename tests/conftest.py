@@ -47,6 +47,30 @@ def pytest_configure(config):
         prepare.prepare_digits(PREPARED)
 
 
+# Files that take a minute or more, the longest first: none of them then runs alone at the end.
+LONG = (
+    "test_judge.py",
+    "test_defenses.py",
+    "test_gradient.py",
+    "test_models.py",
+    "test_train.py",
+    "test_purifying.py",
+    "test_golden.py",
+    "test_experiments.py",
+    "test_audit.py",
+    "test_ensemble.py",
+    "test_cascade.py",
+    "test_cost_sensitive.py",
+    "test_contrastive.py",
+    "test_distillation.py",
+)
+
+
+def pytest_collection_modifyitems(items):
+    """Long files begin; `--no-loadscope-reorder` keeps the order among several workers."""
+    items.sort(key=lambda item: LONG.index(item.path.name) if item.path.name in LONG else len(LONG))
+
+
 def pytest_addoption(parser):
     parser.addoption("--results", help="write each test's outcome and seconds to this JSON file")
 
