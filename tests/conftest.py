@@ -33,6 +33,7 @@ ROOT = pathlib.Path(__file__).parents[1]
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_compilation_cache_dir", str(ROOT / ".cache" / "xla"))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.02)  # closures compile anew
+gc.set_threshold(100_000, 50, 100)  # tracing makes many objects: collected often, 3 % of the time
 
 
 PREPARED = ROOT / ".cache" / "tfds"

@@ -1,5 +1,7 @@
 """Each check of the audit: a tiny model that trips it, and an honest one that does not."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -24,7 +26,9 @@ LABELS = np.array(jnp.argmax(honest(jnp.asarray(IMAGES)), -1))
 LABELS[::6] = (LABELS[::6] + 1) % 4  # an honest model is wrong sometimes
 
 
+@functools.cache
 def judge(predict, **options):
+    """(report, its checks by name); a model that trips two checks is audited once."""
     report = audit(predict, IMAGES, LABELS, BALL, **{**QUICK, **options})
     return report, {check.name: check for check in report.checks}
 
@@ -149,7 +153,7 @@ def test_a_purifier_is_judged_in_all_tiers():
         return jnp.round(x * 16) / 16
 
     report, found = judge(
-        lambda x: honest(purify(x)), base=honest, purify=purify, sources=[lambda x: honest(x) * 2]
+        lambda x: honest(purify(x)), base=honest, purify=purify, sources=(lambda x: honest(x) * 2,)
     )
     names = set(report.tiers)
     assert {"T1 apgd-t", "T2 bpda pgd", "T3 square", "T3 transfer"} <= names
