@@ -1,19 +1,40 @@
 """What the scripts share: config flags with short names, and errors without a traceback."""
 
+import contextlib
 import os
 import pathlib
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
-import configs
 import jax
 from absl import app, flags, logging
 
-from jaxdefense import registry
-from jaxdefense.train.loop import Diverged, Interrupted
+from jaxdefense import extras, registry
 
-CONFIGS = pathlib.Path(__file__).parent / "configs"
-CACHE = pathlib.Path(__file__).parents[1] / ".cache" / "xla"
+
+@contextlib.contextmanager
+def needed(extra: str) -> Iterator[None]:
+    """Ends the script with one line if an import in the block lacks what an extra brings.
+
+    Args:
+      extra: of `jaxdefense.extras`.
+    """
+    try:
+        with extras.required(extra, "this script"):
+            yield
+    except extras.MissingExtra as error:
+        sys.exit(f"error: {error}")
+
+
+with needed("train"):
+    import configs
+
+    from jaxdefense.train.loop import Diverged, Interrupted
+
+HERE = pathlib.Path(__file__).parent
+CONFIGS = HERE / "configs"
+# Beside the scripts in a checkout; where they are installed, in the current folder.
+CACHE = (HERE.parent if (HERE.parent / "setup.cfg").exists() else pathlib.Path()) / ".cache" / "xla"
 
 
 CONFIG_HELP = (
@@ -86,7 +107,7 @@ def run(main: Callable[[Sequence[str]], None], *, spread: bool = False) -> None:
             logging.set_verbosity(logging.WARNING)  # orbax logs every file that it writes
         try:
             main(argv)
-        except (ValueError, Diverged) as error:
+        except (ValueError, Diverged, extras.MissingExtra) as error:
             sys.exit(f"error: {error}")
         except Interrupted as error:
             print(error, file=sys.stderr)

@@ -18,7 +18,12 @@ preparation: it is made on first use.
 import argparse
 import sys
 
-from jaxdefense.data import prepare
+from jaxdefense import extras
+
+try:
+    from jaxdefense.data import prepare
+except extras.MissingExtra as error:
+    sys.exit(f"error: {error}")
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -14,8 +14,11 @@ import configs
 from absl import flags
 
 from jaxdefense import files, runs
-from jaxdefense.evaluation import plots, protocols, records, report, tables
+from jaxdefense.evaluation import protocols, records, tables
 from jaxdefense.train import train
+
+with cli.needed("plots"):
+    from jaxdefense.evaluation import plots, report
 
 WORKDIR = flags.DEFINE_string("workdir", "runs/quickstart", "Folder of the runs and the report.")
 RECORDS = flags.DEFINE_string("records", None, "Keep the records in this folder too.")

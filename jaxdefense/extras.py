@@ -3,30 +3,49 @@
 import contextlib
 from collections.abc import Iterator
 
+# The modules that each extra of setup.cfg brings.
+MODULES = {
+    "train": {
+        "PIL",
+        "array_record",
+        "flax",
+        "grain",
+        "ml_collections",
+        "orbax",
+        "tensorboardX",
+        "tensorflow_datasets",
+    },
+    "digits": {"sklearn"},
+    "plots": {"matplotlib"},
+}
+
+
+class MissingExtra(ImportError):
+    """A module that an extra brings is not installed."""
+
 
 @contextlib.contextmanager
 def required(extra: str, package: str) -> Iterator[None]:
     """Turns a failing import inside the block into an error that names the extra to install.
 
     Args:
-      extra: of setup.cfg, e.g. "train".
+      extra: one of `MODULES`; a failing import of another module is left as it is.
       package: what the block belongs to, e.g. "jaxdefense.data".
 
     Raises:
-      ImportError: an imported distribution is not installed.
+      MissingExtra: a module of the extra is not installed.
 
     >>> from jaxdefense import extras
-    >>> with extras.required("train", "jaxdefense.data"):
-    ...     import no_such_module
+    >>> with extras.required("plots", "my_plots"):
+    ...     raise ModuleNotFoundError(name="matplotlib")
     Traceback (most recent call last):
-    ImportError: jaxdefense.data needs no_such_module: pip install 'jaxdefense[train]'
+    jaxdefense.extras.MissingExtra: my_plots needs matplotlib: pip install 'jaxdefense[plots]'
     """
     try:
         yield
     except ModuleNotFoundError as error:
         missing = (error.name or "").partition(".")[0]
-        if missing in ("", "jaxdefense"):
+        if missing not in MODULES[extra]:
             raise
-        raise ImportError(
-            f"{package} needs {missing}: pip install 'jaxdefense[{extra}]'"
-        ) from error
+        way = f"pip install 'jaxdefense[{extra}]'"
+        raise MissingExtra(f"{package} needs {missing}: {way}") from error

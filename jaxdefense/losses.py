@@ -30,14 +30,19 @@ def _check_same_shape(message: str, *arrays: Array) -> None:
     chex.assert_equal_shape(arrays, custom_message=message, exception_type=ValueError)
 
 
+def _check_labels(labels: Array, logits: Logits) -> None:
+    _check_same_shape("labels must be (B,), one for each row of logits", labels, logits[:, 0])
+
+
 def _at_labels(logits: Logits, labels: Labels) -> PerExample:
     """Each example's logit of its label, (B,)."""
-    _check_same_shape("labels must be (B,), one for each row of logits", labels, logits[:, 0])
+    _check_labels(labels, logits)
     return jnp.take_along_axis(logits, labels[:, None], axis=-1)[:, 0]
 
 
 def _runner_up(logits: Logits, labels: Labels) -> PerExample:
     """The largest logit of the other classes, (B,)."""
+    _check_labels(labels, logits)
     own = jax.nn.one_hot(labels, logits.shape[-1], dtype=bool)
     return jnp.max(jnp.where(own, -jnp.inf, logits), -1)
 
@@ -76,7 +81,7 @@ def cross_entropy(logits: Logits, targets: Array) -> PerExample:
     """
     logits = _checked_float32(logits)
     if targets.ndim == 1:
-        _check_same_shape("labels must be (B,), one for each row of logits", targets, logits[:, 0])
+        _check_labels(targets, logits)
         return optax.softmax_cross_entropy_with_integer_labels(logits, targets)
     _check_same_shape("soft targets must be (B, K) as the logits", targets, logits)
     return optax.softmax_cross_entropy(logits, targets)
@@ -102,6 +107,7 @@ def log_odds(logits: Logits, labels: Labels) -> PerExample:
     Array([  -2., -100.], dtype=float32)
     """
     logits = _checked_float32(logits)
+    _check_labels(labels, logits)
     own = jax.nn.one_hot(labels, logits.shape[-1], dtype=bool)
     others = jax.nn.logsumexp(jnp.where(own, -jnp.inf, logits), -1)
     return others - _at_labels(logits, labels)
@@ -420,7 +426,9 @@ def expected_cost(logits: Logits, labels: Labels, cost: Array) -> PerExample:
     >>> losses.expected_cost(jnp.array([[0.0, 0.0]]), jnp.array([0]), cost)
     Array([5.], dtype=float32)
     """
-    return jnp.sum(jax.nn.softmax(_checked_float32(logits)) * jnp.take(cost, labels, 1).T, -1)
+    logits = _checked_float32(logits)
+    _check_labels(labels, logits)
+    return jnp.sum(jax.nn.softmax(logits) * jnp.take(cost, labels, 1).T, -1)
 
 
 def margin_cost(logits: Logits, labels: Labels, cost: Array) -> PerExample:
@@ -441,6 +449,7 @@ def margin_cost(logits: Logits, labels: Labels, cost: Array) -> PerExample:
     Array([2.39...], dtype=float32)
     """
     logits = _checked_float32(logits)
+    _check_labels(labels, logits)
     own = jax.nn.one_hot(labels, logits.shape[-1], dtype=bool)
     weights = jnp.where(own, 1.0, cost[labels])
     return jax.nn.logsumexp(logits, -1, b=weights) - _at_labels(logits, labels)

@@ -1,12 +1,15 @@
 """What the plain install can do, and what it says where an extra is missing."""
 
 import importlib.metadata
+import pathlib
 import subprocess
 import sys
 
 import pytest
 
 from jaxdefense.evaluation import records
+
+ROOT = pathlib.Path(__file__).parents[1]
 
 # What the extras bring, made impossible to import.
 WITHOUT = """
@@ -43,6 +46,8 @@ x = np.random.default_rng(0).uniform(size=(8, 6, 6, 1)).astype(np.float32)
 y = np.asarray(predict(jnp.asarray(x)).argmax(-1))
 verdict = evaluation.autoattack(predict, x, y, ball, attacks=("apgd-ce",))
 assert verdict.clean.all()
+report = evaluation.audit(predict, x, y, ball, steps=2, restarts=1, stages=(), queries=5)
+assert report.tiers
 bits = {"clean": verdict.clean}
 results = {"classifier": evaluation.summarize(bits, y, 4)}
 record = records.make("mine", {}, results, seed=0, seconds=0.0)
@@ -92,5 +97,15 @@ def test_attacks_losses_and_verdicts_need_no_extra():
 def test_a_missing_extra_is_named(program, said):
     last = python(program).stderr.strip().splitlines()[-1]
     before, _, after = said.partition("{}")
-    assert last.startswith(f"ImportError: {before}"), last
+    assert last.startswith(f"jaxdefense.extras.MissingExtra: {before}"), last
     assert after in last
+
+
+def test_a_script_says_it_in_one_line():
+    for name in ("train.py", "tables.py", "quickstart.py", "papers/claf_literal.py"):
+        path = str(ROOT / "experiments" / name)
+        program = f"import runpy; sys.path.insert(0, {str(ROOT / 'experiments')!r});"
+        found = python(f"{program} sys.argv = [{path!r}]; runpy.run_path({path!r}, run_name='x')")
+        assert found.returncode == 1
+        assert found.stderr.startswith("error: this script needs "), found.stderr
+        assert found.stderr.count("\n") == 1

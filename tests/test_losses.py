@@ -129,6 +129,13 @@ def test_too_few_classes_and_bad_shapes():
         losses.margin(LOGITS, LABELS[:, None])
     with pytest.raises(ValueError, match="labels must be"):
         losses.cross_entropy(LOGITS, LABELS[:1])
+    cost = jnp.ones((LOGITS.shape[1],) * 2)
+    for loss in (losses.margin, losses.log_odds, losses.dlr, losses.probability_margin):
+        with pytest.raises(ValueError, match="labels must be"):
+            loss(LOGITS, LABELS[:1])
+    for loss in (losses.expected_cost, losses.margin_cost):
+        with pytest.raises(ValueError, match="labels must be"):
+            loss(LOGITS, LABELS[:1], cost)
     with pytest.raises(ValueError, match="soft targets must be"):
         losses.cross_entropy(LOGITS, LOGITS[:, :1])
     for loss in (losses.kl, losses.distillation):

@@ -46,12 +46,20 @@ def test_a_run_without_a_name_is_called_by_its_defence_and_data(tfds_dir):
 
 
 @pytest.mark.parametrize(
-    "train_option", [{"optimizer": {"name": "adamm", "lr": 0.1}}, {"augment": "crops"}]
+    "train_option",
+    [
+        {"optimizer": {"name": "adamm", "lr": 0.1}},
+        {"augment": "crops"},
+        {"validate_every": "often"},
+        {"checkpoint_every": "-1e"},
+        {"steps_per_dispatch": "many"},
+        {"steps_per_dispatch": 0},
+    ],
 )
 def test_a_config_that_cannot_be_trained_claims_no_workdir(tfds_dir, tmp_path, train_option):
     right = config(tfds_dir)
     wrong = {**right, "train": {**right["train"], **train_option}}
-    with pytest.raises(ValueError, match="nearest"):
+    with pytest.raises(ValueError):  # noqa: PT011
         train.train(wrong, tmp_path / "run", progress=False)
     assert not (tmp_path / "run" / "config.json").exists()
     train.train(right, tmp_path / "run", progress=False)

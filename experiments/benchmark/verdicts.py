@@ -36,7 +36,7 @@ class Problem(NamedTuple):
     @property
     def text(self):
         """ "pgd_at-mnist, linf 0.3, 1000 images"."""
-        name, ball = self.run.config["name"], self.ball
+        name, ball = self.run.name, self.ball
         return f"{name}, {ball.norm} {ball.eps:.3g}, {len(self.arrays)} images"
 
 

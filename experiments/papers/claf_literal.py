@@ -20,7 +20,6 @@ import time
 import jax
 import numpy as np
 from absl import flags
-from matplotlib.figure import Figure
 
 sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))  # the scripts' folder
 
@@ -32,6 +31,9 @@ from jaxdefense.data import prepare
 from jaxdefense.defenses import claf
 from jaxdefense.evaluation import records
 from jaxdefense.evaluation.evaluator import Evaluator, Examples, attack_keys, summarize
+
+with cli.needed("plots"):
+    from matplotlib.figure import Figure
 
 FOLDER = pathlib.Path(__file__).parents[1] / "records" / "claf_literal"
 

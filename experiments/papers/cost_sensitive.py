@@ -187,7 +187,7 @@ def main(argv):
         examples=EXAMPLES.value,
         progress=PROGRESS.value,
     )
-    name = run.config["name"]
+    name = run.name
     record = records.make(
         f"{name} (the paper's protocol)",
         run.config,

@@ -78,7 +78,7 @@ class Audit:
     worst: np.ndarray
     checks: tuple[Check, ...]
     curve: tuple[tuple[float, float], ...]
-    x_adv: np.ndarray
+    x_adv: np.ndarray = dataclasses.field(repr=False)
 
     @property
     def passed(self) -> bool:
@@ -177,6 +177,7 @@ def audit(
     """
     if purify is not None and base is None:
         raise ValueError("purify needs base: the classifier behind the purifier")
+    inputs.check_count("samples", samples)
     if random is not None:
         predict = attacks.eot(random, jax.random.key(seed), samples=samples)
     judge = Evaluator(lambda _, x: predict(x), threat, batch_size=batch_size)

@@ -27,6 +27,7 @@ import tensorboardX
 from tqdm import tqdm
 
 from jaxdefense import data, files
+from jaxdefense.attacks import checks
 from jaxdefense.defenses import base
 from jaxdefense.defenses.base import Metrics
 from jaxdefense.evaluation.evaluator import Evaluator
@@ -136,6 +137,9 @@ class Trainer:
             per_epoch=self.per_epoch,
         )
         self.total = self.segments[-1].end
+        checks.check_count("train.steps_per_dispatch", options["steps_per_dispatch"])
+        for name in ("validate_every", "checkpoint_every"):
+            self.interval(name)  # refuses what is no length
         self.example_image = data.to_float(arrays.images[:1])
         self.held_out = run.arrays("validation")
         self.augment = data.make_augment(options["augment"], arrays.name)
@@ -459,7 +463,9 @@ def _check_config(config: Mapping[str, Any], path: pathlib.Path) -> None:
         return
     before, now = json.loads(path.read_text()), json.loads(json.dumps(config))
     if before != now:
-        changed = [name for name in {**before, **now} if before.get(name) != now.get(name)]
+        changed = [
+            k for k in {**before, **now} if (k in before) != (k in now) or before[k] != now[k]
+        ]
         raise ValueError(
             f"{path.parent} holds a run of another config (it differs in {sorted(changed)}); "
             f"choose another workdir, or remove it"
@@ -491,11 +497,11 @@ def train(
     path = workdir / "config.json"
     _check_config(config, path)
     trainer = Trainer(run, workdir)  # refuses what it cannot train, before the workdir is claimed
-    if not path.exists():
-        files.write_text(path, json.dumps(config, indent=1, sort_keys=True) + "\n")
-    if jax.process_index() == 0:
-        sources.copy_sources(run.sources, workdir)
     try:
+        if not path.exists():
+            files.write_text(path, json.dumps(config, indent=1, sort_keys=True) + "\n")
+        if jax.process_index() == 0:
+            sources.copy_sources(run.sources, workdir)
         return trainer.run_to_end(progress=progress)
     finally:
         for store in trainer.stores.values():
