@@ -244,7 +244,7 @@ def count_classes(predict: Any, images: HostArray, *, keyed: bool = False) -> in
     Raises:
       ValueError: predict does not return (B, K), or changes its own state while it is traced.
     """
-    image = jax.ShapeDtypeStruct(images.shape, images.dtype)
+    image = jax.ShapeDtypeStruct(images.shape, jax.dtypes.canonicalize_dtype(images.dtype))
     first = (jax.eval_shape(lambda: jax.random.key(0)),) if keyed else ()
     try:
         logits = jax.eval_shape(lambda *arguments: predict(*arguments), *first, image)
