@@ -3,7 +3,7 @@
 import contextlib
 from collections.abc import Iterator
 
-# The modules that each extra of setup.cfg brings.
+# The modules of the extras that packages need; `data.prepare` says itself when digits' is missing.
 MODULES = {
     "train": {
         "PIL",
@@ -15,7 +15,6 @@ MODULES = {
         "tensorboardX",
         "tensorflow_datasets",
     },
-    "digits": {"sklearn"},
     "plots": {"matplotlib"},
 }
 

@@ -17,11 +17,13 @@ from jaxdefense import registry
 from jaxdefense.types import Array, Labels, Logits, LossFn, PerExample
 
 
-def _checked_float32(logits: Logits) -> Logits:
-    """The logits in float32 or wider; raises unless they are floating and (B, K)."""
+def _checked_float32(logits: Logits, labels: Labels | None = None) -> Logits:
+    """The logits in float32 or wider; raises unless they are floating and (B, K), labels (B,)."""
     if not jnp.issubdtype(logits.dtype, jnp.floating):
         raise ValueError(f"logits must be floating, got {logits.dtype}")
     chex.assert_rank(logits, 2, custom_message="logits must be (B, K)", exception_type=ValueError)
+    if labels is not None:
+        _check_labels(labels, logits)
     return logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
 
 
@@ -42,7 +44,6 @@ def _at_labels(logits: Logits, labels: Labels) -> PerExample:
 
 def _runner_up(logits: Logits, labels: Labels) -> PerExample:
     """The largest logit of the other classes, (B,)."""
-    _check_labels(labels, logits)
     own = jax.nn.one_hot(labels, logits.shape[-1], dtype=bool)
     return jnp.max(jnp.where(own, -jnp.inf, logits), -1)
 
@@ -106,8 +107,7 @@ def log_odds(logits: Logits, labels: Labels) -> PerExample:
     >>> losses.log_odds(jnp.array([[2.0, 0.0], [0.0, 100.0]]), jnp.array([0, 1]))
     Array([  -2., -100.], dtype=float32)
     """
-    logits = _checked_float32(logits)
-    _check_labels(labels, logits)
+    logits = _checked_float32(logits, labels)
     own = jax.nn.one_hot(labels, logits.shape[-1], dtype=bool)
     others = jax.nn.logsumexp(jnp.where(own, -jnp.inf, logits), -1)
     return others - _at_labels(logits, labels)
@@ -194,7 +194,7 @@ def margin(logits: Logits, labels: Labels) -> PerExample:
     >>> losses.margin(jnp.array([[2.0, 0.5, 0.0]]), jnp.array([0]))
     Array([-1.5], dtype=float32)
     """
-    logits = _checked_float32(logits)
+    logits = _checked_float32(logits, labels)
     return _runner_up(logits, labels) - _at_labels(logits, labels)
 
 
@@ -426,8 +426,7 @@ def expected_cost(logits: Logits, labels: Labels, cost: Array) -> PerExample:
     >>> losses.expected_cost(jnp.array([[0.0, 0.0]]), jnp.array([0]), cost)
     Array([5.], dtype=float32)
     """
-    logits = _checked_float32(logits)
-    _check_labels(labels, logits)
+    logits = _checked_float32(logits, labels)
     return jnp.sum(jax.nn.softmax(logits) * jnp.take(cost, labels, 1).T, -1)
 
 
@@ -448,8 +447,7 @@ def margin_cost(logits: Logits, labels: Labels, cost: Array) -> PerExample:
     >>> losses.margin_cost(jnp.array([[0.0, 0.0]]), jnp.array([0]), cost)
     Array([2.39...], dtype=float32)
     """
-    logits = _checked_float32(logits)
-    _check_labels(labels, logits)
+    logits = _checked_float32(logits, labels)
     own = jax.nn.one_hot(labels, logits.shape[-1], dtype=bool)
     weights = jnp.where(own, 1.0, cost[labels])
     return jax.nn.logsumexp(logits, -1, b=weights) - _at_labels(logits, labels)

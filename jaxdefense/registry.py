@@ -26,6 +26,23 @@ def raise_unknown(kind: str, name: object, known: Iterable[str]) -> NoReturn:
     raise ValueError(f"unknown {kind} {name!r}; {hint}known: {', '.join(known)}")
 
 
+def check_known(kind: str, names: Iterable[object], known: Iterable[str]) -> None:
+    """All names are known.
+
+    Args:
+      kind: what is named, "option of dataset" say.
+      names: what was asked for.
+      known: the names that there are.
+
+    Raises:
+      ValueError: as `raise_unknown`, for the first unknown name.
+    """
+    known = list(known)
+    for name in names:
+        if name not in known:
+            raise_unknown(kind, name, known)
+
+
 def names(package: ModuleType, *, needs: str = "make") -> list[str]:
     """The names of the files of `package` that define a function, sorted; nothing is imported.
 
@@ -52,7 +69,5 @@ def load(package: ModuleType, name: str, kind: str, *, needs: str = "make") -> M
     Raises:
       ValueError: `name` is not one of the package's files that define `needs`.
     """
-    known = names(package, needs=needs)
-    if name not in known:
-        raise_unknown(kind, name, known)
+    check_known(kind, [name], names(package, needs=needs))
     return importlib.import_module(f"{package.__name__}.{name}")

@@ -102,9 +102,8 @@ SUITES = {
 
 def main(argv):
     rows, began = [], time.monotonic()
+    registry.check_known("suite", argv[1:], SUITES)
     for name in argv[1:] or SUITES:
-        if name not in SUITES:
-            registry.raise_unknown("suite", name, SUITES)
         print(f"{name}: {SUITES[name].__doc__}", flush=True)
         for row in SUITES[name]():
             rows.append(row)

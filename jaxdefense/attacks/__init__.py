@@ -112,9 +112,7 @@ def make(name: str, threat: Threat, **options: Any) -> Method:
         registry.raise_unknown("attack", name, _FACTORIES)
     factory = _FACTORIES[name]
     known = list(inspect.signature(factory).parameters)[1:]
-    for option in options:
-        if option not in known:
-            registry.raise_unknown(f"option of attack {name}", option, known)
+    registry.check_known(f"option of attack {name}", options, known)
     return factory(threat, **options)
 
 

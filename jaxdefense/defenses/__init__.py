@@ -49,9 +49,7 @@ def make(
     """
     factory = registry.load(sys.modules[__name__], name, "defense").make
     known = list(inspect.signature(factory).parameters)[2:]
-    for option in options:
-        if option not in known:
-            registry.raise_unknown(f"option of defense {name}", option, [*known, "transforms"])
+    registry.check_known(f"option of defense {name}", options, [*known, "transforms"])
     defense = factory(model, threat, **options)
     chosen = sorted((transforms or {}).items(), key=lambda item: (item[0] == "stacked", item[0]))
     for transform, arguments in chosen:

@@ -145,9 +145,7 @@ class System:
             first = standard.make(self.classifier.module, threat).phases[0]
             phases = [dataclasses.replace(first, name="classifier"), *phases]
         lengths = dict(lengths or {})
-        for name in lengths:
-            if name not in [phase.name for phase in phases]:
-                registry.raise_unknown("phase in lengths", name, [phase.name for phase in phases])
+        registry.check_known("phase in lengths", lengths, [phase.name for phase in phases])
         phases = [dataclasses.replace(p, length=lengths.get(p.name)) for p in phases]
 
         def init(key: Key, images: Images) -> tuple[base.Params, base.Carry]:
@@ -233,9 +231,7 @@ def mixture_craft(
         ),
         "clean": lambda predict, key, x, y: x,
     }
-    for kind in kinds:
-        if kind not in made:
-            registry.raise_unknown("attack", kind, made)
+    registry.check_known("attack", kinds, made)
 
     def craft(params: base.Params, carry: base.Carry, batch: base.Batch, key: Key) -> base.Batch:
         predict = target(params, carry)

@@ -408,9 +408,7 @@ def _with_two_bn_sets(model: nn.Module) -> nn.Module:
 
 def _stage_lengths(stages: Mapping[str, Any], screen: str) -> dict[str, Any]:
     """The stages' lengths in their order, which a config's JSON does not keep."""
-    for stage in stages:
-        if stage not in STAGES:
-            registry.raise_unknown("stage of gssl", stage, STAGES)
+    registry.check_known("stage of gssl", stages, STAGES)
     chosen = {stage: stages[stage] for stage in STAGES if stage in stages}
     trains_generator = {"self_supervised", "joint"} & set(chosen)
     if screen == "none" and trains_generator:

@@ -84,9 +84,7 @@ def make(
     )
     if not reach > 0:
         raise ValueError(f"reach must be positive, got {reach}")
-    for name in phases:
-        if name not in PHASES:
-            registry.raise_unknown("phase", name, PHASES)
+    registry.check_known("phase", phases, PHASES)
     if list(phases) not in ([*PHASES], [PHASES[0]], [PHASES[1]]):
         raise ValueError(f"phases must be {' then '.join(PHASES)}, or one of them, got {phases}")
     eps_d, (low, high) = reach * threat.eps, threat.bounds

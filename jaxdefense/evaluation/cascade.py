@@ -55,9 +55,7 @@ def stages(
     """
     available = ensemble.stages(threat, version, num_classes, layout=layout, samples=samples)
     known = [stage.name for stage in available]
-    for name in attacks or ():
-        if name not in known:
-            registry.raise_unknown(f"stage of {version}", name, known)
+    registry.check_known(f"stage of {version}", attacks or (), known)
     return [stage for stage in available if attacks is None or stage.name in attacks]
 
 

@@ -159,7 +159,7 @@ def autoattack(
 def _judged(run: Run, variables: PyTree, arrays: data.Arrays) -> dict[str, Any]:
     """{predictor: (variables, examples)}: what AutoAttack judges, all by the deployed predictor.
 
-    Several predictors with a class each are the members of a stack, in order. A member's slice of
+    Predictors with a class each are the members of a stack, in order. A member's slice of
     the variables takes the first place there, so that each attack is compiled once for all.
     """
     classes = run.defense.judged
@@ -170,8 +170,7 @@ def _judged(run: Run, variables: PyTree, arrays: data.Arrays) -> dict[str, Any]:
         own = arrays.take(arrays.labels == label)
         if len(own):
             member = operator.itemgetter(slice(i, i + 1))
-            weights = jax.tree.map(member, variables) if len(classes) > 1 else variables
-            judged[name] = (weights, own)
+            judged[name] = (jax.tree.map(member, variables), own)
     return judged
 
 
@@ -208,9 +207,7 @@ def audit(
       ValueError: an unknown option, or see `audit.audit`.
     """
     options = dict(run.config["evaluation"].get("audit", {}))
-    for option in options:
-        if option not in _AUDIT_OPTIONS:
-            registry.raise_unknown("option of evaluation.audit", option, _AUDIT_OPTIONS)
+    registry.check_known("option of evaluation.audit", options, _AUDIT_OPTIONS)
     measurement = _Measurement.begin(run, examples)
     arrays = measurement.arrays
     images, labels = data.to_float(arrays.images), arrays.labels

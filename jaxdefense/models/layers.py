@@ -52,9 +52,7 @@ def build_generator(cls: type[Module], channels: int, kwargs: Mapping[str, Any])
 def _construct(cls: type[Module], first: Mapping[str, int], kwargs: Mapping[str, Any]) -> Module:
     inherited = (*first, "parent", "name")
     allowed = [f.name for f in dataclasses.fields(cls) if f.name not in inherited]
-    for field in kwargs:
-        if field not in allowed:
-            registry.raise_unknown(f"argument of {cls.__name__}", field, allowed)
+    registry.check_known(f"argument of {cls.__name__}", kwargs, allowed)
     # A config's lists become tuples: a module that is a static argument of `jit` must be hashable.
     kwargs = {key: tuple(v) if isinstance(v, list) else v for key, v in kwargs.items()}
     if "dtype" in kwargs:

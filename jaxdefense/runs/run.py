@@ -139,9 +139,7 @@ def _section(config: Mapping[str, Any], name: str, where: str = "") -> dict[str,
 
 def _make_threat(options: Mapping[str, Any]) -> Threat:
     known = inspect.signature(threat.make).parameters
-    for name in options:
-        if name not in known:
-            registry.raise_unknown("option of threat", name, known)
+    registry.check_known("option of threat", options, known)
     for name, parameter in known.items():
         if parameter.default is parameter.empty and name not in options:
             raise ValueError(f"the config's threat needs {name!r}, got {dict(options)}")
@@ -152,9 +150,7 @@ def _load_split(dataset: Mapping[str, Any], split: str) -> data.Arrays:
     options = dict(dataset)
     limit = options.pop("limit", None)
     known = [p for p in inspect.signature(data.load).parameters if p != "split"]
-    for option in options:
-        if option not in known:
-            registry.raise_unknown("option of dataset", option, [*known, "limit"])
+    registry.check_known("option of dataset", options, [*known, "limit"])
     return data.load(options.pop("name", None), split, **options).take(slice(limit))
 
 
@@ -230,9 +226,7 @@ def build(config: Mapping[str, Any], *, workdir: pathlib.Path | None = None) -> 
     >>> run.threat, list(run.defense.predictors), run.train["batch_size"]
     (Linf(eps=0.1, bounds=(0.0, 1.0)), ['classifier'], 128)
     """
-    for name in config:
-        if name not in _SECTIONS:
-            registry.raise_unknown("config section", name, _SECTIONS)
+    registry.check_known("config section", config, _SECTIONS)
     seed = config.get("seed", 0)
     if not isinstance(seed, int) or seed < 0:
         raise ValueError(f"seed must be an integer >= 0, got {seed!r}")
@@ -243,9 +237,7 @@ def build(config: Mapping[str, Any], *, workdir: pathlib.Path | None = None) -> 
     defense = _section(config, "defense")
     train = _train_options(config)
     evaluation = _section(config, "evaluation")
-    for name in evaluation:
-        if name not in _EVALUATION:
-            registry.raise_unknown("evaluation option", name, _EVALUATION)
+    registry.check_known("evaluation option", evaluation, _EVALUATION)
     named_attacks = _make_attacks(_section(evaluation, "attacks", "evaluation."), ball)
     validation = _make_attacks({"validation": _section(config, "validation")}, ball)["validation"]
     named_runs = {}
@@ -270,9 +262,7 @@ def build(config: Mapping[str, Any], *, workdir: pathlib.Path | None = None) -> 
 def _train_options(config: Mapping[str, Any]) -> dict[str, Any]:
     """The section "train", checked, with its defaults."""
     options = {**TRAIN_DEFAULTS, **_section(config, "train")}
-    for name in options:
-        if name not in TRAIN_DEFAULTS:
-            registry.raise_unknown("train option", name, TRAIN_DEFAULTS)
+    registry.check_known("train option", options, TRAIN_DEFAULTS)
     if options["select"] not in ("robust", "clean"):
         registry.raise_unknown("train.select", options["select"], ("robust", "clean"))
     if not isinstance(options["optimizer"], Mapping):

@@ -74,9 +74,7 @@ def locate_source(option: str, spec: Mapping[str, Any], workdir: pathlib.Path | 
     Raises:
       ValueError: an unknown key or kind of checkpoint.
     """
-    for name in spec:
-        if name not in ("workdir", "checkpoint"):
-            registry.raise_unknown(f"key of defense.{option}", name, ("workdir", "checkpoint"))
+    registry.check_known(f"key of defense.{option}", spec, ("workdir", "checkpoint"))
     kind = spec.get("checkpoint", "best")
     if kind not in ("best", "last"):
         registry.raise_unknown(f"defense.{option}.checkpoint", kind, ("best", "last"))

@@ -123,9 +123,7 @@ def _call(kind: str, table: Mapping[str, Callable], spec: Mapping[str, Any], *in
     if name not in table:
         registry.raise_unknown(kind, name, table)
     known = [p.name for p in inspect.signature(table[name]).parameters.values()][len(inputs) :]
-    for option in options:
-        if option not in known:
-            registry.raise_unknown(f"option of {kind} {name}", option, known)
+    registry.check_known(f"option of {kind} {name}", options, known)
     return table[name](*inputs, **options)
 
 
