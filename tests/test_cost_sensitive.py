@@ -481,14 +481,16 @@ def test_autoattack_judges_each_member_on_its_own_class(tmp_path, tfds_dir, monk
     assert set(metric_i.means(record)) == {"clean", "aa-fast", "autoattack"}
 
 
-def test_one_predictor_with_a_class_is_judged_whole():
+def test_the_member_of_a_stack_of_one_is_judged_on_its_class():
     def take(rows):
         return LABELS[rows]
 
     arrays = types.SimpleNamespace(labels=LABELS, take=take)
-    run = types.SimpleNamespace(defense=types.SimpleNamespace(judged={"classifier": 3}))
-    ((name, (weights, own)),) = protocols._judged(run, IMAGES, arrays).items()
-    assert (name, weights is IMAGES, list(own)) == ("classifier", True, [3, 3])
+    run = types.SimpleNamespace(defense=types.SimpleNamespace(judged={"protect0": 3}))
+    stack = IMAGES[None]
+    ((name, (weights, own)),) = protocols._judged(run, stack, arrays).items()
+    np.testing.assert_array_equal(weights, stack)
+    assert (name, list(own)) == ("protect0", [3, 3])
 
 
 def test_each_member_is_judged_by_its_own_loss():
