@@ -12,10 +12,12 @@ MODULES = {
         "grain",
         "ml_collections",
         "orbax",
+        "rich",
+        "safetensors",
         "tensorboardX",
         "tensorflow_datasets",
     },
-    "plots": {"matplotlib"},
+    "plots": {"altair", "itables", "jinja2", "matplotlib", "vl_convert"},
 }
 
 
