@@ -321,8 +321,8 @@ def test_a_trained_run_is_audited_by_the_script(tmp_path, tfds_dir):
     result = subprocess.run(command, capture_output=True, text=True, env=env, timeout=600)
     assert result.returncode == 0, result.stderr
     assert "| T0 oblivious pgd (not white-box) |" in result.stdout
-    assert records.load(tmp_path / "audit.json")["training"]["step"] == 6
-    assert "not white-box" in (tmp_path / "audit.html").read_text()
+    assert records.load(tmp_path / "audit-64.json")["training"]["step"] == 6
+    assert "not white-box" in (tmp_path / "audit-64.html").read_text()
 
 
 def test_audit_writes_record_and_page(tmp_path):
