@@ -5,8 +5,11 @@
      "training": {...}, "reported": {...}, "versions": {...}, "device": {...},
      "git": "...", "date": "...", "seconds": ...}
 
-Two optional keys describe the measurement: "attacks": {attack: how it was built}, and "threat":
-{"norm", "eps", "note"} where the attacks were allowed something else than the config's threat.
+Optional keys describe the measurement: "attacks": {attack: how it was built}, "threat": {"norm",
+"eps", "note"} where the attacks were allowed something else than the config's threat, "parameters":
+{predictor: how many numbers it computes with, without BatchNorm's statistics}, "command": [lines
+that train and evaluate it], and "examples": a few images that the hardest attack fooled. "training"
+may hold "validation": [[epoch, clean, robust]], percent.
 Bits are one per example in the order of the test set, base64 of NumPy's packbits.
 """
 
