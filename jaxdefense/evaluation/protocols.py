@@ -19,7 +19,7 @@ from jaxdefense.evaluation.audit import audit as judge
 from jaxdefense.evaluation.crafting import Apply
 from jaxdefense.evaluation.evaluator import Evaluator, Examples, summarize
 from jaxdefense.runs.run import Run
-from jaxdefense.types import Images, Predict, PyTree
+from jaxdefense.types import HostArray, Images, Predict, PyTree
 
 _SHOWN = 6  # examples in a gallery
 
@@ -66,7 +66,7 @@ class _Measurement:
 _STATISTICS = ("mean", "var")
 
 
-def count_parameters(apply: Apply, variables: PyTree, images: Images) -> int:
+def count_parameters(apply: Apply, variables: PyTree, images: HostArray) -> int:
     """How many numbers a predictor computes with, without BatchNorm's running statistics.
 
     Counted in its program: networks that it does not use (a teacher, a discriminator, a
@@ -118,7 +118,8 @@ def configured(
     measurement = _Measurement.begin(run, variables, examples)
     arrays = measurement.arrays
     images = data.to_float(arrays.images)
-    results, more = {}, {}
+    results: dict[str, Any] = {}
+    more: dict[str, Any] = {}
     for predictor in run.defense.predictors:
         evaluator = measurement.evaluator(predictor)
         bits = evaluator.bits(

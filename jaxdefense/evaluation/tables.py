@@ -74,13 +74,6 @@ def _conditions(same: Sequence[Record], predictor: str) -> list[str]:
     return [format_threat(same[0]), format_count(results)]
 
 
-def format_conditions(records: Sequence[Record]) -> str:
-    """The threats and numbers of images of all records, for a figure's title: "L∞ 0.15, n 500"."""
-    threats = ", ".join(dict.fromkeys(map(format_threat, records)))
-    attacked = (found for record in records for found in record["results"].values())
-    return f"{threats}, n {format_count(r for found in attacked for r in found.values())}"
-
-
 def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
     """Nested plain values as {dotted key: value}, without the paths of other runs."""
     if isinstance(value, list | tuple):

@@ -34,7 +34,7 @@ _SHOWN = 3  # columns of attacks that are visible at first
 
 @functools.cache
 def _vega() -> str:
-    return _inline(vl_convert.javascript_bundle())
+    return _inline(vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;"))
 
 
 @functools.cache
@@ -76,7 +76,8 @@ class _Page:
             return None
         name = f"chart{len(self.charts)}"
         self.charts[name] = _finite(chart.spec)
-        return {"id": name, "caption": chart.caption, "words": chart.spec["description"]}
+        words = chart.spec["description"]
+        return {"id": name, "caption": chart.caption, "words": words, "shape": chart.shape}
 
     def gallery(self, row: Row) -> images.Gallery | str:
         """A row's gallery, or why there is none."""
@@ -191,15 +192,21 @@ def _warnings(found: Sequence[Row]) -> list[str]:
     return told
 
 
-def _attack_columns(found: Sequence[Row]) -> list[str]:
-    """The attacks with a column of their own, the most common first."""
+def _attack_columns(found: Sequence[Row]) -> tuple[list[str], list[str]]:
+    """The attacks with a column of their own, the most common first, and those hidden at first.
+
+    Hidden are all but `_SHOWN`, and what fewer than a fifth of the systems have met.
+    """
     own = ("clean", AA_FAST, AUTOATTACK, AUDIT)
     counts: dict[str, int] = {}
     for row in found:
         for column in [*row.numbers, *row.only_reported]:
             if column not in own:
                 counts[column] = counts.get(column, 0) + row.main
-    return sorted(counts, key=lambda column: -counts[column])
+    columns = sorted(counts, key=lambda column: -counts[column])
+    few = sum(row.main for row in found) / 5
+    hidden = [column for i, column in enumerate(columns) if i >= _SHOWN or counts[column] < few]
+    return columns, hidden
 
 
 def leaderboard(
@@ -248,7 +255,7 @@ def leaderboard(
         if figures:
             name = f"{dataset}, {threat}: {systems} system{'s' * (systems != 1)}"
             sections.append({"name": name, "figures": figures})
-    columns = _attack_columns(found)
+    columns, hidden = _attack_columns(found)
     return page.render(
         "leaderboard.html",
         title=title,
@@ -256,7 +263,7 @@ def leaderboard(
         warnings=_warnings(found),
         details=[page.details(row) for row in ordered],
         columns=columns,
-        hidden=columns[_SHOWN:],
+        hidden=hidden,
         sections=sections,
         waiting=list(waiting),
         failed=dict(failed or {}),
@@ -275,8 +282,9 @@ def _verdict(row: Row) -> str:
     failed, checks = row.failed_checks, (row.audit or {})["checks"]
     if not failed:
         return f"No check of {len(checks)} failed."
-    why = "; ".join(f"{check['name']}: no ({check['evidence']})" for check in failed)
-    return f"{len(failed)} of {len(checks)} checks failed: the number is not to be trusted. {why}."
+    why = "; ".join(f"“{check['name']}” ({check['evidence']})" for check in failed)
+    told = f"{len(failed)} of {len(checks)} checks failed"
+    return f"{told}: the number is not to be trusted, because this does not hold: {why}."
 
 
 def audit_page(record: Record) -> str:

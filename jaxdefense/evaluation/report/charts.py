@@ -36,10 +36,12 @@ class Chart(NamedTuple):
     Attributes:
       spec: of Vega-Lite; the page's script sets its width.
       caption: what it shows, and what it does not.
+      shape: "tall" or "wide" where it takes two places of the page's grid.
     """
 
     spec: dict[str, Any]
     caption: str
+    shape: str = ""
 
 
 _DATA = alt.NamedData("rows")  # what a specification is filled with
@@ -173,7 +175,7 @@ def classes(rows: Sequence[Row]) -> Chart | None:
     Args:
       rows: of one data set.
     """
-    values = [
+    values: list[dict[str, Any]] = [
         {"system": row.label, "class": k, "accuracy": round(v, 1), "attack": row.hardest}
         for row in rows
         if row.main
@@ -191,7 +193,8 @@ def classes(rows: Sequence[Row]) -> Chart | None:
         f"Heat map of {systems} systems by class. The lowest is {lowest['accuracy']} % for class "
         f"{lowest['class']} of {lowest['system']}."
     )
-    return _filled({**_classes(), "height": 17 * systems}, values, caption, words)
+    spec = {**_classes(), "height": 17 * systems}
+    return _filled(spec, values, caption, words)._replace(shape="tall")
 
 
 @functools.cache
@@ -267,7 +270,8 @@ def training(rows: Sequence[Row]) -> Chart | None:
         "attack. The x axes differ."
     )
     words = f"Training curves of {len(told)} runs. {'; '.join(told)}."
-    return _filled(_training(), values, caption, words)
+    chart = _filled(_training(), values, caption, words)
+    return chart._replace(shape="wide") if len(told) > 1 else chart
 
 
 def _panels(layers: Any, field: str, height: int) -> dict[str, Any]:
@@ -287,7 +291,7 @@ def _row_classes(kinds: tuple[str, ...]) -> dict[str, Any]:
         color=look["color"],
         tooltip=["kind:N", "class:O", "accuracy:Q"],
     )
-    lines = base.mark_line(opacity=0.5).encode(strokeDash=look["strokeDash"])
+    lines = base.mark_line(opacity=0.8).encode(strokeDash=look["strokeDash"])
     points = base.mark_point(filled=True, size=60).encode(shape=look["shape"])
     return alt.layer(lines, points, data=_DATA).properties(width="container", height=200).to_dict()
 

@@ -70,7 +70,11 @@ if (table) {
   const data = jQuery(table).DataTable({
     paging: false,
     order: [],
-    columnDefs: [{ orderable: false, searchable: false, targets: 0 }],
+    columnDefs: [
+      { orderable: false, searchable: false, targets: 0 },
+      // On a telephone the accuracies come first; a row's details say data set and threat.
+      { visible: innerWidth > 600, targets: [2, 3] },
+    ],
     layout: {
       topStart: { buttons: [{ extend: "colvis", text: "Columns", columns: ":gt(1)" }] },
       topEnd: "search",
