@@ -232,7 +232,7 @@ class TestCountParameters:
         def apply(v, x):
             unused = v["params"]["teacher"] * 2
             del unused
-            rows = (x.reshape(len(x), -1) - v["carry"]["mean"]) / v["carry"]["var"]
+            rows = (x.reshape(len(x), -1) - v["carry"]["mean"][None]) / v["carry"]["var"][None]
             return rows @ v["params"]["classifier"]["kernel"]
 
         assert protocols.count_parameters(apply, variables, IMAGES[:1]) == 36 * 4

@@ -80,7 +80,8 @@ def commands(
             words.append(shlex.quote(f"--config.{key}={text}"))
     comments += [f"# without the config file's {key}" for key in file if key not in now]
     workdir = shlex.quote(f"runs/{config['name']}-{config.get('seed', 0)}")
-    train = [f"python experiments/train.py --config={name}:{variant} --workdir={workdir}", *words]
+    train = [f"python experiments/train.py --config={name}:{variant} --workdir={workdir}"]
+    train += sorted(words)
     judge = [f"python experiments/evaluate.py --workdir={workdir} --protocol={protocol}"]
     judge += ["--checkpoint=last"] if checkpoint == "last" else []
     if protocol not in _PROTOCOLS:

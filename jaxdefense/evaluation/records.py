@@ -1,7 +1,7 @@
 """Records: what was measured, of what, with what, in one JSON file that tables and plots read.
 
     {"format": 1, "name": "trades-mnist", "config": {...}, "seed": 0, "dataset": {...},
-     "results": {predictor: {attack: {"accuracy", "per_class", "n", "bits"}}},
+     "results": {predictor: {attack: {"accuracy", "per_class", "per_class_n", "n", "bits"}}},
      "training": {...}, "reported": {...}, "versions": {...}, "device": {...},
      "git": "...", "date": "...", "seconds": ...}
 
