@@ -15,6 +15,7 @@ from records with experiments/tables.py.
 import pathlib
 
 import cli
+import configs
 from absl import flags
 
 from jaxdefense import files, runs
@@ -40,7 +41,7 @@ def main(argv):
     if len(argv) > 1:
         raise ValueError(f"unexpected arguments: {argv[1:]}")
     if PROTOCOL.value == "audit":
-        from jaxdefense.evaluation import report  # needs matplotlib: said before the hours
+        from jaxdefense.evaluation import report  # needs an extra: said before the hours
     run, variables, meta = runs.restore(WORKDIR.value, kind=KIND.value)
     workdir = pathlib.Path(WORKDIR.value)
     parts = [PROTOCOL.value, *(["last"] if KIND.value == "last" else [])]
@@ -54,6 +55,7 @@ def main(argv):
     if PROTOCOL.value == "autoattack":
         options["folder"] = workdir / f"autoattack-{KIND.value}-{EXAMPLES.value or 'all'}"
     record = PROTOCOLS[PROTOCOL.value](run, variables, **options)
+    record["command"] = configs.commands(run.config, protocol=PROTOCOL.value, checkpoint=KIND.value)
     records.save(record, path)
     if PROTOCOL.value == "audit":
         for predictor in record["audit"]:

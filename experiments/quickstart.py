@@ -18,7 +18,7 @@ from jaxdefense.evaluation import protocols, records, tables
 from jaxdefense.train import train
 
 with cli.needed("plots"):
-    from jaxdefense.evaluation import plots, report
+    from jaxdefense.evaluation import report
 
 WORKDIR = flags.DEFINE_string("workdir", "runs/quickstart", "Folder of the runs and the report.")
 RECORDS = flags.DEFINE_string("records", None, "Keep the records in this folder too.")
@@ -29,7 +29,7 @@ def main(argv):
     if len(argv) > 1:
         raise ValueError(f"unexpected arguments: {argv[1:]}")
     folder = pathlib.Path(WORKDIR.value)
-    found, workdirs = [], {}
+    found = []
     names = configs.names()
     for i, name in enumerate(names, 1):
         workdir = folder / name
@@ -39,23 +39,13 @@ def main(argv):
         run, variables, meta = runs.restore(workdir)
         training = {"checkpoint": "best", **meta}
         record = protocols.configured(run, variables, training=training, progress=PROGRESS.value)
+        record["command"] = configs.commands(config)
         records.save(record, workdir / "configured.json")
         if RECORDS.value:
             records.save(record, pathlib.Path(RECORDS.value) / f"{name}.json")
         found.append(record)
-        workdirs[name] = workdir
     table, source = tables.accuracy_table(found), tables.provenance(found)
-    hardest = tables.attack_columns(found)[-1]
-    page = report.page(
-        "jaxdefense on digits",
-        [
-            ("Accuracy", table),
-            ("Clean and under attack", plots.accuracy_bars(found)),
-            (f"Per class under {hardest}", plots.class_bars(found, hardest)),
-            ("Training", plots.training_curves(workdirs)),
-        ],
-        source,
-    )
+    page = report.leaderboard(found, title="jaxdefense on digits")
     files.write_text(folder / "report.html", page)
     print(f"\n{table}\n\n{source}\nreport: {folder / 'report.html'}")
 

@@ -4,6 +4,7 @@
     python experiments/tables.py --per_class=pgd40 experiments/records/mnist
     python experiments/tables.py --protected experiments/records/cost_sensitive_fashion
     python experiments/tables.py --into=README.md      # renews the tables that README.md marks
+    python experiments/tables.py --html=report.html experiments/records   # a page of all of them
 
 A marked table lies between `<!-- KIND PATH -->` and `<!-- end -->`; KIND is table, protected
 (metric I) or benchmark, and PATH is of its records.
@@ -13,6 +14,7 @@ import pathlib
 import re
 
 import cli
+import configs
 from absl import flags
 from benchmark import tables as benchmark
 from papers import metric_i
@@ -23,6 +25,8 @@ from jaxdefense.evaluation import records, tables
 PER_CLASS = flags.DEFINE_string("per_class", None, "Accuracy per class under this attack instead.")
 PROTECTED = flags.DEFINE_bool("protected", False, "Metric I, of the protected classes, instead.")
 INTO = flags.DEFINE_string("into", None, "A Markdown file whose marked tables are renewed.")
+HTML = flags.DEFINE_string("html", None, "A file: a page of the records, sortable, with charts.")
+TITLE = flags.DEFINE_string("title", "jaxdefense: what was measured", "Of the page.")
 
 ROOT = pathlib.Path(__file__).parents[1]
 _MARKED = re.compile(r"(<!-- (table|protected|benchmark) (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
@@ -55,12 +59,31 @@ def renew(text):
     return _MARKED.sub(block, text)
 
 
+def page(paths, title):
+    """The HTML page of any records; the commands of older ones follow from their configs."""
+    with cli.needed("plots"):
+        from jaxdefense.evaluation import report
+    found = records.load_all(paths)
+    for record in found:
+        if "command" not in record:
+            record["command"] = configs.commands(
+                record.get("config", {}),
+                protocol=record.get("protocol", "configured"),
+                checkpoint=record.get("training", {}).get("checkpoint", "best"),
+            )
+    return report.leaderboard(found, title=title)
+
+
 def main(argv):
+    paths = argv[1:] or [ROOT / "experiments" / "records"]
+    if HTML.value:
+        files.write_text(HTML.value, page(paths, TITLE.value))
+        print(f"page: {HTML.value}")
+        return
     if INTO.value:
         path = pathlib.Path(INTO.value)
         files.write_text(path, renew(path.read_text()))
     else:
-        paths = argv[1:] or [ROOT / "experiments" / "records"]
         print(render(paths, PER_CLASS.value, PROTECTED.value), end="")
 
 

@@ -17,7 +17,7 @@ MODULES = {
         "tensorboardX",
         "tensorflow_datasets",
     },
-    "plots": {"altair", "itables", "jinja2", "matplotlib", "vl_convert"},
+    "plots": {"PIL", "altair", "itables", "jinja2", "matplotlib", "vl_convert"},
 }
 
 

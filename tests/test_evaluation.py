@@ -1,7 +1,6 @@
-"""Bits per example: whole sets, order, batch size, re-checks, records, tables, figures."""
+"""Bits per example: whole sets, order, batch size, re-checks, records, tables."""
 
 import json
-import xml.etree.ElementTree as ET
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +8,7 @@ import numpy as np
 import pytest
 
 from jaxdefense import attacks, losses, threat
-from jaxdefense.evaluation import Evaluator, plots, records, report, summarize, tables
+from jaxdefense.evaluation import Evaluator, protocols, records, summarize, tables
 
 RNG = np.random.default_rng(0)
 IMAGES = RNG.uniform(size=(23, 6, 6, 1)).astype(np.float32)
@@ -223,19 +222,25 @@ class TestTables:
         assert jax.__version__ in text
 
 
-def test_report_holds_the_table_and_figures(tmp_path):
-    found = [record(), record("<b>")]
-    lines = [{"step": 1, "epoch": 1.0, "validation_clean": 50.0, "validation_robust": 20.0}]
-    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(x) + "\n" for x in lines))
-    parts = [
-        ("Table", tables.accuracy_table(found)),
-        ("Bars", plots.accuracy_bars(found)),
-        ("Classes", plots.class_bars(found, "pgd")),
-        ("Curves", plots.training_curves({"a": tmp_path})),
-    ]
-    page = report.page("Title", parts, tables.provenance(found))
-    assert page.count("<svg") == 3
-    assert "&lt;b&gt;" in page
-    assert "<b>" not in page
-    rows = ET.fromstring(page[page.index("<table>") : page.index("</table>") + 8])
-    assert [[cell.text for cell in row] for row in rows][1][0] == "a"
+class TestCountParameters:
+    def test_only_what_the_predictor_reads_counts(self):
+        variables = {
+            "params": {"classifier": {"kernel": jnp.ones((36, 4))}, "teacher": jnp.ones(1000)},
+            "carry": {"mean": jnp.ones(36), "var": jnp.ones(36)},
+        }
+
+        def apply(v, x):
+            unused = v["params"]["teacher"] * 2
+            del unused
+            rows = (x.reshape(len(x), -1) - v["carry"]["mean"][None]) / v["carry"]["var"][None]
+            return rows @ v["params"]["classifier"]["kernel"]
+
+        assert protocols.count_parameters(apply, variables, IMAGES[:1]) == 36 * 4
+
+    def test_a_stack_s_other_members_do_not_count(self):
+        stack = {"params": jnp.ones((10, 36, 4)), "carry": {}}
+
+        def apply(v, x):
+            return x.reshape(len(x), -1) @ v["params"][3]
+
+        assert protocols.count_parameters(apply, stack, IMAGES[:1]) == 36 * 4

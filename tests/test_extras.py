@@ -16,8 +16,9 @@ WITHOUT = """
 import sys
 
 MISSING = {
-    "PIL", "array_record", "flax", "grain", "matplotlib", "ml_collections", "orbax", "sklearn",
-    "tensorboardX", "tensorflow_datasets", "tensorstore",
+    "PIL", "altair", "array_record", "flax", "grain", "itables", "jinja2", "matplotlib",
+    "ml_collections", "orbax", "sklearn", "tensorboardX", "tensorflow_datasets", "tensorstore",
+    "vl_convert",
 }
 
 class Nothing:
@@ -89,8 +90,8 @@ def test_attacks_losses_and_verdicts_need_no_extra():
             "jaxdefense.models needs flax: pip install 'jaxdefense[train]'",
         ),
         (
-            "import jaxdefense.evaluation.plots",
-            "jaxdefense.evaluation.plots needs matplotlib: pip install 'jaxdefense[plots]'",
+            "import jaxdefense.evaluation.report",
+            "jaxdefense.evaluation.report needs {}: pip install 'jaxdefense[plots]'",
         ),
     ],
 )

@@ -355,7 +355,8 @@ def test_audit_writes_record_and_page(tmp_path):
     assert np.abs(moved - clean).max() <= run.threat.eps + 1 / 255
     page = report.audit_page(record)
     assert "not white-box" in page
-    assert page.count("<svg") == 3
+    assert "purified image of class" in page
+    assert record["parameters"]["purified"] > 0
     assert "worst class" in tables.tier_table(record, "purified")
     run.config["evaluation"]["audit"] = {"querries": 3}
     with pytest.raises(ValueError, match="nearest: queries"):

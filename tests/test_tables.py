@@ -9,7 +9,7 @@ import pytest
 import tables as script
 from papers import metric_i
 
-from jaxdefense.evaluation import plots, records, report, tables
+from jaxdefense.evaluation import records, report, tables
 
 RECORDS = pathlib.Path(__file__).parents[1] / "experiments" / "records"
 FOLDERS = sorted(path for path in RECORDS.iterdir() if path.is_dir())
@@ -152,8 +152,6 @@ class TestGroup:
             tables.accuracy_table,
             metric_i.table,
             lambda some: tables.class_table(some, "pgd"),
-            plots.accuracy_bars,
-            lambda some: plots.class_bars(some, "pgd"),
         ):
             with pytest.raises(ValueError, match=r"train\.length is '12e' \(seed 0\) and '8e'"):
                 render(found)
@@ -214,11 +212,18 @@ class TestConditions:
         whole = {"protect0": judged(50, 90.0, 1.0), "protect1": judged(50, 1.0, 80.0)}
         assert "| a | L∞ 0.3 | 50 | 85.00 |" in metric_i.table([record(results=whole)])
 
-    def test_figures(self):
-        found = [record(), record(name="b", threat={"norm": "l2", "eps": 0.5})]
-        assert tables.format_conditions(found) == "L∞ 0.3, L2 0.5, n 500"
-        for figure in (plots.accuracy_bars(found), plots.class_bars(found, "pgd")):
-            assert "L∞ 0.3, L2 0.5, n 500" in figure.axes[0].get_title(loc="left")
+    def test_nothing_is_said_of_a_class_of_a_handful_of_images(self):
+        result = {"accuracy": 50.0, "per_class": [0.0, 60.0, None], "n": 46}
+        assert tables.class_accuracies(result) == {}  # 23 in the mean
+        assert tables.class_accuracies(result | {"n": 80}) == {0: 0.0, 1: 60.0}
+        assert tables.class_accuracies(result | {"per_class_n": [6, 40, 0]}) == {1: 60.0}
+        few = record(results={"main": {"pgd": result}})
+        assert "| pgd | L∞ 0.3 | 46 | 50.00 | – |" in tables.tier_table(few, "main")
+
+    def test_what_is_no_robustness_is_never_the_hardest_attack(self):
+        found = {"clean": 1.0, "T0 oblivious pgd (not white-box)": 2.0, "pgd40 (invalid)": 3.0}
+        assert tables.hardest_attack(found) is None
+        assert tables.hardest_attack(found | {"fgsm": 50.0, "cw20": 40.0}) == "cw20"
 
 
 class TestPaired:
@@ -268,4 +273,4 @@ class TestCommitted:
     def test_an_audit_s_page_says_threat_and_n(self):
         (one,) = records.load_all([RECORDS / "purifiers" / "ipg-mnist.json"])
         page = report.audit_page(one)
-        assert page.count("<th>threat</th><th>n</th>") == 3  # by tier, per class clean and worst
+        assert "of 200 images under L∞ 0.3." in page

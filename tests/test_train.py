@@ -305,6 +305,7 @@ class TestLoop:
         assert list((tmp_path / "tensorboard").iterdir())
         run, model, meta = runs.restore(tmp_path)
         assert meta["step"] == summary["best"]["step"]
+        assert [point[2] for point in meta["validation"]] == [round(scores[n], 4) for n in (6, 12)]
         images = jnp.asarray(run.arrays("test").images[:4] / 255.0, jnp.float32)
         assert run.apply("classifier")(model, images).shape == (4, 10)
 

@@ -4,7 +4,7 @@
   model that draws numbers; `audit`: attacks of several kinds, and checks; `curves`: over eps.
 * `examine` and `flags`: what makes a number doubtful. `checks`: what is refused before that.
 * `journal`: how an interrupted verdict is resumed.
-* `records`: what is kept, as JSON; `tables`, `plots` and `report` only read records.
+* `records`: what is kept, as JSON; `tables` and `report` only read records.
 * `protocols`: what `experiments/evaluate.py` does with a trained run.
 """
 

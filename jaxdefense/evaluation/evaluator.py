@@ -565,7 +565,8 @@ def summarize(
       num_classes: K.
 
     Returns:
-      {name: {"accuracy", "per_class": [K] (None for a class without examples), "n", "bits"}}.
+      {name: {"accuracy", "per_class": [K] (None for a class without examples), "per_class_n": [K],
+      "n", "bits"}}.
 
     >>> import numpy as np
     >>> from jaxdefense import evaluation
@@ -582,6 +583,7 @@ def summarize(
         name: {
             "accuracy": percent(right),
             "per_class": [percent(right[labels == k]) for k in range(num_classes)],
+            "per_class_n": [int((labels == k).sum()) for k in range(num_classes)],
             "n": len(right),
             "bits": records.pack_bits(right),
         }

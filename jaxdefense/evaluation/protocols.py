@@ -1,6 +1,7 @@
 """Protocols: a trained run judged on its whole test set, as a record."""
 
 import dataclasses
+import math
 import operator
 import pathlib
 import time
@@ -15,9 +16,12 @@ from jaxdefense import attacks, data, registry
 from jaxdefense.evaluation import cascade, records
 from jaxdefense.evaluation.audit import Audit
 from jaxdefense.evaluation.audit import audit as judge
-from jaxdefense.evaluation.evaluator import Evaluator, summarize
+from jaxdefense.evaluation.crafting import Apply
+from jaxdefense.evaluation.evaluator import Evaluator, Examples, summarize
 from jaxdefense.runs.run import Run
-from jaxdefense.types import Images, Predict, PyTree
+from jaxdefense.types import HostArray, Images, Predict, PyTree
+
+_SHOWN = 6  # examples in a gallery
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,14 +29,15 @@ class _Measurement:
     """A run and its test examples, timed since `begin`."""
 
     run: Run
+    variables: PyTree
     arrays: data.Arrays
     began: float
 
     @classmethod
-    def begin(cls, run: Run, examples: int | None) -> "_Measurement":
+    def begin(cls, run: Run, variables: PyTree, examples: int | None) -> "_Measurement":
         """Starts the clock and loads the first so many test examples, or all."""
         began = time.monotonic()
-        return cls(run, run.arrays("test").take(slice(examples)), began)
+        return cls(run, variables, run.arrays("test").take(slice(examples)), began)
 
     def evaluator(self, predictor: str) -> Evaluator:
         batch_size = self.run.config["evaluation"].get("batch_size")
@@ -40,15 +45,54 @@ class _Measurement:
 
     def record(self, results: Any, *, seconds: float | None = None, **more: Any) -> records.Record:
         """The record of results, which took `seconds`, by default those since `begin`."""
+        seconds = time.monotonic() - self.began if seconds is None else seconds
+        image = data.to_float(self.arrays.images[:1])
         return records.make(
             self.run.name,
             self.run.config,
             results,
             seed=self.run.seed,
-            seconds=time.monotonic() - self.began if seconds is None else seconds,
+            seconds=seconds,
             reported=self.run.config.get("reported", {}),
+            parameters={
+                name: count_parameters(self.run.apply(name), self.variables, image)
+                for name in results
+            },
             **more,
         )
+
+
+# Names of BatchNorm's running statistics, which are no parameters.
+_STATISTICS = ("mean", "var")
+
+
+def count_parameters(apply: Apply, variables: PyTree, images: HostArray) -> int:
+    """How many numbers a predictor computes with, without BatchNorm's running statistics.
+
+    Counted in its program: networks that it does not use (a teacher, a discriminator, a
+    projector) and a stack's other members do not count.
+
+    Args:
+      apply: (variables, images) -> logits.
+      variables: its weights.
+      images: (B, H, W, C), whose shape counts.
+    """
+    program = jax.make_jaxpr(apply)(variables, images).jaxpr
+    live = set(map(id, program.outvars))
+    read: dict[int, int] = {}  # variable: how many of its numbers are used
+    for equation in reversed(program.eqns):
+        if not any(id(out) in live for out in equation.outvars):
+            continue
+        live |= set(map(id, equation.invars))
+        for variable in equation.invars:
+            part = equation.outvars[0] if equation.primitive.name == "slice" else variable
+            read[id(variable)] = max(read.get(id(variable), 0), math.prod(part.aval.shape))
+    leaves = jax.tree_util.tree_leaves_with_path(variables)
+    count = 0
+    for (path, _), variable in zip(leaves, program.invars, strict=False):  # the images come last
+        if jax.tree_util.keystr(path[-1:], simple=True) not in _STATISTICS:
+            count += read.get(id(variable), 0)
+    return count
 
 
 def configured(
@@ -71,12 +115,14 @@ def configured(
     Raises:
       ValueError: see `Evaluator.check_model`.
     """
-    measurement = _Measurement.begin(run, examples)
+    measurement = _Measurement.begin(run, variables, examples)
     arrays = measurement.arrays
     images = data.to_float(arrays.images)
-    results = {}
+    results: dict[str, Any] = {}
+    more: dict[str, Any] = {}
     for predictor in run.defense.predictors:
-        bits = measurement.evaluator(predictor).bits(
+        evaluator = measurement.evaluator(predictor)
+        bits = evaluator.bits(
             variables,
             images,
             arrays.labels,
@@ -86,8 +132,52 @@ def configured(
             progress=progress,
         )
         results[predictor] = summarize(bits, arrays.labels, arrays.num_classes)
+        if predictor == run.defense.primary and run.attacks:
+            more["examples"] = _fooled_examples(measurement, evaluator, bits)
     made = {name: repr(attack) for name, attack in run.attacks.items()}
-    return measurement.record(results, protocol="configured", training=training, attacks=made)
+    return measurement.record(
+        results, protocol="configured", training=training, attacks=made, **more
+    )
+
+
+def _fooled_examples(
+    measurement: _Measurement, evaluator: Evaluator, bits: dict[str, np.ndarray]
+) -> dict[str, Any]:
+    """A few examples that the hardest attack fooled, made again: images, labels, answers."""
+    run, arrays = measurement.run, measurement.arrays
+    name = min(run.attacks, key=lambda attack: bits[attack].mean())
+    rows = np.flatnonzero(bits["clean"] & ~bits[name])[:_SHOWN]
+    if not len(rows):
+        return {}
+    images = evaluator.check_images(data.to_float(arrays.images))
+    few = Examples.of(images, arrays.labels, arrays.ids).take(rows)
+    attacked = evaluator.attack(name, run.attacks[name], measurement.variables, few, seed=run.seed)
+    purifier = run.defense.purifiers.get(run.defense.primary)
+    variables = jax.tree.map(jnp.asarray, measurement.variables)
+    purify = purifier.purify(variables["params"], variables["carry"]) if purifier else None
+    said = attacked.logits.argmax(-1)
+    return {"attack": name, **_pack(rows, few.images, attacked.x_adv, few.labels, said, purify)}
+
+
+def _pack(
+    rows: np.ndarray,
+    images: np.ndarray,
+    x_adv: np.ndarray,
+    labels: np.ndarray,
+    said: np.ndarray,
+    purify: Callable[[Images], Images] | None,
+) -> dict[str, Any]:
+    """Examples for the eye: which they are, what was said of `x_adv`, the images."""
+    shown = {
+        "rows": rows.tolist(),
+        "labels": labels.tolist(),
+        "said": said.tolist(),
+        "clean": records.pack_images(images),
+        "adversarial": records.pack_images(x_adv),
+    }
+    if purify is not None:
+        shown["cleaned"] = records.pack_images(np.asarray(purify(jnp.asarray(x_adv))))
+    return shown
 
 
 def autoattack(
@@ -119,7 +209,7 @@ def autoattack(
     Raises:
       ValueError: see `cascade.run_stages`.
     """
-    measurement = _Measurement.begin(run, examples)
+    measurement = _Measurement.begin(run, variables, examples)
     stages = cascade.stages(run.threat, measurement.arrays.num_classes)
     evaluator = measurement.evaluator(run.defense.primary)
     judged = _judged(run, variables, measurement.arrays)
@@ -177,8 +267,6 @@ def _judged(run: Run, variables: PyTree, arrays: data.Arrays) -> dict[str, Any]:
 # What a config's evaluation.audit may hold: `audit.audit`'s options.
 _AUDIT_OPTIONS = ("queries", "restarts", "samples", "stages", "steps")
 
-_SHOWN = 6  # examples in an audit's gallery
-
 
 def audit(
     run: Run,
@@ -208,7 +296,7 @@ def audit(
     """
     options = dict(run.config["evaluation"].get("audit", {}))
     registry.check_known("option of evaluation.audit", options, _AUDIT_OPTIONS)
-    measurement = _Measurement.begin(run, examples)
+    measurement = _Measurement.begin(run, variables, examples)
     arrays = measurement.arrays
     images, labels = data.to_float(arrays.images), arrays.labels
     params, carry = jax.tree.map(jnp.asarray, (variables["params"], variables["carry"]))
@@ -255,14 +343,5 @@ def _shown(
     turned = np.any(report.x_adv != images, (1, 2, 3))
     rows = np.argsort(~turned, kind="stable")[:_SHOWN]
     x, x_adv = images[rows], report.x_adv[rows]
-    shown = {
-        "rows": rows.tolist(),
-        "labels": labels[rows].tolist(),
-        "said": np.argmax(predict(jnp.asarray(x_adv)), -1).tolist(),
-        "clean": records.pack_images(x),
-        "adversarial": records.pack_images(x_adv),
-    }
-    if "purify" in known:
-        cleaned = np.asarray(known["purify"](jnp.asarray(x_adv)))
-        shown["cleaned"] = records.pack_images(cleaned)
-    return shown
+    said = np.argmax(predict(jnp.asarray(x_adv)), -1)
+    return _pack(rows, x, x_adv, labels[rows], said, known.get("purify"))

@@ -1,12 +1,15 @@
 """Records: what was measured, of what, with what, in one JSON file that tables and plots read.
 
     {"format": 1, "name": "trades-mnist", "config": {...}, "seed": 0, "dataset": {...},
-     "results": {predictor: {attack: {"accuracy", "per_class", "n", "bits"}}},
+     "results": {predictor: {attack: {"accuracy", "per_class", "per_class_n", "n", "bits"}}},
      "training": {...}, "reported": {...}, "versions": {...}, "device": {...},
      "git": "...", "date": "...", "seconds": ...}
 
-Two optional keys describe the measurement: "attacks": {attack: how it was built}, and "threat":
-{"norm", "eps", "note"} where the attacks were allowed something else than the config's threat.
+Optional keys describe the measurement: "attacks": {attack: how it was built}, "threat": {"norm",
+"eps", "note"} where the attacks were allowed something else than the config's threat, "parameters":
+{predictor: how many numbers it computes with, without BatchNorm's statistics}, "command": [lines
+that train and evaluate it], and "examples": a few images that the hardest attack fooled. "training"
+may hold "validation": [[epoch, clean, robust]], percent.
 Bits are one per example in the order of the test set, base64 of NumPy's packbits.
 """
 

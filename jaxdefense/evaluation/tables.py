@@ -15,6 +15,7 @@ from jaxdefense.evaluation.records import Record
 Cell = list[float]
 
 _NORMS = {"linf": "L∞", "l2": "L2", "l1": "L1"}
+MIN_PER_CLASS = 30  # images of a class, below which nothing is said of it alone
 _PLACE = "workdir"  # the config key that says where another run lies
 
 
@@ -73,13 +74,6 @@ def _conditions(same: Sequence[Record], predictor: str) -> list[str]:
     return [format_threat(same[0]), format_count(results)]
 
 
-def format_conditions(records: Sequence[Record]) -> str:
-    """The threats and numbers of images of all records, for a figure's title: "L∞ 0.15, n 500"."""
-    threats = ", ".join(dict.fromkeys(map(format_threat, records)))
-    attacked = (found for record in records for found in record["results"].values())
-    return f"{threats}, n {format_count(r for found in attacked for r in found.values())}"
-
-
 def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
     """Nested plain values as {dotted key: value}, without the paths of other runs."""
     if isinstance(value, list | tuple):
@@ -115,8 +109,17 @@ def _measurement(record: Record, predictor: str) -> dict[str, Any]:
     return found
 
 
-def _differences(one: Record, other: Record, predictor: str) -> dict[str, tuple[str, str]]:
-    """{key: (its value in `one`, in `other`)} of what keeps two records out of one row."""
+def differences(one: Record, other: Record, predictor: str) -> dict[str, tuple[str, str]]:
+    """{key: (its value in `one`, in `other`)} of what keeps two records out of one row.
+
+    The keys of the config are as they are; those of the measurement begin with "record.",
+    "attack " or "n of "; see `group_by_row`.
+
+    Args:
+      one: a record that has the predictor.
+      other: likewise.
+      predictor: whose measurements are compared.
+    """
     found = {}
     own_threat = "threat" in one or "threat" in other
     first, second = (_settings(record, own_threat) for record in (one, other))
@@ -134,7 +137,7 @@ def _differences(one: Record, other: Record, predictor: str) -> dict[str, tuple[
 def _check_same_row(one: Record, other: Record, predictor: str) -> None:
     """Refuses two records that may not be averaged; see `group_by_row`."""
     keys: dict[tuple[str, str], list[str]] = {}
-    for key, values in _differences(one, other, predictor).items():
+    for key, values in differences(one, other, predictor).items():
         keys.setdefault(values, []).append(key)
     if not keys:
         return
@@ -242,16 +245,65 @@ def class_table(records: Sequence[Record], column: str) -> str:
     return markdown([f"{column}, %", "threat", "n", *map(str, range(classes))], rows)
 
 
+def class_accuracies(result: Mapping[str, Any]) -> dict[int, float]:
+    """{class: accuracy in percent} of the classes that have enough images to say something.
+
+    Enough are `MIN_PER_CLASS`. Records before "per_class_n" do not count the images of a class:
+    there all classes have enough where they have so many in the mean, or none has.
+
+    Args:
+      result: of one predictor under one attack.
+
+    >>> from jaxdefense.evaluation import tables
+    >>> result = {"per_class": [90.0, 0.0], "per_class_n": [40, 6], "n": 46}
+    >>> tables.class_accuracies(result)
+    {0: 90.0}
+    """
+    found = {k: v for k, v in enumerate(result.get("per_class", ())) if v is not None}
+    mean = result.get("n", 0) / max(len(found), 1)
+    counts = result.get("per_class_n", [mean] * (max(found, default=-1) + 1))
+    return {k: v for k, v in found.items() if counts[k] >= MIN_PER_CLASS}
+
+
+def is_robustness(column: str) -> bool:
+    """Whether a column is an attack whose accuracy may be called robust.
+
+    Not so clean accuracy, an attack whose name says that it is invalid, and one that is crafted
+    without the defence ("not white-box").
+
+    Args:
+      column: of a record's results.
+    """
+    return column != "clean" and not any(word in column for word in ("invalid", "not white-box"))
+
+
+def hardest_attack(accuracies: Mapping[str, float]) -> str | None:
+    """The attack with the lowest accuracy; None where no attack was measured.
+
+    Args:
+      accuracies: {column: percent}.
+
+    >>> from jaxdefense.evaluation import tables
+    >>> tables.hardest_attack({"clean": 9.0, "fgsm": 60.0, "pgd20": 40.0, "square": 55.0})
+    'pgd20'
+    """
+    attacks = [column for column in accuracies if is_robustness(column)]
+    return min(attacks, key=accuracies.__getitem__, default=None)
+
+
 def tier_table(record: Record, predictor: str) -> str:
-    """A row per tier of an audit: threat, images, accuracy, and the class that suffers most."""
+    """A row per tier of an audit: threat, images, accuracy, and the class that suffers most.
+
+    The class is a dash where no class has `MIN_PER_CLASS` images.
+    """
     rows = []
     for name, found in record["results"][predictor].items():
-        classes = {k: v for k, v in enumerate(found["per_class"]) if v is not None}
-        worst = min(classes, key=classes.__getitem__)
+        classes = class_accuracies(found)
+        worst = min(classes, key=classes.__getitem__, default=None)
         label = "worst case per example, T0 left out" if name == "worst" else name
         told = [format_threat(record), format_count([found])]
-        cells = [f"{found['accuracy']:.2f}", f"{classes[worst]:.2f} (class {worst})"]
-        rows.append([label, *told, *cells])
+        said = "–" if worst is None else f"{classes[worst]:.2f} (class {worst})"
+        rows.append([label, *told, f"{found['accuracy']:.2f}", said])
     return markdown([f"{predictor}, accuracy, %", "threat", "n", "all", "worst class"], rows)
 
 

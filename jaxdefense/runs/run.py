@@ -290,7 +290,8 @@ class Restored(NamedTuple):
     Attributes:
       run: what its config describes.
       variables: {"params", "carry"} of a checkpoint.
-      meta: the checkpoint's metadata with its "step".
+      meta: the checkpoint's metadata with its "step", and the "validation" curve where the
+        workdir holds the run's log: [[epoch, clean, robust]], percent.
     """
 
     run: Run
@@ -328,7 +329,24 @@ def restore(workdir: str | os.PathLike, *, kind: str = "best") -> Restored:
         model = read_model(store, run.defense, params, carry)
     finally:
         store.close()
-    return Restored(run, model, meta)
+    curve = _read_validation(workdir / "metrics.jsonl")
+    return Restored(run, model, {**meta, "validation": curve} if curve else meta)
+
+
+_POINTS = 60  # most of a validation curve that are kept: enough for a figure
+
+
+def _read_validation(path: pathlib.Path) -> list[list[float]]:
+    """The validations in a run's log, thinned evenly where they are many; the last one stays."""
+    if not path.exists():
+        return []
+    whole = path.read_text().splitlines(keepends=True)
+    # A line without its end is still being written, or a killed run's.
+    lines = [json.loads(line) for line in whole if line.endswith("\n")]
+    keys = ("epoch", "validation_clean", "validation_robust")
+    curve = [[round(line[key], 4) for key in keys] for line in lines if keys[1] in line]
+    kept = np.unique(np.linspace(0, len(curve) - 1, min(len(curve), _POINTS)).round().astype(int))
+    return [curve[i] for i in kept]
 
 
 def read_model(
