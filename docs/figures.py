@@ -66,7 +66,7 @@ class Drawing:
         """A straight arrow."""
         (x0, y0), (x1, y1) = start, end
         self.add(
-            "line", x1=x0, y1=y0, x2=x1, y2=y1, stroke=colour, stroke_width=1.5,
+            "line", x1=x0, y1=y0, x2=x1, y2=y1, stroke=INK, stroke_width=1.5,
             marker_end="url(#head)",
         )  # fmt: skip
 
@@ -222,9 +222,7 @@ def defense() -> str:
     drawing = Drawing(760, 430, "A Defense holds init, phases of updates, and predictors")
     drawing.box(30, 24, 200, ("Defense.init", "key, images ->", "params, carry"))
     drawing.box(280, 24, 200, ("Defense.phases", "run in order;", "a Phase may come again"))
-    drawing.box(
-        530, 24, 200, ("Defense.predictors", "params, carry -> predict;", "first: deployed")
-    )
+    drawing.box(530, 24, 200, ("Defense.predictors", "params, carry -> predict", "first: deployed"))
     drawing.arrow((380, 94), (380, 126))
     drawing.box(
         230, 128, 300,

@@ -1,4 +1,4 @@
-"""The API reference: a page for each package and module, made of the sources when the site is built.
+"""The API reference: a page for each package, made of the sources when the site is built.
 
 A page shows what the package's `__all__` names, then what its modules define beyond that. Sources
 are read, not imported, and a new module has its entry without an edit here.

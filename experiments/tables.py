@@ -6,7 +6,8 @@
     python experiments/tables.py --into=README.md      # renews the tables that README.md marks
 
 A marked table lies between `<!-- KIND PATH -->` and `<!-- end -->`; KIND is table, protected
-(metric I) or benchmark, and PATH is of its records.
+(metric I) or benchmark, and PATH is of its records. One number within a line of text lies between
+`<!-- accuracy PATH ROW ATTACK -->` and `<!-- end -->`; ROW is a record's NAME or NAME[PREDICTOR].
 """
 
 import pathlib
@@ -17,7 +18,7 @@ from absl import flags
 from benchmark import tables as benchmark
 from papers import metric_i
 
-from jaxdefense import files
+from jaxdefense import files, registry
 from jaxdefense.evaluation import records, tables
 
 PER_CLASS = flags.DEFINE_string("per_class", None, "Accuracy per class under this attack instead.")
@@ -26,6 +27,7 @@ INTO = flags.DEFINE_string("into", None, "A Markdown file whose marked tables ar
 
 ROOT = pathlib.Path(__file__).parents[1]
 _MARKED = re.compile(r"(<!-- (table|protected|benchmark) (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
+_NUMBER = re.compile(r"(<!-- accuracy (\S+) (\S+) (.+?) -->).*?(<!-- end -->)")
 
 
 def render(paths, per_class=None, protected=False):
@@ -42,8 +44,25 @@ def render(paths, per_class=None, protected=False):
     return f"{table}\n\n{tables.provenance(found)}\n"
 
 
+def number(path, row, column):
+    """The accuracy of one row under one attack, "76.00 ± 1.22 (3)", from the records of a path.
+
+    Raises:
+      ValueError: no such row or attack in the records.
+    """
+    rows = tables.group_by_row(records.load_all([path]))
+    deployed = {}  # by name; the first predictor is the deployed one
+    for (name, predictor), same in rows.items():
+        found = [record["results"][predictor] for record in same]
+        deployed.setdefault(name, found)
+        deployed[f"{name}[{predictor}]"] = found
+    registry.check_known(f"row of {path}", [row], deployed)
+    registry.check_known(f"attack on {row}", [column], deployed[row][0])
+    return tables.format_mean([results[column]["accuracy"] for results in deployed[row]])
+
+
 def renew(text):
-    """`text` with each marked table rendered from the records that its mark names."""
+    """`text` with each marked table and number rendered from the records that its mark names."""
 
     def block(match):
         begin, kind, path, end = match.groups()
@@ -52,7 +71,11 @@ def renew(text):
             return f"{begin}{benchmark.render(record)}\n\n{tables.provenance([record])}\n{end}"
         return begin + render([ROOT / path], protected=kind == "protected") + end
 
-    return _MARKED.sub(block, text)
+    def inline(match):
+        begin, path, row, column, end = match.groups()
+        return begin + number(ROOT / path, row, column) + end
+
+    return _NUMBER.sub(inline, _MARKED.sub(block, text))
 
 
 def main(argv):
