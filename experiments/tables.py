@@ -7,7 +7,7 @@
 
 A marked table lies between `<!-- KIND PATH -->` and `<!-- end -->`; KIND is table, protected
 (metric I) or benchmark, and PATH is of its records. One number within a line of text lies between
-`<!-- accuracy PATH ROW ATTACK -->` and `<!-- end -->`; ROW is a record's NAME or NAME[PREDICTOR].
+`<!-- accuracy PATH; ROW; ATTACK -->` and `<!-- end -->`; ROW is a record's NAME or NAME[PREDICTOR].
 """
 
 import pathlib
@@ -27,7 +27,7 @@ INTO = flags.DEFINE_string("into", None, "A Markdown file whose marked tables ar
 
 ROOT = pathlib.Path(__file__).parents[1]
 _MARKED = re.compile(r"(<!-- (table|protected|benchmark) (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
-_NUMBER = re.compile(r"(<!-- accuracy (\S+) (\S+) (.+?) -->).*?(<!-- end -->)")
+_NUMBER = re.compile(r"(<!-- accuracy ([^;]+); ([^;]+); (.+?) -->).*?(<!-- end -->)")
 
 
 def render(paths, per_class=None, protected=False):
