@@ -21,7 +21,7 @@ lint: .venv/installed
 docs: .venv/installed
 	NO_MKDOCS_2_WARNING=1 .venv/bin/mkdocs build --strict --quiet
 	.venv/bin/python experiments/tables.py --html site/report.html experiments/records
-	@echo "pages: site/index.html, report: site/report.html"
+	@echo "open site/index.html; for the search: .venv/bin/python -m http.server --directory site"
 
 .venv/installed: requirements.txt setup.cfg
 	$(PYTHON) -m venv .venv

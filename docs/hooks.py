@@ -61,24 +61,27 @@ def defined(path: pathlib.Path) -> list[str]:
     return [name for name in dict.fromkeys(names) if not name.startswith("_")]
 
 
-def entry(name: str, members: list[str]) -> str:
+def entry(name: str, members: list[str], *, heading: bool = True) -> str:
     """The directive that documents a module's docstring and these members."""
+    shown = "" if heading else "      show_root_heading: false\n      show_root_toc_entry: false\n"
     listed = "".join(f"        - {member}\n" for member in members)
     chosen = f"      members:\n{listed}" if members else "      members: false\n"
-    return f"::: {name}\n    options:\n{chosen}\n"
+    return f"::: {name}\n    options:\n{shown}{chosen}\n"
 
 
 def page(name: str) -> str:
     """The page of jaxdefense.NAME."""
     dotted = f"jaxdefense.{name}"
     if not (PACKAGE / name).is_dir():
-        return f"# {dotted}\n\n{entry(dotted, defined(PACKAGE / f'{name}.py'))}"
+        names = defined(PACKAGE / f"{name}.py")
+        return f"# {dotted}\n\n{entry(dotted, names, heading=False)}"
     top = PACKAGE / name / "__init__.py"
     names, sources = exported(top), imported_from(top)
     modules = sorted((PACKAGE / name).glob("[!_]*.py"))
     # A function of its module's name: the parser takes the module for it.
     hidden = [found for found in names if found in {path.stem for path in modules}]
-    parts = [f"# {dotted}\n", entry(dotted, [found for found in names if found not in hidden])]
+    own = [found for found in names if found not in hidden]
+    parts = [f"# {dotted}\n", entry(dotted, own, heading=False)]
     for path in modules:
         module = f"{dotted}.{path.stem}"
         shown = [found for found in names if sources.get(found) == module and found not in hidden]
