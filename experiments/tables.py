@@ -7,7 +7,8 @@
 
 A marked table lies between `<!-- KIND PATH -->` and `<!-- end -->`; KIND is table, protected
 (metric I) or benchmark, and PATH is of its records. One number within a line of text lies between
-`<!-- accuracy PATH; ROW; ATTACK -->` and `<!-- end -->`; ROW is a record's NAME or NAME[PREDICTOR].
+`<!-- accuracy PATH; ROW; ATTACK -->` and `<!-- end -->`; ROW is a record's NAME or NAME[PREDICTOR],
+or a run of the benchmark `fast`, whose attacks are AutoAttack's versions `standard` and `fast`.
 """
 
 import pathlib
@@ -50,15 +51,18 @@ def number(path, row, column):
     Raises:
       ValueError: no such row or attack in the records.
     """
-    rows = tables.group_by_row(records.load_all([path]))
-    deployed = {}  # by name; the first predictor is the deployed one
-    for (name, predictor), same in rows.items():
-        found = [record["results"][predictor] for record in same]
-        deployed.setdefault(name, found)
-        deployed[f"{name}[{predictor}]"] = found
-    registry.check_known(f"row of {path}", [row], deployed)
-    registry.check_known(f"attack on {row}", [column], deployed[row][0])
-    return tables.format_mean([results[column]["accuracy"] for results in deployed[row]])
+    found = records.load_all([path])
+    rows = {}  # {row: one {attack: accuracy} per seed}
+    for (name, predictor), same in tables.group_by_row(found).items():
+        results = [record["results"][predictor] for record in same]
+        seeds = [{attack: r["accuracy"] for attack, r in one.items()} for one in results]
+        rows.setdefault(name, seeds)  # the first predictor is the deployed one
+        rows[f"{name}[{predictor}]"] = seeds
+    for record in found:
+        rows |= {run: [versions] for run, versions in benchmark.accuracies(record).items()}
+    registry.check_known(f"row of {path}", [row], rows)
+    registry.check_known(f"attack on {row}", [column], rows[row][0])
+    return tables.format_mean([seed[column] for seed in rows[row]])
 
 
 def renew(text):

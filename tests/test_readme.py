@@ -64,6 +64,11 @@ def test_a_number_says_which_row_is_missing():
     assert tables.number(ROOT / records, "pgd_at-mnist[classifier]", "pgd40") == number
     marked = f"a <!-- accuracy {records}; pgd_at-mnist; pgd40 -->0<!-- end --> b"
     assert tables.renew(marked) == marked.replace(">0<", f">{number}<")
+    fast = "experiments/records/benchmark/fast.json"
+    left = tables.number(ROOT / fast, "csa-digits, linf 0.15, 500 images", "standard")
+    assert (
+        f"square {round(5 * float(left))} |" in PAGES["docs/speed.md"].partition("| csa-digits")[2]
+    )
     with pytest.raises(ValueError, match="nearest: pgd_at-mnist"):
         tables.number(ROOT / records, "pgd-mnist", "pgd40")
     with pytest.raises(ValueError, match="nearest: pgd40"):
