@@ -1,7 +1,7 @@
 # Each target makes .venv from nothing where it is not there; PYTHON chooses the interpreter.
 PYTHON ?= python3
 
-.PHONY: quickstart test test-slow lint
+.PHONY: quickstart test test-slow lint docs
 
 quickstart: .venv/installed
 	.venv/bin/python experiments/quickstart.py
@@ -16,6 +16,12 @@ lint: .venv/installed
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
 	.venv/bin/mypy jaxdefense
+
+# The pages of README's docs in site/, with the report of all committed records; no network.
+docs: .venv/installed
+	NO_MKDOCS_2_WARNING=1 .venv/bin/mkdocs build --strict --quiet
+	.venv/bin/python experiments/tables.py --html site/report.html experiments/records
+	@echo "open site/index.html; for the search: .venv/bin/python -m http.server --directory site"
 
 .venv/installed: requirements.txt setup.cfg
 	$(PYTHON) -m venv .venv

@@ -7,7 +7,9 @@
     python experiments/tables.py --html=report.html experiments/records   # a page of all of them
 
 A marked table lies between `<!-- KIND PATH -->` and `<!-- end -->`; KIND is table, protected
-(metric I) or benchmark, and PATH is of its records.
+(metric I) or benchmark, and PATH is of its records. One number within a line of text lies between
+`<!-- accuracy PATH; ROW; ATTACK -->` and `<!-- end -->`; ROW is a record's NAME or NAME[PREDICTOR],
+or a run of the benchmark `fast`, whose attacks are AutoAttack's versions `standard` and `fast`.
 """
 
 import pathlib
@@ -19,7 +21,7 @@ from absl import flags
 from benchmark import tables as benchmark
 from papers import metric_i
 
-from jaxdefense import files
+from jaxdefense import files, registry
 from jaxdefense.evaluation import records, tables
 
 PER_CLASS = flags.DEFINE_string("per_class", None, "Accuracy per class under this attack instead.")
@@ -30,6 +32,7 @@ TITLE = flags.DEFINE_string("title", "jaxdefense: what was measured", "Of the pa
 
 ROOT = pathlib.Path(__file__).parents[1]
 _MARKED = re.compile(r"(<!-- (table|protected|benchmark) (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
+_NUMBER = re.compile(r"(<!-- accuracy ([^;]+); ([^;]+); (.+?) -->).*?(<!-- end -->)")
 
 
 def render(paths, per_class=None, protected=False):
@@ -46,8 +49,28 @@ def render(paths, per_class=None, protected=False):
     return f"{table}\n\n{tables.provenance(found)}\n"
 
 
+def number(path, row, column):
+    """The accuracy of one row under one attack, "76.00 ± 1.22 (3)", from the records of a path.
+
+    Raises:
+      ValueError: no such row or attack in the records.
+    """
+    found = records.load_all([path])
+    rows = {}  # {row: one {attack: accuracy} per seed}
+    for (name, predictor), same in tables.group_by_row(found).items():
+        results = [record["results"][predictor] for record in same]
+        seeds = [{attack: r["accuracy"] for attack, r in one.items()} for one in results]
+        rows.setdefault(name, seeds)  # the first predictor is the deployed one
+        rows[f"{name}[{predictor}]"] = seeds
+    for record in found:
+        rows |= {run: [versions] for run, versions in benchmark.accuracies(record).items()}
+    registry.check_known(f"row of {path}", [row], rows)
+    registry.check_known(f"attack on {row}", [column], rows[row][0])
+    return tables.format_mean([seed[column] for seed in rows[row]])
+
+
 def renew(text):
-    """`text` with each marked table rendered from the records that its mark names."""
+    """`text` with each marked table and number rendered from the records that its mark names."""
 
     def block(match):
         begin, kind, path, end = match.groups()
@@ -56,7 +79,11 @@ def renew(text):
             return f"{begin}{benchmark.render(record)}\n\n{tables.provenance([record])}\n{end}"
         return begin + render([ROOT / path], protected=kind == "protected") + end
 
-    return _MARKED.sub(block, text)
+    def inline(match):
+        begin, path, row, column, end = match.groups()
+        return begin + number(ROOT / path, row, column) + end
+
+    return _NUMBER.sub(inline, _MARKED.sub(block, text))
 
 
 def page(paths, title):

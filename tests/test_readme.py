@@ -1,33 +1,163 @@
-"""The README's examples run, and its tables are what the committed records say."""
+"""README and docs: their examples run, their commands exist, and their numbers are the records'."""
 
+import configparser
+import itertools
 import pathlib
 import re
 
+import configs
 import pytest
 import tables
 
 ROOT = pathlib.Path(__file__).parents[1]
-README = (ROOT / "README.md").read_text()
+PAGES = {
+    str(path.relative_to(ROOT)): path.read_text()
+    for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
+}
+WITH_CODE = [name for name, text in PAGES.items() if "```python" in text]
+MARK = re.compile(r"<!-- (?:table|protected|benchmark|accuracy) ([^;\s]+)")
 
 
-def test_examples_run():
-    blocks = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-    assert len(blocks) >= 3
+def blocks(text, language):
+    """The code blocks of a page in a language, in order."""
+    return re.findall(rf"^```{language}\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
+
+
+@pytest.mark.parametrize("name", WITH_CODE)
+def test_examples_run(name, tfds_dir, tmp_path, monkeypatch):
+    """All of a page in one namespace, in a folder of its own, as a reader would paste it."""
+    import matplotlib
+
+    matplotlib.use("agg")
+    monkeypatch.setenv("TFDS_DATA_DIR", tfds_dir)
+    monkeypatch.chdir(tmp_path)
     namespace = {}
-    for block in blocks:
-        exec(compile(block, "README.md", "exec"), namespace)
-    assert namespace["x_adv"].shape == (32, 8, 8, 1)
-    assert float(namespace["robust_loss"](namespace["weights"], namespace["jax"].random.key(0))) > 0
+    for block in blocks(PAGES[name], "python"):
+        exec(compile(block, name, "exec"), namespace)
 
 
-def test_tables_are_renewed():
-    """`python experiments/tables.py --into=README.md` changes nothing."""
-    marked = re.findall(r"<!-- (?:table|protected|benchmark) (\S+) -->", README)
-    assert marked
-    for path in marked:
-        if not (ROOT / path).exists():
-            pytest.fail(f"README.md shows {path}, which is not committed")
-    assert tables.renew(README) == README
+def test_the_main_pages_have_examples():
+    assert {"README.md", "docs/attack.md", "docs/judge.md", "docs/train.md"} <= set(WITH_CODE)
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_numbers_are_renewed(name):
+    """`python experiments/tables.py --into=PAGE` changes nothing."""
+    for path in MARK.findall(PAGES[name]):
+        if not path.isupper() and not (ROOT / path).exists():  # PATH is a mark explained
+            pytest.fail(f"{name} shows {path}, which is not committed")
+    assert tables.renew(PAGES[name]) == PAGES[name]
+
+
+def test_every_folder_of_records_is_shown():
+    shown = {path for text in PAGES.values() for path in MARK.findall(text)}
+    folders = [path for path in (ROOT / "experiments" / "records").iterdir() if path.is_dir()]
+    for folder in folders:
+        path = folder.relative_to(ROOT)
+        assert any(pathlib.Path(found).is_relative_to(path) for found in shown), path
+
+
+def test_a_number_says_which_row_is_missing():
+    records = "experiments/records/mnist"
+    number = tables.number(ROOT / records, "pgd_at-mnist", "pgd40")
+    assert re.fullmatch(r"\d+\.\d\d ± \d+\.\d\d \(3\)", number)
+    assert tables.number(ROOT / records, "pgd_at-mnist[classifier]", "pgd40") == number
+    marked = f"a <!-- accuracy {records}; pgd_at-mnist; pgd40 -->0<!-- end --> b"
+    assert tables.renew(marked) == marked.replace(">0<", f">{number}<")
+    fast = "experiments/records/benchmark/fast.json"
+    left = tables.number(ROOT / fast, "csa-digits, linf 0.15, 500 images", "standard")
+    assert (
+        f"square {round(5 * float(left))} |" in PAGES["docs/speed.md"].partition("| csa-digits")[2]
+    )
+    with pytest.raises(ValueError, match="nearest: pgd_at-mnist"):
+        tables.number(ROOT / records, "pgd-mnist", "pgd40")
+    with pytest.raises(ValueError, match="nearest: pgd40"):
+        tables.number(ROOT / records, "pgd_at-mnist", "pgd4")
+
+
+def commands(text):
+    """The words of each `python experiments/...` of a page's sh blocks, its loops unrolled."""
+    for block in blocks(text, "sh"):
+        block = re.sub(r"\\\n\s*", " ", block)
+        loops = dict(re.findall(r"for (\w+) in ([^;\n]*);", block))
+        for line in re.findall(r"python (experiments/[^\n#]*)", block):
+            used = [name for name in loops if re.search(rf"\$\{{?{name}\b", line)]
+            for values in itertools.product(*(loops[name].split() for name in used)):
+                words = line
+                for name, value in zip(used, values, strict=True):
+                    words = re.sub(rf"\$(?:{name}\b|\{{{name}\}})", value, words)
+                yield words.split()
+
+
+COMMANDS = {(name, " ".join(words)) for name, text in PAGES.items() for words in commands(text)}
+
+
+@pytest.mark.parametrize(("name", "command"), sorted(COMMANDS))
+def test_commands_name_scripts_flags_and_configs(name, command):
+    script, *words = command.split()
+    path = ROOT / script
+    files = sorted(path.glob("*.py")) if path.is_dir() else [path]
+    assert all(file.exists() for file in files), script
+    sources = "".join(file.read_text() for file in files)
+    known = set(re.findall(r'DEFINE_\w+\(\s*"(\w+)"', sources))
+    known |= set(re.findall(r'"--(\w+)"', sources)) | {"help", "config"}
+    for word in words:
+        flag, _, value = word.partition("=")
+        if re.fullmatch(r"--\w+", flag):
+            assert flag[2:] in known, word
+        if flag == "--config" and "$" not in value:
+            configs.load(*value.split(":"))
+
+
+def test_commands_are_found():
+    found = {command for _, command in COMMANDS}
+    assert "experiments/train.py --config=gssl_baseline:mnist_small --config.seed=4 " in {
+        f"{command} ".partition("--workdir")[0] for command in found
+    }
+    assert len(found) > 40
+
+
+def slug(heading):
+    """The anchor of a heading, as GitHub and the site's builder make it."""
+    return re.sub(r"[^\w\- ]", "", heading.strip().lower()).replace(" ", "-")
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_links_lead_somewhere(name):
+    here = (ROOT / name).parent
+    for text, target in re.findall(r"\[([^\]]*)\]\(([^)\s]+)\)", PAGES[name]):
+        path, _, anchor = target.partition("#")
+        if path.startswith(("https://", "api/")):
+            continue
+        found = (here / path) if path else ROOT / name
+        assert found.exists(), target
+        if anchor:
+            headings = re.findall(r"^#+ (.*)$", found.read_text(), re.MULTILINE)
+            assert anchor in map(slug, headings), target
+        if found.suffix == ".svg":
+            assert len(text) > 20, f"{target} needs a text for who cannot see it"
+
+
+def test_the_readme_is_short_and_in_a_newcomer_s_order():
+    readme = PAGES["README.md"]
+    assert len(readme.splitlines()) <= 200
+    places = [readme.index(part) for part in ("make quickstart", "](docs/images/", "## Install")]
+    headings = ("Attack a model", "Judge a model", "Train a defence", "The seven systems", "More")
+    places += [readme.index(f"## {heading}") for heading in headings]
+    assert places == sorted(places)
+    for url in ("ossci-datasets.s3.amazonaws.com/mnist", "cs.toronto.edu/~kriz/cifar"):
+        assert url in readme
+
+
+def test_the_readme_names_all_extras_and_known_configs():
+    setup = configparser.ConfigParser()
+    setup.read(ROOT / "setup.cfg")
+    for extra in setup["options.extras_require"]:
+        assert f"`{extra}`" in PAGES["README.md"], extra
+    rivals = PAGES["README.md"].partition("| system | configs | rivals |")[2].partition("\n\n")[0]
+    named = re.findall(r"`(\w+)`", rivals)
+    assert len(named) > 25
+    assert set(named) <= set(configs.names())
 
 
 def test_every_committed_record_says_where_it_comes_from():

@@ -5,7 +5,7 @@
     python experiments/papers/claf_literal.py --workdir=runs/claf-cifar10_literal
 
 Variants: digits, mnist, cifar10, cifar10_paper, cifar10_literal; cifar10_small and
-cifar10_small_literal (a small CNN, 20 passes, minutes on a CPU core: the README's comparison of the
+cifar10_small_literal (a small CNN, 20 passes, minutes on a CPU core: docs/results.md compares the
 two modes); each also with _debug.
 `cifar10_paper` has the published schedule, 60 + 140 (1 + 5) + 100 = 1,000 passes over the data
 (INFERRED: momentum .9), `cifar10` has 58 with one per refresh; `cifar10_literal` trains with the

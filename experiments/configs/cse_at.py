@@ -6,7 +6,7 @@
 
 Variants: digits, mnist, fashion_mnist, cifar10 (protect class 0); mnist_paper,
 fashion_mnist_paper, cifar10_paper (LeNet, from ADV, ten members of which member i protects class
-i); each also with _debug. Expected: no number of the paper's was found; see the README's tables.
+i); each also with _debug. Expected: no number of the paper's was found; see docs/results.md.
 """
 
 from configs import csa, cse, fgsm_at, recipes

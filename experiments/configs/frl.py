@@ -4,7 +4,7 @@
     python experiments/evaluate.py --workdir=runs/frl
 
 Variants: digits, mnist, fashion_mnist, cifar10, each also with _debug. Expected: mean accuracies
-near TRADES' (see the README's tables), and its worst class above TRADES' worst
+near TRADES' (see docs/results.md), and its worst class above TRADES' worst
 (experiments/tables.py --per_class=pgd20); on digits it is not, with about 50 images a class.
 """
 

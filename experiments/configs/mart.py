@@ -5,7 +5,7 @@
 
 Variants: digits, mnist, cifar10, cifar10_paper, each also with _debug. The attack is that of the
 other rows (8/255, step 2/255), not the authors' (.031, step .007); beta is that of their ResNet-18
-script. Expected: see the README's tables; no number of this recipe is known.
+script. Expected: see docs/results.md; no number of this recipe is known.
 """
 
 from configs import m2at, recipes

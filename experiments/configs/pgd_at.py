@@ -3,8 +3,8 @@
     python experiments/train.py --config=pgd_at:mnist --workdir=runs/pgd_at-mnist
     python experiments/evaluate.py --workdir=runs/pgd_at-mnist
 
-Variants: digits, mnist, fashion_mnist, cifar10, cifar100, each also with _debug. Expected: see the
-README's tables; on CIFAR-10 others' full runs reach 82.92 clean and 53.49 under PGD-10
+Variants: digits, mnist, fashion_mnist, cifar10, cifar100, each also with _debug. Expected: see
+docs/results.md; on CIFAR-10 others' full runs reach 82.92 clean and 53.49 under PGD-10
 (PreActResNet-18, best epoch, Rice et al.'s logs) and 48.67 under AutoAttack (ResNet-18, MAIR);
 ours has 30 epochs.
 """

@@ -3,8 +3,8 @@
     python experiments/train.py --config=trades:mnist --workdir=runs/trades-mnist
     python experiments/evaluate.py --workdir=runs/trades-mnist
 
-Variants: digits, mnist, fashion_mnist, cifar10, cifar100, each also with _debug. Expected: see the
-README's tables; on CIFAR-10 others' full runs reach 49.45 under AutoAttack (ResNet-18, MAIR); ours
+Variants: digits, mnist, fashion_mnist, cifar10, cifar100, each also with _debug. Expected: see
+docs/results.md; on CIFAR-10 others' full runs reach 49.45 under AutoAttack (ResNet-18, MAIR); ours
 has 30 epochs.
 """
 

@@ -1,10 +1,10 @@
 """Attacks: factories with keyword-only hyper-parameters that return pure functions.
 
-attack = attacks.pgd(threat.Linf(8 / 255), steps=10)
-x_adv = attack(predict, key, images, labels)            # inside your own jit, or eagerly
+    attack = attacks.pgd(threat.Linf(8 / 255), steps=10)
+    x_adv = attack(predict, key, images, labels)         # inside your own jit, or eagerly
 
-fast = attacks.jitted(attack, apply)                     # apply(variables, images) -> logits
-x_adv = fast(variables, key, images, labels)             # compiled once for all weights
+    fast = attacks.jitted(attack, apply)                 # apply(variables, images) -> logits
+    x_adv = fast(variables, key, images, labels)         # compiled once for all weights
 
 What a factory returns is a `Method`: callable, frozen, and it knows its name, threat and options.
 """
