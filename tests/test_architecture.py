@@ -9,7 +9,10 @@ import pytest
 
 ROOT = pathlib.Path(__file__).parents[1]
 FLOORS = (
-    ("types", "extras", "files", "registry", "threat", "losses", "mixing", "models"),
+    (
+        *("types", "extras", "files", "registry", "threat", "losses", "mixing"),
+        *("conv", "rewrite", "models"),
+    ),
     ("attacks", "data"),
     ("defenses",),
     ("runs",),

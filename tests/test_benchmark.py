@@ -4,11 +4,12 @@ import json
 import types
 
 import configs
+import jax
 import numpy as np
 import pytest
-from benchmark import peers, pgd, tables, verdicts
+from benchmark import peers, pgd, rewritten, tables, verdicts
 
-from jaxdefense import threat
+from jaxdefense import models, threat
 from jaxdefense.train import loop
 
 WEIGHTS = {"params": {"head": {"bias": np.arange(3.0)}}}
@@ -79,6 +80,23 @@ def test_pgd_times_each_peer_or_says_that_it_is_missing(monkeypatch):
         "peer": "torchattacks (not installed)",
     }
     assert timed["ratio"] == pytest.approx(timed["peer_ms"] / timed["ours_ms"])
+
+
+def test_a_network_of_each_library_is_timed_beside_itself(monkeypatch):
+    """The networks have one set of weights; their logits are compared before they are timed."""
+    monkeypatch.setattr(rewritten, "PGD_STEPS", 1)
+    monkeypatch.setattr(rewritten.importlib.util, "find_spec", lambda name: None)
+    net = models.make("cnn", 10, width=0.125)
+    x = np.full((2, 28, 28, 1), 0.5, np.float32)
+    params = jax.tree.map(np.asarray, jax.jit(net.init)(jax.random.key(0), x)["params"])
+    rows = list(rewritten.pgd_rows(params, x, np.zeros(2, int), threat.Linf(0.3), repeats=1))
+    timed = {row["what"]: row["peer"] for row in rows if "ratio" in row}
+    libraries = [f"PGD-1, {name}, batch 2" for name in rewritten.NETWORKS if name != "equinox"]
+    assert timed == dict.fromkeys(
+        [*libraries, "PGD-1, linen with pooling, batch 2"], "the same network as it stands"
+    )
+    missing = [row["peer"] for row in rows if "ratio" not in row]
+    assert sorted(missing) == ["equinox (not installed)", *["torchattacks (not installed)"] * 3]
 
 
 class TestPeers:

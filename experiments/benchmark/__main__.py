@@ -4,12 +4,15 @@
     python experiments/benchmark conv pgd             # some
     python experiments/benchmark --record=experiments/records/benchmark/cpu.json pgd
     python experiments/benchmark --runs=runs/pgd_at-mnist-0:1000 --reference=auto-attack attacks
+    python experiments/benchmark --runs=runs/pgd_at-mnist-0:500 --repeats=2 rewritten
     python experiments/benchmark --runs=runs/pgd_at-mnist-0:1000 --journal=J fast half targeted
 
-Suites with --runs: `attacks` is AutoAttack against peers, `fast` AutoAttack's version fast beside
-standard (on any trained run: its deployed predictor), `half` float32 beside bfloat16, `targeted`
-targeted attacks, PGD and CW against torchattacks'. With --journal the last three go on where they
-were killed. A record is written at the end, whole.
+Suites with --runs: `rewritten` is a plain network of Flax linen, NNX and Equinox beside itself with
+fast convolutions and beside torchattacks (a run of the MNIST CNN), `attacks` AutoAttack against
+peers, `fast` AutoAttack's version fast beside standard (on any trained run: its deployed
+predictor), `half` float32 beside bfloat16, `targeted` targeted attacks, PGD and CW against
+torchattacks'. With --journal the last three go on where they were killed. A record is written at
+the end, whole.
 
 Peers are Foolbox on JAX, torchattacks where it and torch are installed (they are not among the
 library's requirements) and the authors' AutoAttack (--reference, a checkout of
@@ -27,7 +30,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))  # the scripts' folde
 
 import cli
 
-from benchmark import attacks, conv, pgd, tables, verdicts
+from benchmark import attacks, conv, pgd, rewritten, tables, verdicts
 from jaxdefense import registry
 from jaxdefense.evaluation import records
 
@@ -49,6 +52,12 @@ def conv_suite():
 def pgd_suite():
     """PGD: L_inf on the small CNN and on ResNet-18, against Foolbox on JAX and torchattacks."""
     yield from pgd.rows(REPEATS.value)
+
+
+def rewritten_suite():
+    """A user's own network, plain and with fast convolutions, on a trained MNIST CNN (--runs)."""
+    for workdir, examples, _ in _runs():
+        yield from rewritten.rows(workdir, examples, REPEATS.value)
 
 
 def attacks_suite():
@@ -93,6 +102,7 @@ def _problems():
 SUITES = {
     "conv": conv_suite,
     "pgd": pgd_suite,
+    "rewritten": rewritten_suite,
     "attacks": attacks_suite,
     "fast": fast_suite,
     "half": half_suite,

@@ -26,7 +26,7 @@ from jaxdefense.attacks.apgd import apgd, apgd_targeted
 from jaxdefense.attacks.ensemble import autoattack, worst_case
 from jaxdefense.attacks.fab import fab, fab_targeted
 from jaxdefense.attacks.gradient import bim, fgsm, maximize, mi_fgsm, pgd
-from jaxdefense.attacks.method import Method
+from jaxdefense.attacks.method import Method, run_attack
 from jaxdefense.attacks.minimal import cw, ddn, deepfool, fmn
 from jaxdefense.attacks.outcome import FewClassesWarning, fooled
 from jaxdefense.attacks.square import square
@@ -151,7 +151,8 @@ def jitted(
 
     @functools.partial(jax.jit, static_argnums=0)
     def run(rest, variables, key, images, labels):
-        return attack(functools.partial(apply, rest.join(variables)), key, images, labels)
+        predict = functools.partial(apply, rest.join(variables))
+        return run_attack(attack, predict, key, images, labels)
 
     @functools.partial(jax.jit, static_argnums=0)
     def forward(rest, variables, *given):

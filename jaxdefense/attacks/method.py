@@ -20,6 +20,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxdefense.attacks import checks
+from jaxdefense.conv import explicit_gradients
+from jaxdefense.rewrite import fast_convolutions, is_forward_mode
 from jaxdefense.types import Array, Attack, Images, Key, Labels, Logits, Threat
 
 P = ParamSpec("P")
@@ -178,6 +180,7 @@ class Method:
         Raises:
           ValueError: bad images, labels, keys or models.
         """
+        predict = fast_convolutions(predict)
         threat = self.arguments.get("threat")
         if threat is None:  # a combination, whose parts check their arguments themselves
             return self._attack(predict, key, images, labels)
@@ -244,6 +247,30 @@ def attack_factory(
         return make
 
     return decorate
+
+
+def run_attack(
+    attack: Attack, predict: Callable[..., Logits], key: Key, images: Images, labels: Labels
+) -> Images:
+    """The attack's images, for a bare function too on a model of fast convolutions (`rewrite`).
+
+    A bare function that takes forward-mode derivatives (`jax.jvp`), which explicit gradients do not
+    have, gets a model without them.
+
+    Args:
+      attack: any.
+      predict: see `Method.__call__`, as all that follow.
+      key: one typed key, or one per example.
+      images: (B, ...).
+      labels: (B,) integers.
+    """
+    predict = fast_convolutions(predict)
+    if not isinstance(attack, Method):
+        run = functools.partial(attack, predict)
+        if is_forward_mode(jax.make_jaxpr(run)(key, images, labels).jaxpr):
+            with explicit_gradients(False):
+                return run(key, images, labels)
+    return attack(predict, key, images, labels)
 
 
 def takes_targets(attack: Attack) -> bool:

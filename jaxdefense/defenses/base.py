@@ -34,6 +34,7 @@ import jax.numpy as jnp
 
 from jaxdefense import attacks, losses
 from jaxdefense.attacks import checks
+from jaxdefense.rewrite import fast_convolutions
 from jaxdefense.types import (
     Array,
     Images,
@@ -214,6 +215,10 @@ class Net:
     module: nn.Module
     role: str = "classifier"
 
+    @functools.cached_property
+    def _apply(self) -> Callable[..., Any]:
+        return fast_convolutions(self.module.apply)
+
     def init(self, key: Key, images: Images) -> tuple[Params, Carry]:
         """({role: parameters}, {role: running statistics})."""
         variables = jax.jit(self.module.init)(key, images)
@@ -223,15 +228,12 @@ class Net:
         """The network in eval mode; keyword arguments (`features`, `bn_set`) are the module's."""
         variables = {"params": params[self.role], "batch_stats": carry[self.role]}
 
-        def apply(x: Images) -> Any:
-            return self.module.apply(variables, x, **kwargs)
-
-        return apply
+        return functools.partial(self._apply, variables, **kwargs)
 
     def train(self, params: Params, carry: Carry, x: Images, **kwargs: Any) -> tuple[Any, Carry]:
         """(output, carry): BatchNorm on the batch's statistics, which the carry follows."""
         variables = {"params": params[self.role], "batch_stats": carry[self.role]}
-        out, new = self.module.apply(variables, x, train=True, mutable=["batch_stats"], **kwargs)
+        out, new = self._apply(variables, x, train=True, mutable=["batch_stats"], **kwargs)
         return out, {**carry, self.role: new.get("batch_stats", {})}
 
     def train_on_both(

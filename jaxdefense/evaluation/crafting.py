@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxdefense.attacks.method import Method, takes_targets
+from jaxdefense.attacks.method import Method, run_attack, takes_targets
 from jaxdefense.attacks.outcome import require_margin, success_margin
 from jaxdefense.evaluation.checks import check_attack_output, has_unknown_threat
 from jaxdefense.types import (
@@ -158,7 +158,7 @@ class AttackProgram:
         predict = functools.partial(self.apply, variables)
         keys = jax.random.wrap_key_data(key_data)
         with self._winning_by(margin[0], predict) as target:
-            x_adv = attack(target, keys, x, y)
+            x_adv = run_attack(attack, target, keys, x, y)
         check_attack_output(self.name, x_adv, x)
         centres = widen(x)
         if x_adv.dtype != centres.dtype:  # half precision leaves the ball by its rounding

@@ -1,13 +1,14 @@
 """Robust accuracy as a function of eps: at a grid of eps, or from each example's distance."""
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxdefense.attacks.method import Method
+from jaxdefense.attacks.method import Method, run_attack
 from jaxdefense.evaluation.checks import check_attack
 from jaxdefense.evaluation.evaluator import Evaluator, attack_keys
 from jaxdefense.types import Attack, PyTree, Threat
@@ -70,8 +71,8 @@ def survival_over_eps(
     def run(variables, data, x, y, e):
         made = attack(dataclasses.replace(evaluator.threat, eps=e))
         keys = jax.random.wrap_key_data(data)
-        x_adv = made(lambda z: evaluator.apply(variables, z), keys, x, y)
-        return jnp.argmax(evaluator.apply(variables, x_adv), -1) == y
+        predict = functools.partial(evaluator.fast_apply, variables)
+        return jnp.argmax(predict(run_attack(made, predict, keys, x, y)), -1) == y
 
     data = np.asarray(jax.random.key_data(attack_keys(seed, "curve", ids)))
     for pack in evaluator.split_rows(pairs):
@@ -149,11 +150,9 @@ def minimal_distances(
     options = attack.per_example() if isinstance(attack, Method) else []
 
     def run(variables, data, x, y, *values):
-        def predict(z):
-            return evaluator.apply(variables, z)
-
+        predict = functools.partial(evaluator.fast_apply, variables)
         made = attack.with_per_example(iter(values)) if isinstance(attack, Method) else attack
-        x_adv = made(predict, jax.random.wrap_key_data(data), x, y)
+        x_adv = run_attack(made, predict, jax.random.wrap_key_data(data), x, y)
         wrong = jnp.argmax(predict(x_adv), -1) != y
         return jnp.where(wrong, evaluator.threat.distance(x_adv, x), jnp.inf)
 

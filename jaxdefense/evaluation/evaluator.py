@@ -31,6 +31,7 @@ from jaxdefense.evaluation.checks import (
     check_targets,
 )
 from jaxdefense.evaluation.crafting import Apply, AttackProgram, Examples, round_to_grid
+from jaxdefense.rewrite import fast_convolutions
 from jaxdefense.types import Array, Attack, HostArray, Key, Logits, PyTree, Threat, partition
 
 # On XLA:CPU a network's logits and gradients are the same to the bit in every batch of 64 or
@@ -141,7 +142,8 @@ class Evaluator:
         checks.check_count("batch_size", batch_size)
         if grid is not None:
             checks.check_count("grid", grid)
-        self.apply, self.threat, self.grid = apply, threat, grid
+        self.apply, self.fast_apply = apply, fast_convolutions(apply)
+        self.threat, self.grid = threat, grid
         mesh = Mesh(np.asarray(devices), (_AXIS,))
         self._split = NamedSharding(mesh, PartitionSpec(_AXIS))
         self._whole = NamedSharding(mesh, PartitionSpec())
@@ -158,7 +160,8 @@ class Evaluator:
           apply: (variables, images) -> logits, or with a key before the images.
         """
         other = copy.copy(self)
-        other.apply, other._compiled, other._programs = apply, {}, {}
+        other.apply, other.fast_apply = apply, fast_convolutions(apply)
+        other._compiled, other._programs = {}, {}
         return other
 
     def replicate(self, variables: PyTree) -> PyTree:
@@ -249,7 +252,7 @@ class Evaluator:
         Returns:
           (N, K) float32.
         """
-        return self.map_rows("logits", self.apply, variables, images).astype(np.float32)
+        return self.map_rows("logits", self.fast_apply, variables, images).astype(np.float32)
 
     def measure_noise(self, variables: PyTree, images: np.ndarray) -> flags.Noise:
         """Whether the same images get the same logits twice, and beside other images.
@@ -266,7 +269,7 @@ class Evaluator:
         """
 
         def forward(x: np.ndarray) -> np.ndarray:
-            return self.map_rows("logits", self.apply, variables, x)
+            return self.map_rows("logits", self.fast_apply, variables, x)
 
         return flags.measure_noise(
             forward, images, self.threat, self._traces_differ(variables, images[:1])
@@ -384,7 +387,7 @@ class Evaluator:
           ValueError: the attack left the threat's set.
         """
         program = AttackProgram(
-            name, attack, self.apply, self.threat, self.grid, with_margin=margin > 0
+            name, attack, self.fast_apply, self.threat, self.grid, with_margin=margin > 0
         )
         x_adv, inside, lead = self.dispatch(
             ("attack", attack, program.with_margin),

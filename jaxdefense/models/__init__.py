@@ -24,7 +24,7 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 from jaxdefense import extras, registry
-from jaxdefense.models.conv import conv, explicit_gradients
+from jaxdefense.conv import conv, explicit_gradients
 
 if TYPE_CHECKING:
     import flax.linen as nn

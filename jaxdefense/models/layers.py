@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxdefense import registry
-from jaxdefense.models.conv import conv, depth_to_space
+from jaxdefense.conv import conv, depth_to_space
 
 Module = TypeVar("Module", bound=nn.Module)
 

@@ -73,6 +73,36 @@ def explicit_gradients(on: bool | None) -> Iterator[None]:
         _forced.reset(token)
 
 
+def is_explicit() -> bool:
+    """Whether convolutions traced now get explicit gradients: on the CPU, or as the switch says."""
+    forced = _forced.get()
+    return jax.default_backend() == "cpu" if forced is None else forced
+
+
+def covers(
+    lhs: Any, rhs: Any, pads: Sequence[Pair], feature_group_count: int, preferred_element_type: Any
+) -> bool:
+    """Whether an undilated convolution in `conv`'s layout has explicit gradients.
+
+    Args:
+      lhs: images (B, H, W, C), or their shape and dtype.
+      rhs: kernels (kh, kw, C, K), or their shape and dtype.
+      pads: edges of each side.
+      feature_group_count: groups of channels.
+      preferred_element_type: of the result.
+    """
+    if len(lhs.shape) != 4 or lhs.dtype != rhs.dtype or not jnp.issubdtype(lhs.dtype, jnp.floating):
+        return False
+    depthwise = feature_group_count == lhs.shape[3] == rhs.shape[3] > 1
+    # No negative padding, and a result that is not empty.
+    fits = 0 not in lhs.shape and all(
+        lo >= 0 and hi >= 0 and size + lo + hi >= k
+        for size, k, (lo, hi) in zip(lhs.shape[1:3], rhs.shape[:2], pads)
+    )
+    same_type = preferred_element_type in (None, lhs.dtype)
+    return fits and same_type and (feature_group_count == 1 or depthwise)
+
+
 def conv(
     lhs: Array,
     rhs: Array,
@@ -115,34 +145,21 @@ def conv(
       The convolution, of lhs's dtype (`preferred_element_type` if given). Sums of products of
       bfloat16 are taken in float32 and rounded once.
     """
-    forced = _forced.get()
-    wanted = jax.default_backend() == "cpu" if forced is None else forced
-    covered = (
-        lhs.ndim == 4
-        and lhs.size > 0
-        and lhs.dtype == rhs.dtype
-        and jnp.issubdtype(lhs.dtype, jnp.floating)
-        and preferred_element_type in (None, lhs.dtype)
-        and batch_group_count == 1
-        and all(d == 1 for d in (*(lhs_dilation or ()), *(rhs_dilation or ())))
-        and lax.conv_dimension_numbers(lhs.shape, rhs.shape, dimension_numbers)
+    in_layout = lhs.ndim == 4 and (
+        lax.conv_dimension_numbers(lhs.shape, rhs.shape, dimension_numbers)
         == lax.conv_dimension_numbers(lhs.shape, rhs.shape, _LAYOUT)
     )
-    depthwise = covered and feature_group_count == lhs.shape[3] == rhs.shape[3] > 1
-    if wanted and covered and (feature_group_count == 1 or depthwise):
+    undilated = all(d == 1 for d in (*(lhs_dilation or ()), *(rhs_dilation or ())))
+    if is_explicit() and in_layout and undilated and batch_group_count == 1:
         edges = padding
         if isinstance(edges, str):
             edges = lax.padtype_to_pads(lhs.shape[1:3], rhs.shape[:2], window_strides, edges)
         (top, bottom), (left, right) = edges
         pads = ((int(top), int(bottom)), (int(left), int(right)))
-        strides = (int(window_strides[0]), int(window_strides[1]))
-        fits = all(
-            lo >= 0 and hi >= 0 and size + lo + hi >= k
-            for size, k, (lo, hi) in zip(lhs.shape[1:3], rhs.shape[:2], pads)
-        )
-        if fits and depthwise:
-            return _depthwise(lhs, rhs, strides, pads)
-        if fits:  # no negative padding, and a result that is not empty
+        if covers(lhs, rhs, pads, feature_group_count, preferred_element_type):
+            strides = (int(window_strides[0]), int(window_strides[1]))
+            if feature_group_count > 1:
+                return _depthwise(lhs, rhs, strides, pads)
             return _conv(lhs, rhs, strides, pads, precision)
     return lax.conv_general_dilated(
         lhs,
