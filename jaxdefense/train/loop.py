@@ -473,13 +473,20 @@ def _check_config(config: Mapping[str, Any], path: pathlib.Path) -> None:
 
 
 def train(
-    config: Mapping[str, Any], workdir: str | os.PathLike, *, progress: bool = True
+    config: Mapping[str, Any],
+    workdir: str | os.PathLike,
+    *,
+    model: Any = None,
+    progress: bool = True,
 ) -> dict[str, Any]:
     """Trains what a config describes, or goes on with it where it was interrupted.
 
     Args:
       config: plain values, see `jaxdefense.runs.run`.
       workdir: its own folder; made if it is not there.
+      model: a network of the user's own in place of the config's section "model": a linen module,
+        an NNX module or its class, or a pair (init, apply), see `models.adapt`. The same call goes
+        on with it, and `runs.restore` needs it again.
       progress: show a bar with rate and time left.
 
     Returns:
@@ -493,7 +500,8 @@ def train(
       Interrupted: after SIGTERM, when the state is saved.
     """
     workdir = pathlib.Path(workdir)
-    run = build(config, workdir=workdir)
+    run = build(config, workdir=workdir, model=model)
+    config = run.config
     path = workdir / "config.json"
     _check_config(config, path)
     trainer = Trainer(run, workdir)  # refuses what it cannot train, before the workdir is claimed
