@@ -312,6 +312,14 @@ def _train_options(config: Mapping[str, Any]) -> dict[str, Any]:
         registry.raise_unknown("train.select", options["select"], ("robust", "clean"))
     if not isinstance(options["optimizer"], Mapping):
         raise ValueError("train.optimizer must be a mapping, see jaxdefense.train.optim.make")
+    if not isinstance(options["init_from"], Mapping | None):
+        raise ValueError(
+            f"train.init_from must be a mapping such as {{'workdir': ...}}, got "
+            f"{options['init_from']!r}"
+        )
+    frozen = options["frozen"]
+    if isinstance(frozen, str) or not all(isinstance(name, str) for name in frozen):
+        raise ValueError(f"train.frozen must be a list of names, got {frozen!r}")
     return options
 
 

@@ -31,7 +31,7 @@ from jaxdefense.attacks import checks
 from jaxdefense.defenses import base
 from jaxdefense.defenses.base import Metrics
 from jaxdefense.evaluation.evaluator import Evaluator
-from jaxdefense.runs import checkpoint, sources
+from jaxdefense.runs import checkpoint, sources, start
 from jaxdefense.runs.run import Run, build, read_model
 from jaxdefense.train import optim, plan
 from jaxdefense.train.step import (
@@ -149,6 +149,12 @@ class Trainer:
             "last": checkpoint.Store(workdir / "last"),
             "best": checkpoint.Store(workdir / "best"),
         }
+        self.start: start.Start | None = None
+        shapes = jax.eval_shape(run.init, self.example_image)
+        if options["init_from"] and not self.stores["last"].steps():
+            self.start = start.load_start(options["init_from"])
+            self.start.apply(*shapes)  # refuses what does not fit
+        start.check_frozen(options["frozen"], shapes[0])
         self.best: dict[str, Any] = {}
         self.pretrained_scores: dict[str, Any] = {}
         self.seconds = 0.0
@@ -220,6 +226,8 @@ class Trainer:
     def initial_state(self) -> State:
         """The state before the first step, on the host."""
         params, carry = self.run.init(self.example_image)
+        if self.start:
+            params, carry = self.start.apply(params, carry)
         return State(jnp.zeros((), jnp.int32), params, carry, {})
 
     def begin_segment(self, state: State, segment: plan.Segment) -> State:
@@ -342,6 +350,7 @@ class Trainer:
                 segment.phase.view or self.augment_view,
                 seed=self.run.seed,
                 per_epoch=self.per_epoch,
+                frozen=tuple(self.run.train["frozen"]),
             )
             self._compiled[name] = compile_steps(step, self.batches.gather)
         return self._compiled[name]
