@@ -3,6 +3,13 @@
     python experiments/train.py --config=trades:mnist --workdir=runs/trades-mnist
     python experiments/train.py --config=trades:mnist --workdir=runs/s1 --config.seed=1
 
+    python experiments/train.py --config=pgd_at:mnist --workdir=runs/longer \\
+        --init_from=runs/trades-mnist --config.train.length=4e
+
+The last starts from the weights of another run; the schedule and the optimiser are the new run's,
+from its first step. --new_head leaves out its last layer, for other classes; --frozen names what
+stays as it starts, e.g. classifier/conv1.
+
 The workdir then holds config.json, metrics.jsonl, TensorBoard events and the checkpoints `last`
 and `best`; experiments/evaluate.py reads it.
 """
@@ -18,6 +25,10 @@ from jaxdefense.train import train
 
 CONFIG = config_flags.DEFINE_config_file("config", None, cli.CONFIG_HELP)
 WORKDIR = flags.DEFINE_string("workdir", None, "The run's own folder.", required=True)
+INIT_FROM = flags.DEFINE_string("init_from", None, "Workdir of a run to start from.")
+CHECKPOINT = flags.DEFINE_enum("init_checkpoint", "best", ["best", "last"], "Which of its weights.")
+NEW_HEAD = flags.DEFINE_bool("new_head", False, "With --init_from: a new last layer.")
+FROZEN = flags.DEFINE_list("frozen", [], "Roles, or parts of them, that stay as they start.")
 PROGRESS = flags.DEFINE_bool("progress", True, "Show a progress bar.")
 
 
@@ -26,7 +37,15 @@ def main(argv):
         raise ValueError(f"unexpected arguments: {argv[1:]}")
     if CONFIG.value is None:
         raise ValueError(f"--config=NAME:VARIANT is needed; names: {', '.join(configs.names())}")
-    summary = train(json.loads(CONFIG.value.to_json()), WORKDIR.value, progress=PROGRESS.value)
+    config = json.loads(CONFIG.value.to_json())
+    if INIT_FROM.value:
+        start = {"workdir": INIT_FROM.value, "checkpoint": CHECKPOINT.value}
+        config["train"]["init_from"] = {**start, "new_head": NEW_HEAD.value}
+    elif NEW_HEAD.value:
+        raise ValueError("--new_head needs --init_from=WORKDIR")
+    if FROZEN.value:
+        config["train"]["frozen"] = FROZEN.value
+    summary = train(config, WORKDIR.value, progress=PROGRESS.value)
     best = {name: round(value, 2) for name, value in summary["best"].items()}
     print(f"{summary['steps']} steps in {summary['seconds']:.0f} s; best checkpoint: {best}")
 

@@ -13,7 +13,7 @@ import pytest
 
 from jaxdefense import defenses, losses, models, threat
 from jaxdefense.defenses import base, combine, transforms
-from jaxdefense.models import layers
+from jaxdefense.models import adapt
 from jaxdefense.train.step import State, make_step
 
 pytestmark = pytest.mark.usefixtures("autodiff_convolutions")
@@ -46,19 +46,18 @@ def cnn():
     return models.make("cnn", 4, width=0.25)
 
 
-class Normed(layers.NormedClassifier):
-    """What the contract needs of a network, and no more: each test compiles it anew."""
+class Own(nn.Module):
+    """A user's network that knows nothing of this package: each test compiles it anew."""
 
     @nn.compact
-    def __call__(self, x, *, train=False, features=False, bn_set=0):
-        x = layers.normalise(x, self.mean, self.std, self.dtype)
-        x = layers.Conv(4, (3, 3), (2, 2), padding=1, name="conv1")(x)
-        x = nn.relu(layers.batch_norm(self, x, "bn1", train=train, which=bn_set))
-        return layers.classify(x.reshape(len(x), -1), self.num_classes, features)
+    def __call__(self, x, train=False):
+        x = nn.Conv(4, (3, 3), (2, 2), name="conv1")(x)
+        x = nn.relu(nn.BatchNorm(use_running_average=not train, momentum=0.9, name="bn1")(x))
+        return nn.Dense(4)(x.reshape(len(x), -1))
 
 
 def normed():
-    return Normed(4)
+    return adapt.adapt(Own(), IMAGES, 4)
 
 
 def build(name, model=None, **options):
@@ -85,9 +84,8 @@ def on_axis(function, *args):
 
 @functools.cache
 def started(name):
-    """(defence, first parameters, first carry), of a network with BatchNorm."""
-    model = small(name)[0]
-    defense = build(name, model if layers.has_bn_sets(model) else normed())
+    """(defence, first parameters, first carry), of a user's own network with BatchNorm."""
+    defense = build(name, normed())
     return defense, *defense.init(KEY, IMAGES[:1])
 
 

@@ -99,6 +99,25 @@ class Store:
                 )
         return tree
 
+    def restore_as_saved(self, name: str) -> PyTree:
+        """The newest checkpoint's tree `name` on the host, whatever its structure.
+
+        Args:
+          name: as given to `save`.
+
+        Raises:
+          ValueError: no checkpoint, or a damaged one.
+        """
+        step = self._newest()
+        args = ocp.args.Composite(**{name: ocp.args.StandardRestore()})
+        try:
+            return jax.tree.map(np.asarray, self._manager.restore(step, args=args)[name])
+        except Exception as error:
+            raise ValueError(
+                f"cannot read the checkpoint {self.folder / str(step)}: it is damaged "
+                f"({type(error).__name__}: {error})"
+            ) from error
+
     def close(self) -> None:
         """Releases the manager's threads."""
         self._manager.close()

@@ -16,6 +16,9 @@
 
 Wherever an option of the defence (of a part, of a transform) is {"workdir": ..., "checkpoint":
 "best"}, the classifier of that trained run is meant: the defence is given a `base.Trained`.
+
+A network that is given as an argument in place of the section "model" is named there by
+`own_model`: {"name": "own", "type": ...}. A config cannot rebuild it, so it must be given again.
 """
 
 import dataclasses
@@ -27,13 +30,13 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import flax.errors
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from jaxdefense import attacks, data, defenses, models, registry, threat
 from jaxdefense.defenses import base
+from jaxdefense.models import adapt
 from jaxdefense.runs import checkpoint, sources
 from jaxdefense.runs.sources import Source
 from jaxdefense.types import Attack, HostArray, Images, Logits, PyTree, Threat
@@ -49,6 +52,8 @@ TRAIN_DEFAULTS: dict[str, Any] = {
     "checkpoint_every": "1e",
     "steps_per_dispatch": 50,
     "streaming": False,
+    "init_from": None,
+    "frozen": (),
 }
 _EVALUATION = ("attacks", "audit", "batch_size")  # keys of the section "evaluation"
 _SECTIONS = (
@@ -84,7 +89,7 @@ class Run:
     config: dict[str, Any]
     seed: int
     threat: Threat
-    module: nn.Module
+    module: Any
     defense: defenses.Defense
     train: dict[str, Any]
     validation: Attack
@@ -197,12 +202,50 @@ def load_classifier(workdir: str | os.PathLike, *, kind: str = "best") -> base.T
     return _classifier(run, model, Source(pathlib.Path(workdir), kind))
 
 
-def build(config: Mapping[str, Any], *, workdir: pathlib.Path | None = None) -> Run:
+OWN = "own"
+
+
+def own_model(config: Mapping[str, Any], model: Any) -> dict[str, Any]:
+    """The config of a run on a network of the user's.
+
+    Args:
+      config: plain values; its section "model" is left out, or names the same network.
+      model: as in `models.adapt`.
+
+    Raises:
+      ValueError: the section "model" names another network.
+    """
+    section = {"name": OWN, "type": adapt.describe(model)}
+    named = config.get("model", section)
+    if named != section:
+        raise ValueError(
+            f"the config's model is {dict(named)}, and another one was given as model=: {section}; "
+            f"leave one of them out"
+        )
+    return {**config, "model": section}
+
+
+def _make_module(section: dict[str, Any], model: Any, arrays: data.Arrays) -> Any:
+    """The network that a section "model" names, or the user's own."""
+    if section.get("name") != OWN:
+        return models.make(section.pop("name", None), arrays.num_classes, **section)
+    if model is None:
+        raise ValueError(
+            f"the run is of a network of its user's, {section.get('type')}, which config.json "
+            f"cannot rebuild: give it as model="
+        )
+    return adapt.adapt(model, arrays.images, arrays.num_classes)
+
+
+def build(
+    config: Mapping[str, Any], *, workdir: pathlib.Path | None = None, model: Any = None
+) -> Run:
     """Builds the run that a config describes.
 
     Args:
       config: plain values, see the head of this file.
       workdir: the run's own, where copies of the trained runs that the config names may lie.
+      model: a network of the user's own in place of the section "model", as in `models.adapt`.
 
     Returns:
       A `Run`. Its data are read when they are asked for; train options that need the data's size
@@ -226,14 +269,16 @@ def build(config: Mapping[str, Any], *, workdir: pathlib.Path | None = None) -> 
     >>> run.threat, list(run.defense.predictors), run.train["batch_size"]
     (Linf(eps=0.1, bounds=(0.0, 1.0)), ['classifier'], 128)
     """
+    if model is not None:
+        config = own_model(config, model)
     registry.check_known("config section", config, _SECTIONS)
     seed = config.get("seed", 0)
     if not isinstance(seed, int) or seed < 0:
         raise ValueError(f"seed must be an integer >= 0, got {seed!r}")
     ball = _make_threat(_section(config, "threat"))
-    model = _section(config, "model")
+    network = _section(config, "model")
     held_out = _load_split(_section(config, "dataset"), "validation")
-    module = models.make(model.pop("name", None), held_out.num_classes, **model)
+    module = _make_module(network, model, held_out)
     defense = _section(config, "defense")
     train = _train_options(config)
     evaluation = _section(config, "evaluation")
@@ -244,8 +289,8 @@ def build(config: Mapping[str, Any], *, workdir: pathlib.Path | None = None) -> 
     for path, spec in sources.find_sources(defense).items():
         option = ".".join(path)
         named_runs[option] = sources.locate_source(option, spec, workdir)
-        network = _load_source(option, named_runs[option], held_out)
-        defense = sources.replace_option(defense, path, network)
+        trained = _load_source(option, named_runs[option], held_out)
+        defense = sources.replace_option(defense, path, trained)
     return Run(
         config=dict(config),
         seed=seed,
@@ -267,6 +312,14 @@ def _train_options(config: Mapping[str, Any]) -> dict[str, Any]:
         registry.raise_unknown("train.select", options["select"], ("robust", "clean"))
     if not isinstance(options["optimizer"], Mapping):
         raise ValueError("train.optimizer must be a mapping, see jaxdefense.train.optim.make")
+    if not isinstance(options["init_from"], Mapping | None):
+        raise ValueError(
+            f"train.init_from must be a mapping such as {{'workdir': ...}}, got "
+            f"{options['init_from']!r}"
+        )
+    frozen = options["frozen"]
+    if isinstance(frozen, str) or not all(isinstance(name, str) for name in frozen):
+        raise ValueError(f"train.frozen must be a list of names, got {frozen!r}")
     return options
 
 
@@ -299,12 +352,13 @@ class Restored(NamedTuple):
     meta: dict[str, Any]
 
 
-def restore(workdir: str | os.PathLike, *, kind: str = "best") -> Restored:
+def restore(workdir: str | os.PathLike, *, kind: str = "best", model: Any = None) -> Restored:
     """Reads a trained run back from its workdir.
 
     Args:
       workdir: of a run that has at least one checkpoint.
       kind: "best" or "last".
+      model: the network, if the run was trained on one that was given as an argument.
 
     Returns:
       The run, its variables and the checkpoint's metadata.
@@ -319,7 +373,7 @@ def restore(workdir: str | os.PathLike, *, kind: str = "best") -> Restored:
     path = workdir / "config.json"
     if not path.exists():
         raise ValueError(f"{workdir} holds no run: there is no {path.name}")
-    run = build(json.loads(path.read_text()), workdir=workdir)
+    run = build(json.loads(path.read_text()), workdir=workdir, model=model)
     if not (workdir / kind).is_dir():
         raise ValueError(f"{workdir} has no checkpoint {kind!r}")
     store = checkpoint.Store(workdir / kind)

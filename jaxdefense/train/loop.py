@@ -31,7 +31,7 @@ from jaxdefense.attacks import checks
 from jaxdefense.defenses import base
 from jaxdefense.defenses.base import Metrics
 from jaxdefense.evaluation.evaluator import Evaluator
-from jaxdefense.runs import checkpoint, sources
+from jaxdefense.runs import checkpoint, sources, start
 from jaxdefense.runs.run import Run, build, read_model
 from jaxdefense.train import optim, plan
 from jaxdefense.train.step import (
@@ -149,6 +149,12 @@ class Trainer:
             "last": checkpoint.Store(workdir / "last"),
             "best": checkpoint.Store(workdir / "best"),
         }
+        self.start: start.Start | None = None
+        shapes = jax.eval_shape(run.init, self.example_image)
+        if options["init_from"] and not self.stores["last"].steps():
+            self.start = start.load_start(options["init_from"])
+            self.start.apply(*shapes)  # refuses what does not fit
+        start.check_frozen(options["frozen"], shapes[0])
         self.best: dict[str, Any] = {}
         self.pretrained_scores: dict[str, Any] = {}
         self.seconds = 0.0
@@ -220,6 +226,8 @@ class Trainer:
     def initial_state(self) -> State:
         """The state before the first step, on the host."""
         params, carry = self.run.init(self.example_image)
+        if self.start:
+            params, carry = self.start.apply(params, carry)
         return State(jnp.zeros((), jnp.int32), params, carry, {})
 
     def begin_segment(self, state: State, segment: plan.Segment) -> State:
@@ -342,6 +350,7 @@ class Trainer:
                 segment.phase.view or self.augment_view,
                 seed=self.run.seed,
                 per_epoch=self.per_epoch,
+                frozen=tuple(self.run.train["frozen"]),
             )
             self._compiled[name] = compile_steps(step, self.batches.gather)
         return self._compiled[name]
@@ -473,13 +482,20 @@ def _check_config(config: Mapping[str, Any], path: pathlib.Path) -> None:
 
 
 def train(
-    config: Mapping[str, Any], workdir: str | os.PathLike, *, progress: bool = True
+    config: Mapping[str, Any],
+    workdir: str | os.PathLike,
+    *,
+    model: Any = None,
+    progress: bool = True,
 ) -> dict[str, Any]:
     """Trains what a config describes, or goes on with it where it was interrupted.
 
     Args:
       config: plain values, see `jaxdefense.runs.run`.
       workdir: its own folder; made if it is not there.
+      model: a network of the user's own in place of the config's section "model": a linen module,
+        an NNX module or its class, or a pair (init, apply), see `models.adapt`. The same call goes
+        on with it, and `runs.restore` needs it again.
       progress: show a bar with rate and time left.
 
     Returns:
@@ -493,7 +509,8 @@ def train(
       Interrupted: after SIGTERM, when the state is saved.
     """
     workdir = pathlib.Path(workdir)
-    run = build(config, workdir=workdir)
+    run = build(config, workdir=workdir, model=model)
+    config = run.config
     path = workdir / "config.json"
     _check_config(config, path)
     trainer = Trainer(run, workdir)  # refuses what it cannot train, before the workdir is claimed

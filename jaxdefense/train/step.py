@@ -1,6 +1,6 @@
 """The train step: written once, mapped over the devices in exactly one place."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import flax.jax_utils
@@ -10,6 +10,7 @@ import numpy as np
 import optax
 
 from jaxdefense.defenses.base import AXIS, Batch, Carry, Metrics, Params, Phase, Update, View
+from jaxdefense.runs import start
 from jaxdefense.types import Array, Key, PyTree
 
 
@@ -98,6 +99,7 @@ def make_step(
     *,
     seed: int,
     per_epoch: int,
+    frozen: Sequence[str] = (),
 ) -> Callable[[State, Batch], tuple[State, Metrics]]:
     """The pure step of one device: (state, batch of images in [0, 1]) -> (state, metrics).
 
@@ -109,7 +111,18 @@ def make_step(
       view: (key, images) -> {"image": ...}, the augmentation.
       seed: of the run.
       per_epoch: steps in an epoch.
+      frozen: roles, or parts of them, whose parameters and statistics stay as they are.
     """
+
+    def keep_frozen(old: dict[str, PyTree], new: dict[str, PyTree]) -> dict[str, PyTree]:
+        def one(role: str) -> PyTree:
+            def choose(path, was, now):
+                return was if start.is_frozen(frozen, role, path) else now
+
+            return jax.tree_util.tree_map_with_path(choose, old[role], new[role])
+
+        touched = {name.split("/")[0] for name in frozen}
+        return {**new, **{role: one(role) for role in touched if role in new}}
 
     def step(state: State, batch: Batch) -> tuple[State, Metrics]:
         key = jax.random.fold_in(jax.random.key(seed), state.step)
@@ -119,10 +132,14 @@ def make_step(
         batch = {**batch, "step": state.step, "epoch": epoch}
         batch = {**batch, **view(k_view, batch["image"])}
         metrics: Metrics = {}
+        before = state
         for i, update in enumerate(phase.updates):
             state, new = _apply(update, txs, state, batch, jax.random.fold_in(key, i))
             prefix = f"update{i}_" if len(phase.updates) > 1 else ""
             metrics |= {prefix + name: metric for name, metric in new.items()}
+            if frozen:
+                params = keep_frozen(before.params, state.params)
+                state = state._replace(params=params, carry=keep_frozen(before.carry, state.carry))
         carry = state.carry
         for follow in phase.after:
             carry = follow(state.params, carry, batch)

@@ -1,0 +1,183 @@
+"""Starting points: weights of a trained run in place of random ones, and what stays as it starts.
+
+    "train": {"init_from": {"workdir": "runs/pgd_at-mnist", "checkpoint": "best",
+                            "new_head": True},
+              "frozen": ["classifier/conv1"]}
+
+The weights are those that the run deploys (its averages, where it keeps some). The schedule and
+the optimiser are the new run's, from its first step.
+"""
+
+import dataclasses
+import os
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxdefense import registry
+from jaxdefense.defenses import base
+from jaxdefense.runs import checkpoint
+from jaxdefense.types import PyTree
+
+_KEYS = ("workdir", "checkpoint", "new_head")
+
+
+@dataclasses.dataclass(frozen=True)
+class Start:
+    """Weights to start from.
+
+    Attributes:
+      params: by role.
+      carry: statistics by role.
+      new_head: whether the head is left as it was initialised.
+      source: where they come from, for messages.
+    """
+
+    params: Mapping[str, PyTree]
+    carry: Mapping[str, PyTree]
+    new_head: bool
+    source: str
+
+    def apply(self, params: base.Params, carry: base.Carry) -> tuple[base.Params, base.Carry]:
+        """Initial parameters and carry with these weights wherever the roles agree.
+
+        A classifier may start from an encoder and a head, and these from a classifier.
+
+        Args:
+          params: of the new run, freshly initialised; arrays or their shapes.
+          carry: likewise.
+
+        Raises:
+          ValueError: no role in common, or arrays of other names or shapes; they are named.
+        """
+        found, statistics = _in_roles(self.params, self.carry, params)
+        common = [role for role in params if role in found]
+        if not common:
+            raise ValueError(
+                f"{self.source} has nothing for this run to start from: it has "
+                f"{sorted(self.params)}, the run {sorted(params)}"
+            )
+        params, carry = dict(params), dict(carry)
+        for role in common:
+            params[role] = self._taken(role, found[role], params[role])
+            if role in carry:
+                carry[role] = self._taken(role, statistics.get(role, {}), carry[role])
+        if "ema" in carry:  # the averages begin where the weights do
+            carry["ema"] = {
+                "params": {role: params[role] for role in carry["ema"]["params"]},
+                "carry": {role: carry[role] for role in carry["ema"]["carry"]},
+            }
+        return params, carry
+
+    def _taken(self, role: str, found: PyTree, own: PyTree) -> PyTree:
+        if self.new_head and role == "head":
+            return own
+        if self.new_head and isinstance(own, Mapping) and "head" in own:
+            rest = {k: v for k, v in found.items() if k != "head"}
+            return {
+                **self._taken(role, rest, {k: v for k, v in own.items() if k != "head"}),
+                "head": own["head"],
+            }
+        got, wanted = _shapes(found), _shapes(own)
+        if got != wanted:
+            paths = sorted(p for p in {**got, **wanted} if got.get(p) != wanted.get(p))
+            told = f"{role}{paths[0]} is {got.get(paths[0], 'absent')} there"
+            way = ""
+            if all("head" in path for path in [role + p for p in paths]):
+                way = "; train.init_from.new_head=true starts with a new head"
+            raise ValueError(
+                f"{self.source} does not fit this run: {told}, here "
+                f"{wanted.get(paths[0], 'absent')} ({len(paths)} arrays differ){way}"
+            )
+        return jax.tree.unflatten(jax.tree.structure(own), jax.tree.leaves(found))
+
+
+def load_start(spec: Mapping[str, Any]) -> Start:
+    """The starting point that `train.init_from` names.
+
+    Args:
+      spec: {"workdir": ..., "checkpoint": "best" or "last", "new_head": False}.
+
+    Raises:
+      ValueError: an unknown key, no run there, no checkpoint, or a damaged one.
+    """
+    registry.check_known("key of train.init_from", spec, _KEYS)
+    if "workdir" not in spec:
+        raise ValueError(f"train.init_from needs a workdir, got {dict(spec)}")
+    kind = spec.get("checkpoint", "best")
+    if kind not in ("best", "last"):
+        registry.raise_unknown("train.init_from.checkpoint", kind, ("best", "last"))
+    folder = pathlib.Path(os.fspath(spec["workdir"])) / kind
+    if not folder.is_dir():
+        raise ValueError(f"train.init_from: {spec['workdir']} has no checkpoint {kind!r}")
+    store = checkpoint.Store(folder)
+    try:
+        model = store.restore_as_saved("model")
+    finally:
+        store.close()
+    params, carry = model["params"], dict(model["carry"])
+    ema = carry.pop("ema", {"params": {}, "carry": {}})
+    return Start(
+        {**params, **ema["params"]},
+        {**carry, **ema["carry"]},
+        bool(spec.get("new_head", False)),
+        str(folder),
+    )
+
+
+def is_frozen(frozen: Sequence[str], role: str, path: Sequence[Any]) -> bool:
+    """Whether an array stays as it starts.
+
+    Args:
+      frozen: roles, or parts of them, "classifier/conv1".
+      role: of the array.
+      path: its path inside the role, of `jax.tree_util`.
+    """
+    whole = "/".join((role, *(str(getattr(key, "key", key)) for key in path))) + "/"
+    return any(whole.startswith(f"{name}/") for name in frozen)
+
+
+def check_frozen(frozen: Sequence[str], params: base.Params) -> None:
+    """Refuses names of `train.frozen` that no parameter has.
+
+    Args:
+      frozen: roles, or parts of them.
+      params: of the run; arrays or their shapes.
+
+    Raises:
+      ValueError: such a name.
+    """
+    for name in frozen:
+        role = str(name).split("/")[0]
+        registry.check_known("role in train.frozen", [role], params)
+        leaves = jax.tree_util.tree_leaves_with_path(params[role])
+        if not any(is_frozen([name], role, path) for path, _ in leaves):
+            parts = sorted(f"{role}/{part}" for part in params[role])
+            registry.raise_unknown("part in train.frozen", name, parts)
+
+
+def _in_roles(
+    params: Mapping[str, PyTree], carry: Mapping[str, PyTree], roles: Mapping[str, PyTree]
+) -> tuple[dict[str, PyTree], dict[str, PyTree]]:
+    """Weights with the classifier in one role, or in encoder and head, as `roles` has it."""
+    params, carry = dict(params), dict(carry)
+    if "encoder" in roles and "encoder" not in params and "classifier" in params:
+        encoder = dict(params.pop("classifier"))
+        head = encoder.pop("head", {})
+        params |= {"encoder": encoder, "head": head}
+        carry |= {"encoder": carry.pop("classifier", {}), "head": {}}
+    elif "classifier" in roles and "classifier" not in params and "encoder" in params:
+        params["classifier"] = {**params.pop("encoder"), "head": params.pop("head")}
+        carry["classifier"] = carry.pop("encoder", {})
+    return params, carry
+
+
+def _shapes(tree: PyTree) -> dict[str, tuple[int, ...]]:
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {
+        "".join(f"/{getattr(key, 'key', key)}" for key in path): tuple(np.shape(leaf))
+        for path, leaf in leaves
+    }

@@ -1,0 +1,142 @@
+"""Runs that start from the weights of another: whole, with a new head, in other roles, frozen."""
+
+import flax.linen as nn
+import jax
+import numpy as np
+import pytest
+
+from jaxdefense import runs, train
+from jaxdefense.runs import start
+
+
+def config(tfds_dir, defense="standard", **options):
+    return {
+        "dataset": {"name": "digits", "data_dir": tfds_dir, "limit": 64},
+        "model": {"name": "cnn", "width": 0.25},
+        "threat": {"norm": "linf", "eps": 0.1},
+        "defense": {"name": defense},
+        "train": {
+            "length": "2s",
+            "batch_size": 32,
+            "optimizer": {"name": "sgd", "lr": 0.1},
+            **options,
+        },
+        "validation": {"name": "pgd", "steps": 1},
+        "evaluation": {"attacks": {"fgsm": {"name": "fgsm"}}},
+    }
+
+
+@pytest.fixture(scope="module")
+def trained(tfds_dir, tmp_path_factory):
+    """(workdir, its params) of a run of two steps."""
+    workdir = tmp_path_factory.mktemp("trained") / "run"
+    train.train(config(tfds_dir), workdir, progress=False)
+    return workdir, runs.restore(workdir).variables["params"]["classifier"]
+
+
+def initial(tfds_dir, tmp_path, **options):
+    trainer = train.loop.Trainer(runs.build(config(tfds_dir, **options)), tmp_path / "new")
+    return trainer.initial_state().params
+
+
+def same(a, b):
+    return jax.tree.all(jax.tree.map(np.array_equal, a, b))
+
+
+def test_whole(tfds_dir, tmp_path, trained):
+    workdir, params = trained
+    found = initial(tfds_dir, tmp_path, init_from={"workdir": str(workdir)})
+    assert same(found["classifier"], params)
+    assert not same(initial(tfds_dir, tmp_path)["classifier"], params)
+
+
+def test_a_new_head(tfds_dir, tmp_path, trained):
+    workdir, params = trained
+    found = initial(tfds_dir, tmp_path, init_from={"workdir": str(workdir), "new_head": True})
+    fresh = initial(tfds_dir, tmp_path)["classifier"]
+    assert same(found["classifier"]["head"], fresh["head"])
+    assert {k for k in params if same(params[k], found["classifier"][k])} == set(params) - {"head"}
+
+
+def test_the_roles_of_a_contrast_and_back(tfds_dir, trained):
+    """A classifier becomes encoder and head; the projector, which it lacks, starts anew."""
+    workdir, params = trained
+    found = start.load_start({"workdir": workdir})
+    run = runs.build(config(tfds_dir, "supcon"))
+    images = np.zeros((1, 8, 8, 1), np.float32)
+    own, carry = run.init(images)
+    taken, _ = found.apply(own, carry)
+    assert same({**taken["encoder"], "head": taken["head"]}, params)
+    assert same(taken["projector"], own["projector"])
+    contrast = start.Start(taken, carry, False, "memory")
+    back, _ = contrast.apply(*runs.build(config(tfds_dir)).init(images))
+    assert same(back["classifier"], params)
+
+
+def test_frozen_parts_stay(tfds_dir, tmp_path, trained):
+    workdir, params = trained
+    options = {"init_from": {"workdir": str(workdir)}, "frozen": ["classifier/conv1"]}
+    train.train(config(tfds_dir, **options), tmp_path / "run", progress=False)
+    after = runs.restore(tmp_path / "run").variables["params"]["classifier"]
+    assert {k for k in params if same(params[k], after[k])} == {"conv1"}
+
+
+def test_a_run_goes_on_without_its_starting_point(tfds_dir, tmp_path, trained, monkeypatch):
+    """Once there is a checkpoint, the other run is not needed."""
+    options = {"init_from": {"workdir": str(trained[0])}}
+    train.train(config(tfds_dir, **options), tmp_path / "run", progress=False)
+    monkeypatch.setattr(start, "load_start", None)
+    assert train.train(config(tfds_dir, **options), tmp_path / "run", progress=False)["steps"] == 2
+
+
+class Frozen(nn.Module):
+    """A net with BatchNorm, all of whose encoder is frozen."""
+
+    @nn.compact
+    def __call__(self, x, train=False):
+        x = nn.Conv(2, (3, 3), (2, 2), name="conv")(x)
+        x = nn.BatchNorm(use_running_average=not train, name="bn")(x)
+        return nn.Dense(10)(x.reshape(len(x), -1))
+
+
+def test_own_network_is_given_again_and_frozen_statistics_stay(tfds_dir, tmp_path):
+    own = config(tfds_dir, frozen=["classifier/conv", "classifier/bn"])
+    del own["model"]
+    train.train(own, tmp_path / "run", model=Frozen(), progress=False)
+    with pytest.raises(ValueError, match=r"Frozen.*cannot rebuild: give it as model="):
+        runs.restore(tmp_path / "run")
+    run, variables, _ = runs.restore(tmp_path / "run", model=Frozen())
+    params, carry = run.init(np.zeros((1, 8, 8, 1), np.float32))
+    assert same(variables["carry"], carry)
+    assert not same(variables["params"]["classifier"]["head"], params["classifier"]["head"])
+    with pytest.raises(ValueError, match="another one was given as model="):
+        train.train(config(tfds_dir), tmp_path / "other", model=Frozen(), progress=False)
+    assert not (tmp_path / "other").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"init_from": "runs/x"}, "train.init_from must be a mapping"),
+        ({"init_from": {"workdr": "x"}}, "nearest: workdir"),
+        ({"init_from": {}, "frozen": "head"}, "train.frozen must be a list"),
+        ({"frozen": ["clasifier"]}, "nearest: classifier"),
+        ({"frozen": ["classifier/conv3"]}, "nearest: classifier/conv"),
+        ({"init_from": {"workdir": "nowhere"}}, "nowhere has no checkpoint 'best'"),
+    ],
+)
+def test_bad_options(tfds_dir, tmp_path, options, message):
+    with pytest.raises(ValueError, match=message):
+        train.train(config(tfds_dir, **options), tmp_path / "run", progress=False)
+    assert not (tmp_path / "run" / "config.json").exists()
+
+
+def test_other_shapes_are_named(tfds_dir, tmp_path, trained):
+    wide = config(tfds_dir, init_from={"workdir": str(trained[0])})
+    wide["model"] = {"name": "cnn", "width": 0.5}
+    with pytest.raises(ValueError, match=r"does not fit this run: classifier/conv1.* is .* there"):
+        train.train(wide, tmp_path / "run", progress=False)
+    shapes = {"classifier": {"head": {"kernel": np.zeros((4, 10))}}}
+    found = start.Start({"classifier": {"head": {"kernel": np.zeros((4, 7))}}}, {}, False, "x")
+    with pytest.raises(ValueError, match="new_head=true"):
+        found.apply(shapes, {})
