@@ -1,10 +1,10 @@
 # Each target makes .venv from nothing where it is not there; PYTHON chooses the interpreter.
 PYTHON ?= python3
 
-.PHONY: quickstart test test-slow lint
+.PHONY: quickstart quickstart-all test test-slow lint
 
-quickstart: .venv/installed
-	.venv/bin/python experiments/quickstart.py
+quickstart quickstart-all: .venv/installed
+	.venv/bin/python experiments/quickstart.py $(if $(findstring all,$@),--systems=all)
 
 test: .venv/installed
 	.venv/bin/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
