@@ -42,15 +42,15 @@ def missing_extras(needed: Mapping[str, Iterable[str]] = NEEDED) -> str:
     Returns:
       The line; empty if all are there.
     """
-    missing = {
+    lacking = {
         extra: names
         for extra, modules in needed.items()
         if (names := [name for name in sorted(modules) if not _is_installed(name)])
     }
-    if not missing:
+    if not lacking:
         return ""
-    modules = ", ".join(name for names in missing.values() for name in names)
-    return f"this script needs {modules}: pip install 'jaxdefense[{','.join(missing)}]'"
+    modules = ", ".join(name for names in lacking.values() for name in names)
+    return f"this script needs {modules}: pip install 'jaxdefense[{','.join(lacking)}]'"
 
 
 def _is_installed(module: str) -> bool:
@@ -60,12 +60,12 @@ def _is_installed(module: str) -> bool:
         return False
 
 
-if line := missing_extras():
-    sys.exit(f"error: {line}")
-
-import configs
-import quickstart_board as board
-import quickstart_plan as plan
+if missing := missing_extras():
+    sys.exit(f"error: {missing}")
+else:
+    import configs
+    import quickstart_board as board
+    import quickstart_plan as plan
 
 SYSTEMS = flags.DEFINE_string(
     "systems", "", "Names with commas between; all; default the seven, their rivals, baselines."
@@ -167,12 +167,14 @@ class Worker:
         finally:
             if before:
                 os.sched_setaffinity(0, before)
-        threading.Thread(target=self._read, args=(events,), daemon=True).start()
+        self._reader = threading.Thread(target=self._read, args=(events,), daemon=True)
+        self._reader.start()
 
     def _read(self, events: queue.Queue) -> None:
-        for line in self._process.stdout:
-            events.put((self, json.loads(line)))
-        self._process.wait()
+        # Closes the pipes and waits for the end; a task that nobody read is no matter.
+        with contextlib.suppress(BrokenPipeError), self._process:
+            for line in self._process.stdout:
+                events.put((self, json.loads(line)))
         events.put((self, None))
 
     def begin(self, row: board.Row) -> None:
@@ -185,7 +187,7 @@ class Worker:
         self.resumed = (row.workdir / "config.json").exists()
         row.state, row.began = "training", time.monotonic()
         task = {"name": row.name, "config": row.config, "workdir": str(row.workdir)}
-        with contextlib.suppress(BrokenPipeError):  # it has just died, as `_read` will say
+        with contextlib.suppress(BrokenPipeError, ValueError):  # just died, as `_read` will say
             self._process.stdin.write(json.dumps(task) + "\n")
             self._process.stdin.flush()
 
@@ -206,12 +208,12 @@ class Worker:
 
     def wait(self) -> None:
         """Waits until it has ended."""
-        self._process.wait()
+        self._reader.join()
 
     def kill(self) -> None:
         """Ends it at once."""
         self._process.kill()
-        self._process.wait()
+        self.wait()
 
 
 def build_page(rows: Sequence[board.Row]) -> str:
