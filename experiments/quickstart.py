@@ -20,6 +20,7 @@ import shlex
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Iterable, Mapping, Sequence
@@ -444,13 +445,14 @@ def make_rows(names: Sequence[str], folder: pathlib.Path) -> list[board.Row]:
         config = json.loads(configs.load(name, VARIANT.value).to_json())
         row = board.Row(name, config, folder / name)
         path = row.workdir / "config.json"
-        if path.exists() and json.loads(path.read_text()) != config:
+        record = json.loads(row.record_path.read_text()) if row.record_path.exists() else None
+        before = json.loads(path.read_text()) if path.exists() else config
+        if before != config or (record and record["config"] != config):
             raise ValueError(
                 f"{row.workdir} holds a run of another config; remove it, or choose another "
                 f"--workdir"
             )
-        if row.record_path.exists():
-            record = json.loads(row.record_path.read_text())
+        if record:
             row.finish(record, record["seconds"] + record["training"]["seconds"])
             keep(row)
         rows.append(row)
@@ -500,7 +502,8 @@ def run() -> int:
     waiting = sum(row.state == "waiting" for row in rows)
     processes = count_processes(max(waiting, 1))
     try:
-        files.write_text(folder / "report.html", "<!doctype html><title>jaxdefense</title>\n")
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:
         raise ValueError(f"cannot write to {folder}: {error}") from error
     print(f"page: {folder / 'report.html'}", flush=True)
@@ -511,6 +514,7 @@ def run() -> int:
     try:
         with board.make(progress=PROGRESS.value) as display:
             work.run(display)
+        page.close()
     except KeyboardInterrupt:
         print("\ninterrupted: saving; Ctrl-C again ends at once", flush=True)
         work.interrupt()
@@ -518,7 +522,6 @@ def run() -> int:
         return 130
     finally:
         work.kill()
-    page.close()
     print_results(rows)
     failed = [row.name for row in rows if row.state == "failed"]
     for name in failed:

@@ -46,8 +46,10 @@ def read_tasks() -> queue.Queue:
     tasks: queue.Queue = queue.Queue()
 
     def read():
-        for line in sys.stdin:
-            tasks.put(json.loads(line))
+        # Unbuffered: a thread that waits inside a buffered file stops the interpreter from ending.
+        with open(0, "rb", buffering=0, closefd=False) as lines:
+            for line in lines:
+                tasks.put(json.loads(line))
         os.kill(os.getpid(), signal.SIGTERM)  # in training: save, then end
 
     threading.Thread(target=read, daemon=True).start()

@@ -46,7 +46,7 @@ for line in sys.stdin:
         time.sleep(60)
     else:
         print(json.dumps({"event": "evaluating"}), flush=True)
-        record = {**RECORD, "name": task["name"]}
+        record = {**RECORD, "name": task["name"], "config": task["config"]}
         (workdir / "configured.json").write_text(json.dumps(record))
         print(json.dumps({"event": "done"}), flush=True)
 """
