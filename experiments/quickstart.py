@@ -50,7 +50,7 @@ def missing_extras(needed: Mapping[str, Iterable[str]] = NEEDED) -> str:
     }
     if not lacking:
         return ""
-    modules = ", ".join(name for names in lacking.values() for name in names)
+    modules = ", ".join(dict.fromkeys(name for names in lacking.values() for name in names))
     return f"this script needs {modules}: pip install 'jaxdefense[{','.join(lacking)}]'"
 
 

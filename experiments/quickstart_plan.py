@@ -114,14 +114,18 @@ class Clock:
 
 
 def order(names: Sequence[str], clock: Clock) -> list[str]:
-    """The order in which systems begin: the quickest, for an early row, then the longest first.
+    """The order in which systems begin.
 
-    Beginning with the long ones keeps all processes busy to the end. The quickest also compiles the
-    attacks that most others take from the cache afterwards.
+    The quickest baseline is first, for an early row; it also compiles the attacks that most others
+    then take from the cache. Beside it begins the longest of all, and after it the other baselines,
+    which the rest is read against. The rest begins with the longest, so that all processes are busy
+    to the end.
 
     Args:
       names: of the systems.
       clock: that foretells their seconds.
     """
-    longest = sorted(names, key=lambda name: clock.expected(name) or 0.0, reverse=True)
-    return longest[-1:] + longest[:-1]
+    quickest = sorted(names, key=lambda name: clock.expected(name) or 0.0)
+    early = [name for name in quickest if name in BASELINES] or quickest[:1]
+    others = [name for name in reversed(quickest) if name not in early]
+    return early[:1] + others[:1] + early[1:] + others[1:]

@@ -99,9 +99,12 @@ def test_an_unknown_system_is_named_with_the_nearest():
         plan.select("m2ta,claf")
 
 
-def test_the_quickest_begins_then_the_longest_first():
-    clock = plan.Clock({"a": 3.0, "b": 9.0, "c": 1.0, "d": 5.0})
+def test_a_baseline_and_the_longest_begin():
+    clock = plan.Clock({"a": 3.0, "b": 9.0, "c": 1.0, "d": 5.0, "standard": 2.0, "trades": 4.0})
     assert plan.order(["a", "b", "c", "d"], clock) == ["c", "b", "d", "a"]
+    names = ["trades", "a", "b", "c", "d", "standard"]
+    assert plan.order(names, clock) == ["standard", "b", "trades", "d", "a", "c"]
+    assert plan.order(["a"], clock) == ["a"]
 
 
 def test_time_left_is_that_of_the_longest_process_on_this_machine():
