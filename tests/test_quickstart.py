@@ -276,9 +276,11 @@ def test_little_memory_leaves_one_process(start, monkeypatch, capsys):
 
 def test_the_page_shows_what_is_done_what_failed_and_what_waits(tmp_path):
     rows = [
-        board.Row("trades", {}, tmp_path / "trades", state="done"),
-        board.Row("cse", {}, tmp_path / "cse", state="failed", reason="no memory"),
-        board.Row("gssl", {}, tmp_path / "gssl"),
+        board.Row("trades", {"name": "trades-digits"}, tmp_path / "trades", state="done"),
+        board.Row(
+            "cse", {"name": "cse-digits"}, tmp_path / "cse", state="failed", reason="no memory"
+        ),
+        board.Row("gssl", {"name": "gssl-digits"}, tmp_path / "gssl"),
     ]
     records.save(record_of(61.25), rows[0].record_path)
     (tmp_path / "trades" / "metrics.jsonl").write_text('{"step": 1, "epoch": 1, "loss": 1.0}\n')
