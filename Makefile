@@ -3,8 +3,12 @@ PYTHON ?= python3
 
 .PHONY: quickstart quickstart-all test test-slow lint
 
-quickstart quickstart-all: .venv/installed
-	.venv/bin/python experiments/quickstart.py $(if $(findstring all,$@),--systems=all)
+# ARGS are further flags: make quickstart ARGS=--systems=m2at,claf
+quickstart: .venv/installed
+	.venv/bin/python experiments/quickstart.py $(ARGS)
+
+quickstart-all: .venv/installed
+	.venv/bin/python experiments/quickstart.py --systems=all $(ARGS)
 
 test: .venv/installed
 	.venv/bin/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
