@@ -1,10 +1,14 @@
 # Each target makes .venv from nothing where it is not there; PYTHON chooses the interpreter.
 PYTHON ?= python3
 
-.PHONY: quickstart test test-slow lint docs
+.PHONY: quickstart quickstart-all test test-slow lint docs
 
+# ARGS are further flags: make quickstart ARGS=--systems=m2at,claf
 quickstart: .venv/installed
-	.venv/bin/python experiments/quickstart.py
+	.venv/bin/python experiments/quickstart.py $(ARGS)
+
+quickstart-all: .venv/installed
+	.venv/bin/python experiments/quickstart.py --systems=all $(ARGS)
 
 test: .venv/installed
 	.venv/bin/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder

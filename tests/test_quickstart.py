@@ -1,0 +1,337 @@
+"""quickstart: what it chooses, foretells and shows, and its processes, with a worker that pretends.
+
+The worker of FAKE_WORKER answers as quickstart_worker.py does, without JAX.
+"""
+
+import io
+import json
+import math
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+import types
+
+import configs
+import pytest
+import quickstart_board as board
+import quickstart_plan as plan
+import rich.console
+from conftest import ROOT, import_script
+
+from jaxdefense.evaluation import records
+
+quickstart = import_script("quickstart")
+
+FAKE_WORKER = """
+import json, os, pathlib, sys, time
+
+RECORD = json.loads(os.environ["FAKE_RECORD"])
+print(json.dumps({"event": "ready"}), flush=True)
+for line in sys.stdin:
+    task = json.loads(line)
+    workdir = pathlib.Path(task["workdir"])
+    workdir.mkdir(parents=True, exist_ok=True)
+    (workdir / "config.json").write_text(json.dumps(task["config"]))
+    begun = workdir / "begun"
+    begun.write_text(f"{begun.read_text()}x" if begun.exists() else "x")
+    if task["name"] == "cse":
+        print(json.dumps({"event": "failed", "reason": "the loss was\\nnot finite"}), flush=True)
+    elif task["name"] == "claf":
+        (workdir / "log.txt").write_text("first\\nno memory left\\n")
+        os.kill(os.getpid(), 9)
+    elif task["name"] == "gssl":
+        time.sleep(60)
+    else:
+        print(json.dumps({"event": "evaluating"}), flush=True)
+        record = {**RECORD, "name": task["name"], "config": task["config"]}
+        (workdir / "configured.json").write_text(json.dumps(record))
+        print(json.dumps({"event": "done"}), flush=True)
+"""
+
+
+def record_of(accuracy):
+    bits = {"accuracy": accuracy, "per_class": [accuracy], "n": 4, "bits": ""}
+    results = {"classifier": {"clean": bits, "pgd20": bits}}
+    threat = {"norm": "linf", "eps": 0.1}
+    config = {"threat": threat, "dataset": {"name": "digits"}}
+    training = {"seconds": 2.0, "step": 3}
+    return records.make("x", config, results, seed=0, seconds=1.0, training=training)
+
+
+@pytest.fixture
+def start(tmp_path, monkeypatch):
+    """A function of the flags that runs quickstart with the pretending worker, without a page."""
+    worker = tmp_path / "worker.py"
+    worker.write_text(FAKE_WORKER)
+    monkeypatch.setattr(quickstart, "WORKER", (sys.executable, str(worker)))
+    monkeypatch.setattr(quickstart, "build_page", lambda rows: " ".join(r.state for r in rows))
+    monkeypatch.setenv("FAKE_RECORD", json.dumps(record_of(50.0)))
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+
+    def run(**flags):
+        values = dict(systems="", variant="digits_debug", workdir=str(tmp_path / "runs"))
+        values |= dict(records=None, processes=2, progress=True) | flags
+        for name, value in values.items():
+            monkeypatch.setattr(quickstart, name.upper(), types.SimpleNamespace(value=value))
+        arguments = [f"--{name}={value}" for name, value in flags.items()]
+        monkeypatch.setattr(sys, "argv", ["quickstart.py", *arguments])
+        return quickstart.run()
+
+    return run
+
+
+# What is chosen, in what order, and how long it takes.
+
+
+def test_the_default_is_the_seven_their_rivals_and_the_baselines():
+    names = plan.select("")
+    assert len(names) == len(set(names)) == 17
+    assert set(names) <= set(configs.names())
+    assert plan.select("all") == configs.names()
+    assert plan.select("claf, m2at,claf") == ["claf", "m2at"]
+
+
+def test_an_unknown_system_is_named_with_the_nearest():
+    with pytest.raises(ValueError, match=r"unknown system 'm2ta'; nearest: m2at"):
+        plan.select("m2ta,claf")
+
+
+def test_a_baseline_and_the_longest_begin():
+    clock = plan.Clock({"a": 3.0, "b": 9.0, "c": 1.0, "d": 5.0, "standard": 2.0, "trades": 4.0})
+    assert plan.order(["a", "b", "c", "d"], clock) == ["c", "b", "d", "a"]
+    names = ["trades", "a", "b", "c", "d", "standard"]
+    assert plan.order(names, clock) == ["standard", "b", "trades", "d", "a", "c"]
+    assert plan.order(["a"], clock) == ["a"]
+
+
+def test_time_left_is_that_of_the_longest_process_on_this_machine():
+    clock = plan.Clock({"a": 2.0, "b": 10.0, "c": 6.0})
+    assert clock.left({"b": 4.0}, ["c", "a"], workers=2) == 8.0  # 6 of b, then a; c beside
+    clock.measured("a", 4.0)  # twice as long as foretold
+    assert clock.expected("b") == 20.0
+    assert clock.expected("unknown") == pytest.approx((4 + 20 + 12) / 3)
+    assert clock.left({"b": 4.0}, ["c"], workers=2) == 16.0
+    assert clock.left({"b": 99.0}, [], workers=2) == 1.0
+
+
+def test_without_records_no_time_is_told():
+    clock = plan.Clock({})
+    assert math.isnan(clock.left({"a": 1.0}, ["b"], workers=2))
+    assert "about – min left" in board.header([board.Row("b", {}, pathlib.Path())], math.nan, 0)
+    clock.measured("a", 4.0)
+    assert clock.left({}, ["b"], workers=1) == 4.0
+
+
+def test_committed_records_give_their_seconds(tmp_path):
+    records.save(record_of(1.0), tmp_path / "a.json")
+    assert plan.committed_seconds(tmp_path) == {"a": 3.0}
+    assert plan.committed_seconds(tmp_path / "missing") == {}
+    assert set(plan.select("")) <= set(plan.committed_seconds())
+
+
+def test_a_missing_package_is_said_with_the_extra_that_brings_it():
+    assert quickstart.missing_extras() == ""
+    line = quickstart.missing_extras({"train": ["json", "no_such_module"], "plots": ["nor_this"]})
+    assert line.startswith("this script needs no_such_module, nor_this: pip install ")
+    assert line.endswith("'jaxdefense[train,plots]'")
+
+
+# What is shown.
+
+
+def row(tmp_path, name="a", length="4e", **values):
+    return board.Row(name, {"train": {"length": length}}, tmp_path, **values)
+
+
+def test_the_share_of_training_is_that_of_the_last_whole_line(tmp_path):
+    epochs, steps = row(tmp_path), row(tmp_path, length="10s", state="training")
+    assert epochs.trained() == 0.0
+    lines = '{"step": 2, "epoch": 1.0}\n{"step": 4, "epoch": 2.0}\n{"step": 6, "ep'
+    (tmp_path / "metrics.jsonl").write_text(lines)
+    assert epochs.trained() == 0.5
+    assert steps.describe() == "training 40 %"
+
+
+def test_the_table_fits_the_terminal_and_says_what_runs(tmp_path):
+    rows = [row(tmp_path, f"done{i}", state="done", results={"clean": 97.5}) for i in range(20)]
+    rows.append(row(tmp_path, "late", state="evaluating", began=time.monotonic()))
+    rows.append(row(tmp_path, "bad", state="failed", reason="no memory"))
+    rows.append(row(tmp_path, "next"))
+    console = rich.console.Console(file=io.StringIO(), width=100, height=16)
+    title = board.header(rows, 65.0, 130.0)
+    console.print(board.draw(rows, title, console.height))
+    shown = console.file.getvalue()
+    assert len(shown.splitlines()) <= 16
+    assert "21 of 23 done, 2:10 min, about 1:05 min left; next: next" in shown
+    for text in ("late", "evaluating", "failed: no memory", "done0", "97.50", "and 14 more"):
+        assert text in shown
+
+
+def test_in_a_pipe_each_event_is_a_line_of_plain_text(tmp_path, capsys):
+    told = [row(tmp_path, "a", state="training"), row(tmp_path, "b")]
+    for lines in (board.Lines(), board.Lines(only_rows=True)):
+        told[0].state = "training"
+        lines.update(told, 60.0, 1.0)
+        lines.update(told, 59.0, 2.0)
+        told[0].finish({"results": {"main": {"clean": {"accuracy": 97.5}}}}, 9.0)
+        lines.update(told, 58.0, 3.0)
+    done = "a: clean 97.50 %; 9 s (1 of 2 done, 0:03 min, about 0:58 min left; next: b)"
+    assert capsys.readouterr().out.splitlines() == ["a: training", done, done]
+    assert isinstance(board.make(progress=True), board.Lines)  # standard output is no terminal
+
+
+# The processes.
+
+
+def test_rows_follow_as_they_are_done_and_a_failure_is_not_the_end(start, tmp_path, capsys):
+    names = ["cse", "claf", "standard", "trades", "pgd_at"]
+    assert start(systems=",".join(names), records=str(tmp_path / "kept")) == 1
+    out = capsys.readouterr().out
+    assert "\x1b" not in out
+    assert "cse: failed: the loss was\n" in out
+    assert "claf: failed: the process was killed by SIGKILL (out of memory?): no memory left" in out
+    for name in names[2:]:
+        assert f"{name}: clean 50.00, pgd20 50.00 %" in out
+        assert f"| {name} |" in out
+        assert records.load(tmp_path / "kept" / f"{name}.json")["name"] == name
+    assert "--systems=cse,claf" in out or "--systems=claf,cse" in out
+    page = (tmp_path / "runs" / "report.html").read_text().split()
+    assert sorted(page) == ["done", "done", "done", "failed", "failed"]
+
+
+def test_finished_systems_are_not_run_again(start, tmp_path, capsys):
+    assert start(systems="standard") == 0
+    assert start(systems="standard,trades") == 0
+    out = capsys.readouterr().out
+    assert out.count("trades: training") == 1
+    begun = {name: (tmp_path / "runs" / name / "begun") for name in ("standard", "trades")}
+    assert {name: path.read_text() for name, path in begun.items()} == {
+        "standard": "x",
+        "trades": "x",
+    }
+
+
+def test_a_workdir_of_another_config_is_refused_before_anything_runs(start, tmp_path):
+    assert start(systems="standard") == 0
+    with pytest.raises(ValueError, match=r"standard holds a run of another config; remove it"):
+        start(systems="standard,trades", variant="digits")
+    assert not (tmp_path / "runs" / "trades").exists()
+
+
+def test_a_worker_that_cannot_start_ends_all(start, tmp_path, monkeypatch):
+    broken = tmp_path / "broken.py"
+    broken.write_text("import no_such_module")
+    monkeypatch.setattr(quickstart, "WORKER", (sys.executable, str(broken)))
+    with pytest.raises(ValueError, match=r"cannot start: .* code 1: .*no_such_module"):
+        start(systems="standard,trades")
+
+
+def test_a_page_that_cannot_be_made_ends_all(start, monkeypatch):
+    def build(rows):
+        raise RuntimeError("no fonts")
+
+    monkeypatch.setattr(quickstart, "build_page", build)
+    with pytest.raises(ValueError, match="the page cannot be made: no fonts"):
+        start(systems="gssl")
+
+
+def test_a_folder_that_cannot_be_written_is_said(start, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match=f"cannot write to {tmp_path}/file/runs"):
+        start(systems="standard", workdir=str(tmp_path / "file" / "runs"))
+
+
+def test_interrupted_it_ends_its_workers_and_says_what_goes_on(start, monkeypatch, capsys):
+    seen = []
+
+    class Impatient(board.Lines):
+        def update(self, rows, left, elapsed):
+            super().update(rows, left, elapsed)
+            if any(row.state == "done" for row in rows):
+                raise KeyboardInterrupt
+
+    begin = quickstart.Worker.begin
+
+    def noting(worker, row):
+        seen.append(worker)
+        begin(worker, row)
+
+    monkeypatch.setattr(quickstart.Worker, "begin", noting)
+    monkeypatch.setattr(board, "make", lambda **_: Impatient())
+    assert start(systems="gssl,standard") == 130
+    assert "this goes on from here: " in (out := capsys.readouterr().out)
+    assert "quickstart.py --systems=gssl,standard" in out
+    assert all(worker._process.poll() is not None for worker in seen)
+
+
+def test_little_memory_leaves_one_process(start, monkeypatch, capsys):
+    monkeypatch.setattr(quickstart, "available_memory", lambda: 1.5e9)
+    monkeypatch.setattr(quickstart, "available_cores", lambda: [0, 1])
+    assert start(systems="standard,trades", processes=None) == 0
+    assert "1.5 GB of memory are free: 1 process at a time" in capsys.readouterr().out
+
+
+def test_the_page_shows_what_is_done_what_failed_and_what_waits(tmp_path):
+    rows = [
+        board.Row("trades", {"name": "trades-digits"}, tmp_path / "trades", state="done"),
+        board.Row(
+            "cse", {"name": "cse-digits"}, tmp_path / "cse", state="failed", reason="no memory"
+        ),
+        board.Row("gssl", {"name": "gssl-digits"}, tmp_path / "gssl"),
+    ]
+    records.save(record_of(61.25), rows[0].record_path)
+    (tmp_path / "trades" / "metrics.jsonl").write_text('{"step": 1, "epoch": 1, "loss": 1.0}\n')
+    page = quickstart.build_page(rows)
+    for text in ("61.25", "cse", "no memory", "gssl"):
+        assert text in page
+
+
+def run_script(folder, *arguments, **environment):
+    command = [sys.executable, str(ROOT / "experiments" / "quickstart.py"), *arguments]
+    return subprocess.Popen(
+        command,
+        cwd=folder,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env={**os.environ, "JAX_CACHE_DIR": str(ROOT / ".cache" / "xla"), **environment},
+    )
+
+
+def test_the_worker_trains_evaluates_and_tells(tmp_path, tfds_dir, monkeypatch):
+    monkeypatch.setenv("TFDS_DATA_DIR", tfds_dir)
+    worker = import_script("quickstart_worker")
+    config = json.loads(configs.load("standard", "debug").to_json())
+    told = []
+    worker.run_system(config, tmp_path, lambda **message: told.append(message))
+    assert told == [{"event": "evaluating"}]
+    record = records.load(tmp_path / "configured.json")
+    assert record["training"]["xla_flags"] == os.environ["XLA_FLAGS"]
+    done = board.Row("standard", config, tmp_path)
+    done.finish(record, 1.0)
+    assert set(done.results) == {"clean", "fgsm", "pgd20"}
+    assert done.trained() == 1.0
+
+
+@pytest.mark.slow
+def test_the_script_runs_is_interrupted_and_goes_on(tmp_path, tfds_dir):
+    arguments = ("--systems=standard,cse,trades", "--variant=digits_debug", "--processes=2")
+    process = run_script(tmp_path, *arguments, TFDS_DATA_DIR=tfds_dir)
+    for line in process.stdout:
+        if line.startswith("standard: clean"):
+            break
+    process.send_signal(signal.SIGTERM)
+    assert "this goes on from here: " in process.stdout.read()
+    assert process.wait() == 130
+    process = run_script(tmp_path, *arguments, TFDS_DATA_DIR=tfds_dir)
+    out, _ = process.communicate()
+    assert process.returncode == 0, out
+    assert "standard: training" not in out
+    page = (tmp_path / "runs" / "quickstart" / "report.html").read_text()
+    for name in ("standard", "cse", "trades"):
+        assert f"| {name}-digits-debug |" in out
+        assert f"{name}-digits-debug" in page
+        assert (tmp_path / "runs" / "quickstart" / name / "log.txt").exists()
