@@ -10,7 +10,7 @@ import jax
 from jaxdefense.models import layers
 
 # depth -> (block, blocks per stage)
-DEPTHS = {
+DEPTHS: dict[int, tuple[str, tuple[int, ...]]] = {
     18: ("basic", (2, 2, 2, 2)),
     34: ("basic", (3, 4, 6, 3)),
     50: ("bottleneck", (3, 4, 6, 3)),
@@ -133,9 +133,8 @@ class ResNet(layers.NormedClassifier):
 
 def torch_options(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
     """The fields that the shapes of PyTorch's weights tell, see `models.torch`."""
-    blocks = tuple(
-        sum(f"layer{stage}.{i}.conv1" in shapes for i in range(len(shapes)))
-        for stage in range(1, 5)
+    blocks: tuple[int, ...] = tuple(
+        sum(f"layer{s}.{i}.conv1" in shapes for i in range(len(shapes))) for s in range(1, 5)
     )
     kind = "bottleneck" if "layer1.0.conv3" in shapes else "basic"
     known = {plan: depth for depth, plan in DEPTHS.items()}

@@ -241,10 +241,8 @@ def _common_prefix(names: list[str]) -> str:
 def _natural(name: str) -> list[tuple[int, str]]:
     """A key that sorts conv2 before conv10, and the head last."""
     parts = re.split(r"(\d+)", name)
-    return [
-        (name.startswith("head"), ""),
-        *((int(p), "") if p.isdigit() else (0, p) for p in parts),
-    ]
+    split = [(int(part), "") if part.isdigit() else (0, part) for part in parts]
+    return [(int(name.startswith("head")), ""), *split]
 
 
 def _first_convolution(state: _State) -> str:
@@ -332,7 +330,7 @@ def _layout(kind: str, array: np.ndarray, bn_eps: float) -> np.ndarray:
 
 def _match_by_order(state: _State, shapes: Mapping[str, tuple]) -> dict[str, str]:
     """{PyTorch's layer: ours}, the n-th of each kind with the n-th."""
-    names = {}
+    names: dict[str, str] = {}
     for dimensions, kind in _KINDS.items():
         weight = "scale" if dimensions == 1 else "kernel"
         ours = [

@@ -52,7 +52,8 @@ class Loaded(NamedTuple):
 
     def predict(self, images: Images) -> Logits:
         """Logits (B, K) of images (B, H, W, C) in [0, 1], in eval mode."""
-        return self.module.apply(self.variables, images)
+        logits: Any = self.module.apply(self.variables, images)
+        return logits
 
 
 def save(
