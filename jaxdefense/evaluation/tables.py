@@ -15,7 +15,7 @@ from jaxdefense.evaluation.records import Record
 Cell = list[float]
 
 _NORMS = {"linf": "L∞", "l2": "L2", "l1": "L1"}
-_PLACE = "workdir"  # the config key that says where another run lies
+_PLACES = ("workdir", "file")  # the config keys that say where another run lies
 
 
 def markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
@@ -90,7 +90,7 @@ def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
         return {prefix: value}
     found: dict[str, Any] = {}
     for key, inner in value.items():
-        if key != _PLACE:
+        if key not in _PLACES:
             found |= _flat(inner, f"{prefix}.{key}" if prefix else str(key))
     return found
 
