@@ -17,6 +17,7 @@ MODULES = {
         "tensorboardX",
         "tensorflow_datasets",
     },
+    "torch": {"torch"},
     "plots": {"altair", "itables", "jinja2", "matplotlib", "vl_convert"},
 }
 

@@ -15,9 +15,12 @@ from jaxdefense import attacks, data, registry
 from jaxdefense.evaluation import cascade, records
 from jaxdefense.evaluation.audit import Audit
 from jaxdefense.evaluation.audit import audit as judge
-from jaxdefense.evaluation.evaluator import Evaluator, summarize
+from jaxdefense.evaluation.evaluator import Attacked, Evaluator, summarize
 from jaxdefense.runs.run import Run
 from jaxdefense.types import Images, Predict, PyTree
+
+# Takes a predictor's name, its evaluator, its variables, the examples and their adversarial images.
+Keep = Callable[[str, Evaluator, PyTree, data.Arrays, np.ndarray], None]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,6 +61,7 @@ def configured(
     training: dict[str, Any],
     examples: int | None = None,
     progress: bool = False,
+    keep: Keep | None = None,
 ) -> records.Record:
     """Clean accuracy and the config's own attacks, for every predictor of the defence.
 
@@ -67,6 +71,8 @@ def configured(
       training: the checkpoint and its metadata, kept in the record.
       examples: only the first so many test examples; the record's "n" says so.
       progress: show bars.
+      keep: called with each predictor's adversarial images, those of the first attack that fools
+        it, else the image itself.
 
     Raises:
       ValueError: see `Evaluator.check_model`.
@@ -76,7 +82,8 @@ def configured(
     images = data.to_float(arrays.images)
     results = {}
     for predictor in run.defense.predictors:
-        bits = measurement.evaluator(predictor).bits(
+        evaluator, found = measurement.evaluator(predictor), _FirstFound(images)
+        bits = evaluator.bits(
             variables,
             images,
             arrays.labels,
@@ -84,10 +91,25 @@ def configured(
             run.attacks,
             seed=run.seed,
             progress=progress,
+            keep=found if keep else None,
         )
+        if keep:
+            keep(predictor, evaluator, variables, arrays, found.x_adv)
         results[predictor] = summarize(bits, arrays.labels, arrays.num_classes)
     made = {name: repr(attack) for name, attack in run.attacks.items()}
     return measurement.record(results, protocol="configured", training=training, attacks=made)
+
+
+class _FirstFound:
+    """Keeps each example's adversarial image, of the first attack that finds one."""
+
+    def __init__(self, images: np.ndarray):
+        self.x_adv, self._found = images.copy(), np.zeros(len(images), bool)
+
+    def __call__(self, rows: np.ndarray, attacked: Attacked) -> None:
+        new = attacked.fooled & ~self._found[rows]
+        self.x_adv[rows[new]] = attacked.x_adv[new]
+        self._found[rows[new]] = True
 
 
 def autoattack(
@@ -98,6 +120,7 @@ def autoattack(
     examples: int | None = None,
     folder: pathlib.Path | None = None,
     progress: bool = False,
+    keep: Keep | None = None,
 ) -> records.Record:
     """AutoAttack (standard) on the deployed predictor, AA-fast beside it.
 
@@ -111,6 +134,7 @@ def autoattack(
       examples: only the first so many test examples; the record's "n" says so.
       folder: keeps finished dispatches, so that a killed evaluation goes on.
       progress: show bars.
+      keep: called with each predictor's adversarial images.
 
     Returns:
       A record whose results hold "clean", "aa-fast" (APGD-CE and APGD-T), "autoattack", and under
@@ -139,6 +163,8 @@ def autoattack(
             folder=folder / name if folder and len(judged) > 1 else folder,
             progress=progress,
         )
+        if keep:
+            keep(name, evaluator, weights, own, verdict.x_adv)
         bits = {"clean": verdict.clean, "aa-fast": verdict.fast, "autoattack": verdict.robust}
         results[name] = summarize(bits, own.labels, own.num_classes)
         survivors = {stage: int(left.sum()) for stage, left in verdict.by_attack.items()}
@@ -187,6 +213,7 @@ def audit(
     training: dict[str, Any],
     examples: int | None = None,
     progress: bool = False,
+    keep: Keep | None = None,
 ) -> records.Record:
     """The honesty report of the deployed predictor and of every one that cleans images first.
 
@@ -197,6 +224,7 @@ def audit(
       training: the checkpoint and its metadata, kept in the record.
       examples: only the first so many test examples; the record's "n" says so.
       progress: show bars.
+      keep: called with each predictor's adversarial images.
 
     Returns:
       A record whose results hold "clean", each tier's attacks and "worst" (per example, without
@@ -238,6 +266,8 @@ def audit(
             **known,
             **options,
         )
+        if keep:
+            keep(name, measurement.evaluator(name), variables, arrays, report.x_adv)
         found = report.record(labels, arrays.num_classes)
         results[name] = found.pop("tiers")
         told[name] = {**found, "examples": _shown(report, images, labels, predict, known)}

@@ -43,7 +43,7 @@ def record_threat(record: Record) -> Mapping[str, Any]:
     return record.get("threat") or record.get("config", {}).get("threat") or {}
 
 
-def _eps_text(eps: float) -> str:
+def format_eps(eps: float) -> str:
     """Three significant digits where they are exact, else k/255 where that is, else the digits."""
     digits, steps = f"{eps:.3g}", 255 * eps
     exact = math.isclose(float(digits), eps, rel_tol=1e-6)
@@ -57,7 +57,7 @@ def format_threat(record: Record) -> str:
     found = record_threat(record)
     if not found:
         return "–"
-    text = f"{_NORMS.get(found['norm'], found['norm'])} {_eps_text(found['eps'])}"
+    text = f"{_NORMS.get(found['norm'], found['norm'])} {format_eps(found['eps'])}"
     return f"{text} ({found['note']})" if "note" in found else text
 
 
