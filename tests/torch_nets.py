@@ -280,10 +280,12 @@ def made(name):
     net = make().eval()
     with torch.no_grad():
         for module in net.modules():
+            if isinstance(module, nn.Conv2d | nn.Linear):  # so that the images differ in the logits
+                module.weight.normal_(0, (2 / module.weight[0].numel()) ** 0.5)
             if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d):
                 module.weight.uniform_(0.5, 1.5)
-                module.bias.normal_(0, 0.3)
-                module.running_mean.normal_(0, 0.3)
+                module.bias.normal_(0.5, 0.2)  # so that few units are dead in nets this narrow
+                module.running_mean.normal_(0, 0.1)
                 module.running_var.uniform_(0.5, 1.5)
         for tensor in (*net.parameters(), *net.buffers()):
             if tensor.is_floating_point():

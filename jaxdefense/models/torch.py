@@ -13,6 +13,7 @@ imports torch: a tensor is asked for its NumPy array.
 
 from __future__ import annotations
 
+import itertools
 import pathlib
 import re
 import sys
@@ -127,12 +128,15 @@ def from_torch(
     difference, allowed = _difference(loaded, images, logits, tolerance)
     if difference <= allowed:
         return loaded._replace(meta={**loaded.meta, "difference": difference})
+    eps = (bn_eps, 1e-3) if state.has_batch_norm() else (bn_eps,)
     hint = ""
-    for mean, std in (*_USUAL.get(channels, ()), (fields.get("mean"), fields.get("std"))):
-        for eps in (bn_eps, 1e-3):
-            other = convert(eps, {**fields, "mean": mean, "std": std})
-            if _difference(other, images, logits, tolerance)[0] <= allowed:
-                hint = f"; with mean={mean}, std={std}, bn_eps={eps} they agree"
+    for (mean, std), other in itertools.product(
+        ((fields.get("mean"), fields.get("std")), *_USUAL.get(channels, ())), eps
+    ):
+        tried = convert(other, {**fields, "mean": mean, "std": std})
+        if _difference(tried, images, logits, tolerance)[0] <= allowed:
+            hint = f"; with mean={mean}, std={std}, bn_eps={other} they agree"
+            break
     raise ValueError(
         f"the logits differ by up to {difference:.3g}, and {allowed:.2g} is allowed: another "
         f"normalisation, BatchNorm eps, padding or activation{hint}"
@@ -180,6 +184,10 @@ class _State(NamedTuple):
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """The shape of each layer's weight."""
         return {n: kinds["weight"].shape for n, kinds in self.layers.items() if "weight" in kinds}
+
+    def has_batch_norm(self) -> bool:
+        """Whether a layer has running statistics."""
+        return any("running_var" in kinds for kinds in self.layers.values())
 
     def by_kind(self, dimensions: int) -> list[str]:
         """The layers whose weights have so many dimensions, in order."""
