@@ -242,7 +242,7 @@ def bridged():
             x = torch.cat([x[:, :4] + 1, F.gelu(self.group(x))[:, 4:]], 1)
             y = self.norm(x.flatten(2).transpose(1, 2))
             y = (y + self.attend(y, y, y)[0]).transpose(1, 2).reshape(x.shape)
-            return self.head(self.drop(F.silu(F.avg_pool2d(y, 2)).view(x.size(0), -1)))
+            return self.head(self.drop(F.silu(F.avg_pool2d(y, 2)).reshape(x.size(0), -1)))
 
     torch.manual_seed(0)
     net = Net().eval()

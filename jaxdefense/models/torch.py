@@ -223,7 +223,7 @@ def _read(path: pathlib.Path) -> dict[str, np.ndarray]:
         raise ValueError(f"no such file: {path}")
     if path.suffix == ".npz":
         try:
-            with np.load(path, allow_pickle=False) as file:
+            with path.open("rb") as opened, np.load(opened, allow_pickle=False) as file:
                 return dict(file)
         except Exception as error:  # NumPy and zipfile raise many kinds
             raise ValueError(f"{path} is damaged or no NumPy archive: {error}") from error

@@ -63,11 +63,12 @@ def from_module(
     example = images.to(first.device, first.dtype)
     batch = ({0: torch.export.Dim("batch")},)
     try:
-        with torch.no_grad(), warnings.catch_warnings():
+        # Without `no_grad`, under which attention takes a path of one fused operator.
+        with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch's about itself
             program = torch.export.export(module, (example,), dynamic_shapes=batch)
             program = program.run_decompositions()
-            want = module(example).float().cpu().numpy()
+            want = module(example).detach().float().cpu().numpy()
     except Exception as error:  # torch raises many kinds
         said = str(error).strip().splitlines() or [type(error).__name__]
         raise ValueError(f"torch.export cannot trace the module: {said[0]}") from error
@@ -166,8 +167,9 @@ def _run(
             return known[argument]
         return [value(item) for item in argument] if isinstance(argument, list) else argument
 
-    for name, function, args, kwargs in steps:
-        known[name] = function(*map(value, args), **{k: value(v) for k, v in kwargs.items()})
+    with jax.numpy_rank_promotion("allow"):  # as PyTorch does
+        for name, function, args, kwargs in steps:
+            known[name] = function(*map(value, args), **{k: value(v) for k, v in kwargs.items()})
     return known["output"]
 
 

@@ -1,6 +1,6 @@
 """Trained networks as files: arrays in safetensors, all else as JSON in its header; no pickle.
 
-The header's metadata holds two texts: "jaxdefense", a JSON object, and "sha256", its digest.
+The header's metadata holds one text, "jaxdefense": a JSON object behind its own SHA-256.
 
     {"format": 1,
      "holds": "classifier",                                  # or "system", see `jaxdefense.runs`
@@ -294,7 +294,7 @@ def write(
         text = json.dumps({"format": FORMAT, **header, "sha256": digests})
     except TypeError as error:
         raise ValueError(f"{path}: the metadata must be plain values: {error}") from error
-    metadata = {"jaxdefense": text, "sha256": _digest(text.encode())}
+    metadata = {"jaxdefense": f"{_digest(text.encode())} {text}"}
     files.write_bytes(path, safetensors.numpy.save(dense, metadata))
 
 
@@ -313,8 +313,8 @@ def read(path: str | os.PathLike) -> tuple[dict[str, np.ndarray], dict[str, Any]
             f"{path} was not written by jaxdefense.models.save; "
             "models.from_torch reads a PyTorch state dict"
         )
-    text = metadata["jaxdefense"]
-    if _digest(text.encode()) != metadata.get("sha256"):
+    digest, _, text = metadata["jaxdefense"].partition(" ")
+    if _digest(text.encode()) != digest:
         raise ValueError(f"{path} is damaged: the checksum of its header differs")
     header = json.loads(text)
     if header.get("format") != FORMAT or sorted(header) != sorted(_KEYS):

@@ -324,6 +324,8 @@ def restore(workdir: str | os.PathLike, *, kind: str = "best") -> Restored:
     workdir = pathlib.Path(workdir)
     if workdir.is_file():
         return _restore_file(workdir)
+    if workdir.suffix == ".safetensors":
+        raise ValueError(f"no such file: {workdir}")
     path = workdir / "config.json"
     if not path.exists():
         raise ValueError(f"{workdir} holds no run: there is no {path.name}")
