@@ -129,7 +129,8 @@ def test_the_package_carries_less_than_8_megabytes():
 def test_a_pretrained_network_classifies():
     net = models.load_pretrained("pgd_at-mnist-linf")
     with np.load(GOLDEN) as golden:  # the first MNIST test images
-        images, labels = golden["images"] / np.float32(255), golden["labels"]
+        images = golden["images"] / np.float32(255)
+        labels = golden["labels"][: len(images)]
     clean = np.asarray(jax.jit(net.predict)(images)).argmax(-1) == labels
     assert 100 * clean.mean() > net.meta["record"]["results"]["classifier"]["clean"]["accuracy"] - 1
 
