@@ -73,7 +73,7 @@ def save_images(
     >>> from jaxdefense import threat
     >>> from jaxdefense.evaluation import save_images
     >>> x, x_adv = np.zeros((2, 2, 2, 1)), np.stack([np.zeros((2, 2, 1)), np.full((2, 2, 1), 0.3)])
-    >>> apply = lambda _, x: x.reshape(len(x), -1)[:, :2] * np.array([-1.0, 1.0])
+    >>> apply = lambda _, x: x.reshape(len(x), -1)[:, :2] * np.array([[-1.0, 1.0]])
     >>> with tempfile.TemporaryDirectory() as folder:
     ...     rows = save_images(folder, apply, x, np.zeros(2, int), x_adv, threat.Linf(0.3))
     >>> [(row["file"], row["fooled"], row["fooled_8bit"]) for row in rows]
