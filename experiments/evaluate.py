@@ -6,20 +6,30 @@
     python experiments/evaluate.py --workdir=runs/trades-mnist --protocol=autoattack
     python experiments/evaluate.py --workdir=runs/ipg-mnist --protocol=audit --examples=1000
 
+    python experiments/evaluate.py --pretrained=pgd_at-mnist-linf --examples=500
+    python experiments/evaluate.py --pretrained=mine.safetensors --protocol=autoattack
+
 The protocol `configured` runs the config's own attacks, `autoattack` AutoAttack; a killed
 `autoattack` goes on where it was, and its flags are printed (docs/flags.md). `audit` asks what each
 kind of knowledge breaks, oblivious to black box, and draws a page beside its record. Print tables
-from records with experiments/tables.py.
+from records with experiments/tables.py. A pretrained run is one that comes with the package, or a
+file of experiments/export.py.
+
+--save_images=DIR keeps the adversarial images: DIR/PREDICTOR/*.png of 8 bits, a CSV of what is said
+of each before and after rounding, an npz of the floats; under AutoAttack also robustbench.json, the
+record in the form of RobustBench's leaderboard.
 """
 
+import json
 import pathlib
 
 import cli
 import configs
 from absl import flags
 
-from jaxdefense import files, runs
-from jaxdefense.evaluation import protocols, records, tables
+from jaxdefense import data, files, runs
+from jaxdefense.evaluation import images, protocols, records, robustbench, tables
+from jaxdefense.models import zoo
 
 PROTOCOLS = {
     "configured": protocols.configured,
@@ -27,14 +37,62 @@ PROTOCOLS = {
     "audit": protocols.audit,
 }
 
-WORKDIR = flags.DEFINE_string("workdir", None, "Folder of a trained run.", required=True)
+WORKDIR = flags.DEFINE_string("workdir", None, "Folder of a trained run.")
+PRETRAINED = flags.DEFINE_string(
+    "pretrained", None, "Instead: a run that comes with the package, or a *.safetensors file."
+)
 KIND = flags.DEFINE_enum("checkpoint", "best", ["best", "last"], "Which checkpoint.")
 PROTOCOL = flags.DEFINE_enum("protocol", "configured", list(PROTOCOLS), "Which attacks.")
 RECORD = flags.DEFINE_string(
-    "record", None, "Where to write it; default WORKDIR/PROTOCOL[-last][-EXAMPLES].json."
+    "record",
+    None,
+    "Where to write it; default WORKDIR/PROTOCOL[-last][-EXAMPLES].json, where WORKDIR is "
+    "runs/pretrained/NAME for a pretrained run.",
 )
+SAVE_IMAGES = flags.DEFINE_string("save_images", None, "Keep adversarial images in this folder.")
 EXAMPLES = flags.DEFINE_integer("examples", None, "Only the first so many test examples.")
 PROGRESS = flags.DEFINE_bool("progress", True, "Show a progress bar.")
+
+
+def find_run():
+    """Where the trained run is, and the folder that its record goes to.
+
+    Raises:
+      ValueError: none is named, or two are, or an unknown one.
+    """
+    if bool(WORKDIR.value) == bool(PRETRAINED.value):
+        known = ", ".join(zoo.pretrained())
+        raise ValueError(f"give --workdir=FOLDER or --pretrained=NAME or FILE; names: {known}")
+    if WORKDIR.value:
+        return WORKDIR.value, pathlib.Path(WORKDIR.value)
+    name = PRETRAINED.value
+    path = pathlib.Path(name) if name.endswith(".safetensors") else zoo.pretrained_path(name)
+    if not path.is_file():
+        raise ValueError(f"no such file: {path}")
+    return path, pathlib.Path("runs", "pretrained", path.stem)
+
+
+def keep_images(predictor, evaluator, variables, arrays, x_adv):
+    """Writes one predictor's adversarial images; see `protocols.Keep`."""
+    rows = images.save_images(
+        pathlib.Path(SAVE_IMAGES.value) / predictor,
+        evaluator.apply,
+        data.to_float(arrays.images),
+        arrays.labels,
+        x_adv,
+        evaluator.threat,
+        variables=variables,
+        ids=arrays.ids,
+    )
+    fooled, rounded = (sum(row[key] for row in rows) for key in ("fooled", "fooled_8bit"))
+    print(f"{predictor}: {fooled} of {len(rows)} fooled, {rounded} after rounding to 8 bits")
+
+
+def architecture(module):
+    """A network's name as leaderboards write it: "WideResNet-34-10", "ResNet-18", "CNN"."""
+    fields = ("depth", "width") if type(module).__name__ == "WideResNet" else ("depth",)
+    numbers = [str(getattr(module, field)) for field in fields if getattr(module, field, None)]
+    return "-".join([type(module).__name__, *numbers])
 
 
 def main(argv):
@@ -42,8 +100,10 @@ def main(argv):
         raise ValueError(f"unexpected arguments: {argv[1:]}")
     if PROTOCOL.value == "audit":
         from jaxdefense.evaluation import report  # needs an extra: said before the hours
-    run, variables, meta = runs.restore(WORKDIR.value, kind=KIND.value)
-    workdir = pathlib.Path(WORKDIR.value)
+    source, workdir = find_run()
+    if SAVE_IMAGES.value:
+        images.check_folder(SAVE_IMAGES.value)  # said before the hours
+    run, variables, meta = runs.restore(source, kind=KIND.value)
     parts = [PROTOCOL.value, *(["last"] if KIND.value == "last" else [])]
     parts += [str(EXAMPLES.value)] if EXAMPLES.value else []
     path = pathlib.Path(RECORD.value or workdir / f"{'-'.join(parts)}.json")
@@ -51,12 +111,17 @@ def main(argv):
         "training": {"checkpoint": KIND.value, **meta},
         "examples": EXAMPLES.value,
         "progress": PROGRESS.value,
+        "keep": keep_images if SAVE_IMAGES.value else None,
     }
     if PROTOCOL.value == "autoattack":
         options["folder"] = workdir / f"autoattack-{KIND.value}-{EXAMPLES.value or 'all'}"
     record = PROTOCOLS[PROTOCOL.value](run, variables, **options)
     record["command"] = configs.commands(run.config, protocol=PROTOCOL.value, checkpoint=KIND.value)
     records.save(record, path)
+    if SAVE_IMAGES.value and PROTOCOL.value == "autoattack" and len(record["results"]) == 1:
+        entry = robustbench.entry(record, architecture(run.module))
+        target = pathlib.Path(SAVE_IMAGES.value) / "robustbench.json"
+        files.write_text(target, json.dumps(entry, indent=2) + "\n")
     if PROTOCOL.value == "audit":
         for predictor in record["audit"]:
             print(tables.tier_table(record, predictor), "\n")

@@ -18,6 +18,7 @@ MODULES = {
         "tensorflow_datasets",
     },
     "plots": {"PIL", "altair", "itables", "jinja2", "matplotlib", "vl_convert"},
+    "torch": {"torch"},
 }
 
 

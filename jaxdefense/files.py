@@ -16,7 +16,17 @@ def write_text(path: str | os.PathLike, text: str) -> None:
       path: of the file; one that is there is replaced.
       text: all of it.
     """
-    _write(pathlib.Path(path), lambda file: file.write(text.encode()))
+    write_bytes(path, text.encode())
+
+
+def write_bytes(path: str | os.PathLike, data: bytes) -> None:
+    """Writes a binary file and the folders above it.
+
+    Args:
+      path: of the file; one that is there is replaced.
+      data: all of it.
+    """
+    _write(pathlib.Path(path), lambda file: file.write(data))
 
 
 def write_arrays(path: str | os.PathLike, **arrays: Any) -> None:

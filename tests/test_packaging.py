@@ -67,7 +67,7 @@ def test_the_wheel_holds_the_library_the_scripts_and_nothing_else(built, files):
     shared = {name for name in held if ".data/data/" in name}
     assert {name.partition(".data/data/share/jaxdefense/")[2] for name in shared} == scripts
     assert held - shared == {name for name in files if name.startswith("jaxdefense/")}
-    extras = {"cuda", "digits", "docs", "plots", "test", "tpu", "train"}
+    extras = {"cuda", "digits", "docs", "plots", "test", "torch", "tpu", "train"}
     lines = metadata.splitlines()
     assert {line.split()[-1] for line in lines if line.startswith("Provides-Extra")} == extras
     plain = {line for line in lines if line.startswith("Requires-Dist") and "extra ==" not in line}

@@ -1,4 +1,4 @@
-"""Gradients of convolutions inside a loop: autodiff's form against `jaxdefense.models.conv`.
+"""Gradients of convolutions inside a loop: autodiff's form against `jaxdefense.conv`.
 
 Two minutes on two cores. On a GPU or TPU the same rows say whether the explicit form is worth
 switching on there (`explicit_gradients(True)`).

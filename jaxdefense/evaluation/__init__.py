@@ -5,6 +5,7 @@
 * `examine` and `flags`: what makes a number doubtful. `checks`: what is refused before that.
 * `journal`: how an interrupted verdict is resumed.
 * `records`: what is kept, as JSON; `tables` and `report` only read records.
+* `images`: adversarial images as files; `robustbench`: a record in its leaderboard's form.
 * `protocols`: what `experiments/evaluate.py` does with a trained run.
 """
 
@@ -13,6 +14,7 @@ from jaxdefense.evaluation.audit import Audit, Check, audit
 from jaxdefense.evaluation.cascade import autoattack
 from jaxdefense.evaluation.evaluator import Evaluator, Examples, summarize
 from jaxdefense.evaluation.flags import Flag
+from jaxdefense.evaluation.images import save_images
 from jaxdefense.evaluation.verdict import RandomVerdict, Verdict
 
 __all__ = [
@@ -26,5 +28,6 @@ __all__ = [
     "Verdict",
     "audit",
     "autoattack",
+    "save_images",
     "summarize",
 ]

@@ -499,6 +499,7 @@ class Evaluator:
         seed: int = 0,
         everywhere: bool = False,
         progress: bool = False,
+        keep: Callable[[np.ndarray, Attacked], None] | None = None,
     ) -> dict[str, np.ndarray]:
         """Whether each example is classified rightly, clean and under each attack.
 
@@ -517,6 +518,7 @@ class Evaluator:
           everywhere: attack what is misclassified already, too, and count it as right where the
             attack happens to mend it, as papers' scripts do.
           progress: show a bar.
+          keep: called with the rows (n,) of each batch and what an attack found there.
 
         Returns:
           {"clean": (N,) bool, attack's name: (N,) bool}.
@@ -553,6 +555,8 @@ class Evaluator:
                 for pack in self.split_rows(rows):
                     attacked = self.attack(name, attack, variables, examples.take(pack), seed=seed)
                     result[name][pack] = ~attacked.fooled
+                    if keep is not None:
+                        keep(pack, attacked)
                     bar.update(len(pack))
         return result
 

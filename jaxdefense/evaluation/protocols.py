@@ -17,11 +17,14 @@ from jaxdefense.evaluation import cascade, records
 from jaxdefense.evaluation.audit import Audit
 from jaxdefense.evaluation.audit import audit as judge
 from jaxdefense.evaluation.crafting import Apply
-from jaxdefense.evaluation.evaluator import Evaluator, Examples, summarize
+from jaxdefense.evaluation.evaluator import Attacked, Evaluator, Examples, summarize
 from jaxdefense.runs.run import Run
 from jaxdefense.types import HostArray, Images, Predict, PyTree
 
 _SHOWN = 6  # examples in a gallery
+
+# Takes a predictor's name, its evaluator, its variables, the examples and their adversarial images.
+Keep = Callable[[str, Evaluator, PyTree, data.Arrays, np.ndarray], None]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,6 +105,7 @@ def configured(
     training: dict[str, Any],
     examples: int | None = None,
     progress: bool = False,
+    keep: Keep | None = None,
 ) -> records.Record:
     """Clean accuracy and the config's own attacks, for every predictor of the defence.
 
@@ -111,6 +115,8 @@ def configured(
       training: the checkpoint and its metadata, kept in the record.
       examples: only the first so many test examples; the record's "n" says so.
       progress: show bars.
+      keep: called with each predictor's adversarial images, those of the first attack that fools
+        it, else the image itself.
 
     Raises:
       ValueError: see `Evaluator.check_model`.
@@ -121,7 +127,7 @@ def configured(
     results: dict[str, Any] = {}
     more: dict[str, Any] = {}
     for predictor in run.defense.predictors:
-        evaluator = measurement.evaluator(predictor)
+        evaluator, found = measurement.evaluator(predictor), _FirstFound(images)
         bits = evaluator.bits(
             variables,
             images,
@@ -130,7 +136,10 @@ def configured(
             run.attacks,
             seed=run.seed,
             progress=progress,
+            keep=found if keep else None,
         )
+        if keep:
+            keep(predictor, evaluator, variables, arrays, found.x_adv)
         results[predictor] = summarize(bits, arrays.labels, arrays.num_classes)
         if predictor == run.defense.primary and run.attacks:
             more["examples"] = _fooled_examples(measurement, evaluator, bits)
@@ -180,6 +189,18 @@ def _pack(
     return shown
 
 
+class _FirstFound:
+    """Keeps each example's adversarial image, of the first attack that finds one."""
+
+    def __init__(self, images: np.ndarray):
+        self.x_adv, self._found = images.copy(), np.zeros(len(images), bool)
+
+    def __call__(self, rows: np.ndarray, attacked: Attacked) -> None:
+        new = attacked.fooled & ~self._found[rows]
+        self.x_adv[rows[new]] = attacked.x_adv[new]
+        self._found[rows[new]] = True
+
+
 def autoattack(
     run: Run,
     variables: PyTree,
@@ -188,6 +209,7 @@ def autoattack(
     examples: int | None = None,
     folder: pathlib.Path | None = None,
     progress: bool = False,
+    keep: Keep | None = None,
 ) -> records.Record:
     """AutoAttack (standard) on the deployed predictor, AA-fast beside it.
 
@@ -201,6 +223,7 @@ def autoattack(
       examples: only the first so many test examples; the record's "n" says so.
       folder: keeps finished dispatches, so that a killed evaluation goes on.
       progress: show bars.
+      keep: called with each predictor's adversarial images.
 
     Returns:
       A record whose results hold "clean", "aa-fast" (APGD-CE and APGD-T), "autoattack", and under
@@ -229,6 +252,8 @@ def autoattack(
             folder=folder / name if folder and len(judged) > 1 else folder,
             progress=progress,
         )
+        if keep:
+            keep(name, evaluator, weights, own, verdict.x_adv)
         bits = {"clean": verdict.clean, "aa-fast": verdict.fast, "autoattack": verdict.robust}
         results[name] = summarize(bits, own.labels, own.num_classes)
         survivors = {stage: int(left.sum()) for stage, left in verdict.by_attack.items()}
@@ -275,6 +300,7 @@ def audit(
     training: dict[str, Any],
     examples: int | None = None,
     progress: bool = False,
+    keep: Keep | None = None,
 ) -> records.Record:
     """The honesty report of the deployed predictor and of every one that cleans images first.
 
@@ -285,6 +311,7 @@ def audit(
       training: the checkpoint and its metadata, kept in the record.
       examples: only the first so many test examples; the record's "n" says so.
       progress: show bars.
+      keep: called with each predictor's adversarial images.
 
     Returns:
       A record whose results hold "clean", each tier's attacks and "worst" (per example, without
@@ -326,6 +353,8 @@ def audit(
             **known,
             **options,
         )
+        if keep:
+            keep(name, measurement.evaluator(name), variables, arrays, report.x_adv)
         found = report.record(labels, arrays.num_classes)
         results[name] = found.pop("tiers")
         told[name] = {**found, "examples": _shown(report, images, labels, predict, known)}

@@ -16,7 +16,7 @@ Cell = list[float]
 
 _NORMS = {"linf": "L∞", "l2": "L2", "l1": "L1"}
 MIN_PER_CLASS = 30  # images of a class, below which nothing is said of it alone
-_PLACE = "workdir"  # the config key that says where another run lies
+_PLACES = ("workdir", "file")  # the config keys that say where another run lies
 
 
 def markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
@@ -44,7 +44,7 @@ def record_threat(record: Record) -> Mapping[str, Any]:
     return record.get("threat") or record.get("config", {}).get("threat") or {}
 
 
-def _eps_text(eps: float) -> str:
+def format_eps(eps: float) -> str:
     """Three significant digits where they are exact, else k/255 where that is, else the digits."""
     digits, steps = f"{eps:.3g}", 255 * eps
     exact = math.isclose(float(digits), eps, rel_tol=1e-6)
@@ -58,7 +58,7 @@ def format_threat(record: Record) -> str:
     found = record_threat(record)
     if not found:
         return "–"
-    text = f"{_NORMS.get(found['norm'], found['norm'])} {_eps_text(found['eps'])}"
+    text = f"{_NORMS.get(found['norm'], found['norm'])} {format_eps(found['eps'])}"
     return f"{text} ({found['note']})" if "note" in found else text
 
 
@@ -84,7 +84,7 @@ def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
         return {prefix: value}
     found: dict[str, Any] = {}
     for key, inner in value.items():
-        if key != _PLACE:
+        if key not in _PLACES:
             found |= _flat(inner, f"{prefix}.{key}" if prefix else str(key))
     return found
 

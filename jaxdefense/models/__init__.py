@@ -16,6 +16,10 @@ A generator turns images into images. Its file defines `make_generator(channels,
 
 with the height and width of x. Without further arguments it is deterministic; what it draws
 (a latent code, a mask) it draws from a `key` given to the call.
+
+Weights: `zoo` saves and loads them without pickle and holds those that come with the package;
+`torch` reads PyTorch's state dicts into the networks here, `torch_bridge` turns any other PyTorch
+module into a JAX function.
 """
 
 from __future__ import annotations
@@ -25,11 +29,26 @@ from typing import TYPE_CHECKING, Any
 
 from jaxdefense import extras, registry
 from jaxdefense.conv import conv, explicit_gradients
+from jaxdefense.models.torch import from_torch
+from jaxdefense.models.zoo import Loaded, load, load_pretrained, pretrained, save
 
 if TYPE_CHECKING:
     import flax.linen as nn
 
-__all__ = ["conv", "explicit_gradients", "generator", "generators", "make", "names"]
+__all__ = [
+    "Loaded",
+    "conv",
+    "explicit_gradients",
+    "from_torch",
+    "generator",
+    "generators",
+    "load",
+    "load_pretrained",
+    "make",
+    "names",
+    "pretrained",
+    "save",
+]
 
 
 def names() -> list[str]:

@@ -1,5 +1,6 @@
 """The small convolutional network of the MNIST robustness literature."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -52,6 +53,11 @@ class CNN(layers.Classifier):
         width = layers.scaled(100, self.width)
         x = nn.relu(layers.dense(width, x.shape[-1], dtype=self.dtype, name="fc1")(x))
         return layers.classify(x, self.num_classes, features)
+
+
+def torch_options(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
+    """The fields that the shapes of PyTorch's weights tell, see `models.torch`."""
+    return {"width": layers.convolutions(shapes)[0][0] / 16}
 
 
 def make(num_classes: int, **kwargs: Any) -> CNN:

@@ -109,6 +109,15 @@ def normalise(
     return x.astype(dtype_name(dtype))
 
 
+def convolutions(shapes: Mapping[str, tuple[int, ...]]) -> list[tuple[int, ...]]:
+    """Those of PyTorch's weights that are convolutions', (out, in, height, width).
+
+    Args:
+      shapes: {layer: shape of its weight}, in order.
+    """
+    return [shape for shape in shapes.values() if len(shape) == 4]
+
+
 def scaled(channels: int, width: float) -> int:
     """`channels` times `width`, rounded, at least 1."""
     return max(1, round(channels * width))

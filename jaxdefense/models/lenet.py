@@ -1,5 +1,6 @@
 """LeNet-5 with ReLU and max-pooling, as the cost-sensitive papers train it."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -58,6 +59,16 @@ class LeNet(layers.Classifier):
             x = layers.dense(width, x.shape[-1], dtype=self.dtype, name=f"fc{i}")(x)
             x = nn.relu(x)
         return layers.classify(x, self.num_classes, features)
+
+
+def torch_options(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
+    """The fields that the shapes of PyTorch's weights tell, see `models.torch`.
+
+    4x4 pixels before the first linear layer are those of 28x28 images without padding.
+    """
+    convolutions = layers.convolutions(shapes)
+    unpadded = any(len(s) == 2 and s[1] == 16 * convolutions[-1][0] for s in shapes.values())
+    return {"width": convolutions[0][0] / 6, **({"padding": 0} if unpadded else {})}
 
 
 def make(num_classes: int, **kwargs: Any) -> LeNet:

@@ -1,5 +1,6 @@
 """The larger convolutional network of the MNIST robustness literature."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -68,6 +69,12 @@ class MNISTNet(layers.NormedClassifier):
         )
         x = nn.relu(norm(linear(x), "bn3"))
         return layers.classify(x, self.num_classes, features)
+
+
+def torch_options(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
+    """The fields that the shapes of PyTorch's weights tell, see `models.torch`."""
+    bn = any(len(shape) == 1 for shape in shapes.values())
+    return {"width": layers.convolutions(shapes)[0][0], "bn": bn}
 
 
 def make(num_classes: int, **kwargs: Any) -> MNISTNet:

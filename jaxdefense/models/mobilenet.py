@@ -1,5 +1,6 @@
 """MobileNetV2 for small images: the lightweight student of the distillation literature."""
 
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
@@ -17,6 +18,19 @@ STAGES = (
     (6, 96, 3, 1),
     (6, 160, 3, 2),
     (6, 320, 1, 1),
+)
+
+_BLOCKS = [f"stage{s}_block{i}" for s, plan in enumerate(STAGES, 1) for i in range(1, plan[2] + 1)]
+
+# PyTorch's names of the layers, in pytorch-cifar; see `models.torch`.
+TORCH = (
+    (r"^layers\.(\d+)\.", lambda m: f"{_BLOCKS[int(m[1])]}/"),
+    (r"/conv1$", "/expand"),
+    (r"/conv2$", "/depthwise"),
+    (r"/conv3$", "/project"),
+    (r"shortcut\.0$", "shortcut_conv"),
+    (r"shortcut\.1$", "shortcut_bn"),
+    (r"^linear$", "head"),
 )
 
 
@@ -114,6 +128,16 @@ class MobileNet(layers.NormedClassifier):
         x = conv(layers.scaled(1280, self.width), (1, 1), name="conv2")(x)
         x = nn.relu(norm(x, "bn2"))
         return layers.classify(x.mean((1, 2)), self.num_classes, features)
+
+
+def torch_options(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
+    """The fields that the shapes of PyTorch's weights tell, see `models.torch`."""
+    if f"layers.{len(_BLOCKS) - 1}.conv3" not in shapes or f"layers.{len(_BLOCKS)}.conv3" in shapes:
+        raise ValueError(
+            f"no MobileNetV2 with layers conv1, layers.0.conv1 to layers.{len(_BLOCKS) - 1}.conv3; "
+            "torchvision's (ReLU6, strides for large images) is another network"
+        )
+    return {"width": layers.convolutions(shapes)[0][0] / 32}
 
 
 def make(num_classes: int, **kwargs: Any) -> MobileNet:

@@ -1,5 +1,6 @@
 """ResNet-18 with BatchNorm and ReLU before the convolutions."""
 
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
@@ -7,6 +8,13 @@ import flax.linen as nn
 import jax
 
 from jaxdefense.models import layers
+
+# PyTorch's names of the layers, in pytorch-cifar and RobustBench; see `models.torch`.
+TORCH = (
+    (r"^layer(\d)\.(\d+)\.", lambda m: f"stage{m[1]}_block{int(m[2]) + 1}/"),
+    (r"shortcut\.0$", "shortcut_conv"),
+    (r"^(fc|linear)$", "head"),
+)
 
 
 class Block(layers.NormedBlock):
@@ -93,6 +101,11 @@ class PreActResNet(layers.NormedClassifier):
         if self.final_norm:
             x = nn.relu(layers.batch_norm(self, x, "bn", train=train, which=bn_set))
         return layers.classify(x.mean((1, 2)), self.num_classes, features)
+
+
+def torch_options(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
+    """The fields that the shapes of PyTorch's weights tell, see `models.torch`."""
+    return {"width": layers.convolutions(shapes)[0][0], "final_norm": "bn" in shapes}
 
 
 def make(num_classes: int, **kwargs: Any) -> PreActResNet:

@@ -1,5 +1,6 @@
 """ResNet for small images: a 3x3 stem and no pooling before the blocks."""
 
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
@@ -9,11 +10,21 @@ import jax
 from jaxdefense.models import layers
 
 # depth -> (block, blocks per stage)
-DEPTHS = {
+DEPTHS: dict[int, tuple[str, tuple[int, ...]]] = {
     18: ("basic", (2, 2, 2, 2)),
     34: ("basic", (3, 4, 6, 3)),
     50: ("bottleneck", (3, 4, 6, 3)),
 }
+
+STEMS = {"cifar": (3, 1), "imagenet": (7, 2)}  # kernel and stride of the first convolution
+
+# PyTorch's names of the layers, in torchvision, pytorch-cifar and RobustBench; see `models.torch`.
+TORCH = (
+    (r"^layer(\d)\.(\d+)\.", lambda m: f"stage{m[1]}_block{int(m[2]) + 1}/"),
+    (r"(shortcut|downsample)\.0$", "shortcut_conv"),
+    (r"(shortcut|downsample)\.1$", "shortcut_bn"),
+    (r"^(fc|linear)$", "head"),
+)
 
 
 class Block(layers.NormedBlock):
@@ -64,15 +75,18 @@ class ResNet(layers.NormedClassifier):
     Attributes:
       depth: 18, 34 (basic blocks) or 50 (bottlenecks).
       width: channels of the first stage; doubled at each next one.
+      stem: "cifar" is a 3x3 convolution, "imagenet" a 7x7 one with stride 2 and a 3x3 maximum with
+        stride 2, as in the paper.
 
     Further attributes: those of `layers.NormedClassifier`.
 
-    Reference: He et al., Deep residual learning for image recognition, arXiv 1512.03385, in the
-    form for 32x32 images that the robustness literature uses.
+    Reference: He et al., Deep residual learning for image recognition, arXiv 1512.03385, by default
+    in the form for 32x32 images that the robustness literature uses.
     """
 
     depth: int = 18
     width: int = 64
+    stem: str = "cifar"
 
     @nn.compact
     def __call__(
@@ -84,15 +98,26 @@ class ResNet(layers.NormedClassifier):
         statistics and updates `batch_stats` (make it mutable).
 
         Raises:
-          ValueError: x is not of rank 4 or not floating; an unknown depth or `bn_set`.
+          ValueError: x is not of rank 4 or not floating; an unknown depth, stem or `bn_set`.
         """
         if self.depth not in DEPTHS:
             raise ValueError(f"unknown depth {self.depth}; allowed: {', '.join(map(str, DEPTHS))}")
+        if self.stem not in STEMS:
+            raise ValueError(f"unknown stem {self.stem!r}; allowed: {', '.join(STEMS)}")
         x = layers.normalise(x, self.mean, self.std, self.dtype)
+        size, stride = STEMS[self.stem]
         x = layers.Conv(
-            self.width, (3, 3), padding=1, use_bias=False, dtype=self.dtype, name="conv1"
+            self.width,
+            (size, size),
+            stride,
+            padding=size // 2,
+            use_bias=False,
+            dtype=self.dtype,
+            name="conv1",
         )(x)
         x = nn.relu(layers.batch_norm(self, x, "bn1", train=train, which=bn_set))
+        if self.stem == "imagenet":
+            x = nn.max_pool(x, (3, 3), strides=(2, 2), padding=((1, 1), (1, 1)))
         kind, blocks = DEPTHS[self.depth]
         for stage, count in enumerate(blocks):
             for i in range(count):
@@ -104,6 +129,23 @@ class ResNet(layers.NormedClassifier):
                     name=f"stage{stage + 1}_block{i + 1}",
                 )(x, train=train, bn_set=bn_set)
         return layers.classify(x.mean((1, 2)), self.num_classes, features)
+
+
+def torch_options(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
+    """The fields that the shapes of PyTorch's weights tell, see `models.torch`."""
+    blocks: tuple[int, ...] = tuple(
+        sum(f"layer{s}.{i}.conv1" in shapes for i in range(len(shapes))) for s in range(1, 5)
+    )
+    kind = "bottleneck" if "layer1.0.conv3" in shapes else "basic"
+    known = {plan: depth for depth, plan in DEPTHS.items()}
+    if (kind, blocks) not in known or "conv1" not in shapes:
+        raise ValueError(
+            f"no ResNet-18, -34 or -50 with layers conv1, layer1.0.conv1, ...: {kind} blocks per "
+            f"stage {blocks}"
+        )
+    width, _, side, _ = shapes["conv1"]
+    stem = "imagenet" if side == 7 else "cifar"
+    return {"depth": known[kind, blocks], "width": width, "stem": stem}
 
 
 def make(num_classes: int, **kwargs: Any) -> ResNet:

@@ -1,5 +1,6 @@
 """Wide residual networks: the large networks, and teachers, of the robustness literature."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -10,6 +11,17 @@ from jaxdefense.models.preact_resnet import Block
 
 # Normal of variance 2 / fan_out, which the reference codes draw convolutions from.
 kernel_init = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
+
+
+# PyTorch's names of the layers, in TRADES and RobustBench; see `models.torch`. TRADES' code makes
+# a sub_block1 that it never calls.
+TORCH = (
+    (r"^sub_block1\..*", ""),
+    (r"^block(\d)\.layer\.(\d+)\.", lambda m: f"stage{m[1]}_block{int(m[2]) + 1}/"),
+    (r"convShortcut$", "shortcut_conv"),
+    (r"^bn1$", "bn"),
+    (r"^fc$", "head"),
+)
 
 
 class WideResNet(layers.NormedClassifier):
@@ -69,6 +81,14 @@ class WideResNet(layers.NormedClassifier):
                 )(x, train=train, bn_set=bn_set)
         x = nn.relu(layers.batch_norm(self, x, "bn", train=train, which=bn_set))
         return layers.classify(x.mean((1, 2)), self.num_classes, features)
+
+
+def torch_options(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
+    """The fields that the shapes of PyTorch's weights tell, see `models.torch`."""
+    blocks = sum(f"block1.layer.{i}.conv1" in shapes for i in range(len(shapes)))
+    if not blocks:
+        raise ValueError("no WideResNet with layers block1.layer.0.conv1, ...")
+    return {"depth": 6 * blocks + 4, "width": shapes["block1.layer.0.conv1"][0] // 16}
 
 
 def make(num_classes: int, **kwargs: Any) -> WideResNet:

@@ -15,7 +15,8 @@
  "reported": {"pgd40": {"value": 93.2, "status": "FOUND"}}}
 
 Wherever an option of the defence (of a part, of a transform) is {"workdir": ..., "checkpoint":
-"best"}, the classifier of that trained run is meant: the defence is given a `base.Trained`.
+"best"} or {"file": ...}, the classifier of that trained run is meant: the defence is given a
+`base.Trained`.
 
 A network that is given as an argument in place of the section "model" is named there by
 `own_model`: {"name": "own", "type": ...}. A config cannot rebuild it, so it must be given again.
@@ -36,7 +37,7 @@ import numpy as np
 
 from jaxdefense import attacks, data, defenses, models, registry, threat
 from jaxdefense.defenses import base
-from jaxdefense.models import adapt
+from jaxdefense.models import adapt, zoo
 from jaxdefense.runs import checkpoint, sources
 from jaxdefense.runs.sources import Source
 from jaxdefense.types import Attack, HostArray, Images, Logits, PyTree, Threat
@@ -162,35 +163,41 @@ def _load_split(dataset: Mapping[str, Any], split: str) -> data.Arrays:
 def _load_source(option: str, source: Source, arrays: data.Arrays) -> base.Trained:
     """The network of a source, if it fits the run's data."""
     try:
-        run, model, _ = restore(source.workdir, kind=source.checkpoint)
-        if (name := run.config["dataset"]["name"]) != arrays.name:
+        network, name = _read_source(source)
+        if name not in (None, arrays.name):
             raise ValueError(f"it was trained on {name}, and this run is of {arrays.name}")
-        network = _classifier(run, model, source)
         variables = {"params": network.params, "batch_stats": network.batch_stats}
         image = jax.ShapeDtypeStruct((1, *arrays.images.shape[1:]), jnp.float32)
         logits = jax.eval_shape(network.module.apply, variables, image)
         if logits.shape != (1, arrays.num_classes):
             raise ValueError(f"it has {logits.shape[-1]} classes, not {arrays.num_classes}")
     except (ValueError, TypeError, flax.errors.FlaxError) as error:
-        where = f"defense.{option} ({source.workdir}, {source.checkpoint})"
-        raise ValueError(f"{where} cannot be used: {error}") from error
+        raise ValueError(f"defense.{option} ({source}) cannot be used: {error}") from error
     return network
 
 
-def _classifier(run: Run, model: Mapping[str, Any], source: Source) -> base.Trained:
+def _read_source(source: Source) -> tuple[base.Trained, str | None]:
+    """The classifier of a source and the name of the data set that it was trained on, if known."""
+    if source.path.is_file() and zoo.read(source.path)[1]["holds"] == "classifier":
+        module, variables, meta = models.load(source.path)
+        network = base.Trained(
+            module, variables["params"], variables.get("batch_stats", {}), str(source)
+        )
+        return network, meta.get("config", {}).get("dataset", {}).get("name")
+    run, model, _ = restore(source.path, kind=source.checkpoint)
     params, carry = run.defense.deployed(model["params"], model["carry"])
     if "classifier" not in params:
         raise ValueError(f"it has no network called classifier, only {sorted(params)}")
-    where = f"{source.workdir}/{source.checkpoint}"
-    return base.Trained(run.module, params["classifier"], carry["classifier"], where)
+    network = base.Trained(run.module, params["classifier"], carry["classifier"], str(source))
+    return network, run.config["dataset"]["name"]
 
 
 def load_classifier(workdir: str | os.PathLike, *, kind: str = "best") -> base.Trained:
     """The classifier of a trained run, as defences take it as an argument, e.g. as a teacher.
 
     Args:
-      workdir: of the run.
-      kind: of checkpoint, "best" or "last".
+      workdir: of the run, or a file of `models.save` or `export`.
+      kind: of checkpoint, "best" or "last", in a workdir.
 
     Returns:
       The network in the role `classifier`, its running averages where the run deploys those.
@@ -198,8 +205,7 @@ def load_classifier(workdir: str | os.PathLike, *, kind: str = "best") -> base.T
     Raises:
       ValueError: no run there, no checkpoint, a damaged one, or no such network.
     """
-    run, model, _ = restore(workdir, kind=kind)
-    return _classifier(run, model, Source(pathlib.Path(workdir), kind))
+    return _read_source(Source(pathlib.Path(workdir), kind))[0]
 
 
 OWN = "own"
@@ -353,11 +359,11 @@ class Restored(NamedTuple):
 
 
 def restore(workdir: str | os.PathLike, *, kind: str = "best", model: Any = None) -> Restored:
-    """Reads a trained run back from its workdir.
+    """Reads a trained run back from its workdir, or from a file of `export`.
 
     Args:
-      workdir: of a run that has at least one checkpoint.
-      kind: "best" or "last".
+      workdir: of a run that has at least one checkpoint, or a file.
+      kind: "best" or "last", in a workdir.
       model: the network, if the run was trained on one that was given as an argument.
 
     Returns:
@@ -370,6 +376,10 @@ def restore(workdir: str | os.PathLike, *, kind: str = "best", model: Any = None
     >>> logits = run.apply(run.defense.primary)(variables, images)  # doctest: +SKIP
     """
     workdir = pathlib.Path(workdir)
+    if workdir.is_file():
+        return _restore_file(workdir)
+    if workdir.suffix == ".safetensors":
+        raise ValueError(f"no such file: {workdir}")
     path = workdir / "config.json"
     if not path.exists():
         raise ValueError(f"{workdir} holds no run: there is no {path.name}")
@@ -401,6 +411,72 @@ def _read_validation(path: pathlib.Path) -> list[list[float]]:
     curve = [[round(line[key], 4) for key in keys] for line in lines if keys[1] in line]
     kept = np.unique(np.linspace(0, len(curve) - 1, min(len(curve), _POINTS)).round().astype(int))
     return [curve[i] for i in kept]
+
+
+def export(path: str | os.PathLike, run: Run, variables: PyTree, meta: Mapping[str, Any]) -> None:
+    """Writes a trained run to one file, whole or not at all: its config and its weights.
+
+    If the deployed predictor is the classifier alone, `models.load` reads the file too; otherwise
+    (a purifier before it, a stack) it holds all networks of the run, which only `restore` reads.
+
+    Args:
+      path: of the file, by custom *.safetensors.
+      run: what was trained.
+      variables: {"params", "carry"}, as `restore` gives them.
+      meta: kept as the file's "training": the checkpoint and its metadata.
+
+    Raises:
+      ValueError: a system that needs the workdir of another run.
+
+    >>> run, variables, meta = runs.restore("runs/trades-mnist")  # doctest: +SKIP
+    >>> runs.export("trades.safetensors", run, variables, meta)  # doctest: +SKIP
+    """
+    images = run.arrays("validation").images
+    kept = {"image_shape": images.shape[1:], "config": run.config, "training": dict(meta)}
+    classifier = _lone_classifier(run, variables, data.to_float(images[:8]))
+    if classifier is not None:
+        return models.save(path, run.module, classifier, kept)
+    if run.sources:
+        names = ", ".join(f"defense.{name}" for name in run.sources)
+        raise ValueError(f"the run needs those of {names}, which one file cannot hold")
+    header = {"holds": "system", "model": zoo.describe(run.module), "meta": kept}
+    arrays = {name: variables[name] for name in ("params", "carry")}
+    zoo.write(path, zoo.flatten(arrays), header)
+
+
+def _lone_classifier(run: Run, variables: PyTree, images: HostArray) -> dict[str, PyTree] | None:
+    """The classifier's Flax variables, if it alone is the deployed predictor."""
+    params, carry = run.defense.deployed(variables["params"], variables["carry"])
+    if "classifier" not in params:
+        return None
+    network = {"params": params["classifier"]}
+    if carry["classifier"]:
+        network["batch_stats"] = carry["classifier"]
+    like = jax.eval_shape(run.module.init, jax.random.key(0), images[:1])
+    shapes = ({k: v.shape for k, v in zoo.leaves_by_path(t).items()} for t in (like, network))
+    if zoo.compare(*shapes):  # a stack's
+        return None
+    deployed = run.apply(run.defense.primary)(variables, images)
+    alone: Any = run.module.apply(network, images)
+    return network if np.allclose(deployed, alone, rtol=1e-4, atol=1e-4) else None
+
+
+def _restore_file(path: pathlib.Path) -> Restored:
+    """What `export` wrote. A lone classifier needs no more of its defence than how it predicts."""
+    arrays, header = zoo.read(path)
+    meta = header["meta"]
+    if "config" not in meta:
+        raise ValueError(f"{path} holds a network but no run: it has no config")
+    if header["holds"] == "classifier":
+        variables = models.load(path).variables
+        run = build({**meta["config"], "defense": {"name": "standard"}})
+        run = dataclasses.replace(run, config=meta["config"])
+        model = {"params": variables["params"], "carry": variables.get("batch_stats", {})}
+        return Restored(run, {k: {"classifier": v} for k, v in model.items()}, meta["training"])
+    run = build(meta["config"])
+    params, carry = jax.eval_shape(run.init, run.arrays("validation").images)
+    like = {"params": params, "carry": carry}
+    return Restored(run, zoo.unflatten(arrays, like, str(path)), meta["training"])
 
 
 def read_model(

@@ -1,7 +1,8 @@
 """The trained runs that a config names (a teacher): where they are, and their copies in a workdir.
 
 Wherever an option of the defence is {"workdir": ..., "checkpoint": "best"}, the classifier of that
-run is meant. Training copies it into its own workdir, so that a workdir is all that its run needs.
+run is meant; {"file": ...} means one that `models.save` or `runs.export` wrote. Training copies it
+into its own workdir, so that a workdir is all that its run needs.
 """
 
 import dataclasses
@@ -12,7 +13,7 @@ import tempfile
 from collections.abc import Mapping
 from typing import Any
 
-from jaxdefense import registry
+from jaxdefense import files, registry
 
 _COPIES = "given"  # the folder of the copies in a workdir
 
@@ -22,18 +23,21 @@ class Source:
     """A trained run that a config names.
 
     Attributes:
-      workdir: of the run.
-      checkpoint: 'best' or 'last'.
+      path: the workdir of the run, or a file.
+      checkpoint: 'best' or 'last', of a workdir.
     """
 
-    workdir: pathlib.Path
-    checkpoint: str
+    path: pathlib.Path
+    checkpoint: str = "best"
+
+    def __str__(self) -> str:
+        return str(self.path if self.path.is_file() else self.path / self.checkpoint)
 
 
 def find_sources(
     options: Mapping[str, Any], *path: str
 ) -> dict[tuple[str, ...], Mapping[str, Any]]:
-    """All options of a defence, at any depth, that name a workdir.
+    """All options of a defence, at any depth, that name a workdir or a file.
 
     Args:
       options: of the defence.
@@ -44,7 +48,7 @@ def find_sources(
     """
     found = {}
     for name, value in options.items():
-        if isinstance(value, Mapping) and "workdir" in value:
+        if isinstance(value, Mapping) and ("workdir" in value or "file" in value):
             found[*path, name] = value
         elif isinstance(value, Mapping):
             found |= find_sources(value, *path, name)
@@ -68,12 +72,16 @@ def locate_source(option: str, spec: Mapping[str, Any], workdir: pathlib.Path | 
 
     Args:
       option: its path in the section "defense", with dots.
-      spec: {"workdir": ..., "checkpoint": "best" or "last"}.
+      spec: {"workdir": ..., "checkpoint": "best" or "last"}, or {"file": ...}.
       workdir: of the run whose config names it.
 
     Raises:
       ValueError: an unknown key or kind of checkpoint.
     """
+    if "file" in spec:
+        registry.check_known(f"key of defense.{option}", spec, ("file",))
+        copied = None if workdir is None else workdir / _COPIES / f"{option}.safetensors"
+        return Source(copied if copied and copied.is_file() else pathlib.Path(spec["file"]))
     registry.check_known(f"key of defense.{option}", spec, ("workdir", "checkpoint"))
     kind = spec.get("checkpoint", "best")
     if kind not in ("best", "last"):
@@ -91,14 +99,19 @@ def copy_sources(sources: Mapping[str, Source], workdir: pathlib.Path) -> None:
     """
     for option, source in sources.items():
         target = workdir / _COPIES / option
+        if source.path.is_file():
+            target = target.with_name(f"{option}.safetensors")
+            if not target.exists():
+                files.write_bytes(target, source.path.read_bytes())
+            continue
         if target.exists():
             continue
         target.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=workdir) as folder:
             copy = pathlib.Path(folder) / option
             copy.mkdir()
-            shutil.copy(source.workdir / "config.json", copy)
+            shutil.copy(source.path / "config.json", copy)
             for part in (source.checkpoint, _COPIES):
-                if (source.workdir / part).is_dir():
-                    shutil.copytree(source.workdir / part, copy / part)
+                if (source.path / part).is_dir():
+                    shutil.copytree(source.path / part, copy / part)
             os.replace(copy, target)

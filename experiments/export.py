@@ -1,0 +1,105 @@
+"""Writes a trained run to one file, which needs no workdir: config, weights, checksums; no pickle.
+
+    python experiments/export.py --workdir=runs/trades-mnist --file=trades.safetensors
+    python experiments/evaluate.py --pretrained=trades.safetensors
+
+    python experiments/export.py --zoo=runs/quickstart     # every run in there, into jaxdefense/zoo
+
+A record (by default WORKDIR/configured.json, where there is one) is copied beside the file, after a
+check that it is of this run and that the file classifies the clean test images as it says.
+"""
+
+import pathlib
+import tempfile
+
+import cli
+import numpy as np
+from absl import flags
+
+from jaxdefense import data, files, runs
+from jaxdefense.evaluation import Evaluator, records
+from jaxdefense.models import zoo
+
+WORKDIR = flags.DEFINE_string("workdir", None, "Folder of a trained run.")
+FILE = flags.DEFINE_string("file", None, "Where to write it, *.safetensors.")
+ZOO = flags.DEFINE_string("zoo", None, "Instead: a folder of workdirs, each with configured.json.")
+INTO = flags.DEFINE_string("into", str(zoo.FOLDER), "Where --zoo writes NAME-NORM.safetensors.")
+KIND = flags.DEFINE_enum("checkpoint", "best", ["best", "last"], "Which checkpoint.")
+RECORD = flags.DEFINE_string("record", None, "The run's record; default WORKDIR/configured.json.")
+
+ZOO_BYTES = 8_000_000  # the most that the package carries
+ROUNDING = 0.1  # percent of the test images that another machine may see differently
+
+
+def main(argv):
+    if len(argv) > 1:
+        raise ValueError(f"unexpected arguments: {argv[1:]}")
+    if ZOO.value:
+        folder = pathlib.Path(ZOO.value)
+        found = sorted(path.parent for path in folder.glob("*/configured.json"))
+        if not found:
+            raise ValueError(f"no workdir with a configured.json in {folder}")
+        for workdir in found:
+            export(workdir, None, workdir / "configured.json")
+        size = sum(path.stat().st_size for path in pathlib.Path(INTO.value).iterdir())
+        print(f"{INTO.value}: {size / 1e6:.1f} MB")
+        if size > ZOO_BYTES:
+            raise ValueError(f"{INTO.value} holds {size} bytes, more than {ZOO_BYTES}")
+        return
+    if not (WORKDIR.value and FILE.value):
+        raise ValueError("give --workdir and --file, or --zoo; --help explains them")
+    default = pathlib.Path(WORKDIR.value) / "configured.json"
+    record = pathlib.Path(RECORD.value) if RECORD.value else default
+    export(WORKDIR.value, FILE.value, record if RECORD.value or record.exists() else None)
+
+
+def export(workdir, path, record_path):
+    """Writes one run's file and, beside it, its record.
+
+    Args:
+      workdir: of the run.
+      path: of the file; None for its name in the zoo.
+      record_path: of its record, or None.
+    """
+    run, variables, meta = runs.restore(workdir, kind=KIND.value)
+    if path is None:
+        path = f"{INTO.value}/{run.name}-{run.config['threat']['norm']}.safetensors"
+    path = pathlib.Path(path)
+    with tempfile.TemporaryDirectory() as folder:
+        written = pathlib.Path(folder) / path.name
+        runs.export(written, run, variables, {"checkpoint": KIND.value, **meta})
+        if record_path is not None:
+            record = records.load(record_path)
+            check(written, record, record_path)
+            records.save(record, path.with_suffix(".json"))
+        files.write_bytes(path, written.read_bytes())
+    print(f"{path}: {path.stat().st_size / 1e6:.2f} MB")
+
+
+def check(path, record, record_path):
+    """The record is of the run in the file.
+
+    Raises:
+      ValueError: another config, seed or step, or other answers to the clean test images.
+    """
+    run, variables, meta = runs.restore(path)
+    for key in run.config.keys() | record["config"].keys():
+        if key not in ("evaluation", "reported") and run.config.get(key) != record["config"].get(
+            key
+        ):
+            raise ValueError(f"{record_path} is of another run: its config's {key} differs")
+    if meta["step"] != (step := record["training"]["step"]):
+        raise ValueError(f"{record_path} is of step {step}, and the file of {meta['step']}")
+    primary = run.defense.primary
+    said = next(iter(record["results"].values()))["clean"]
+    arrays = run.arrays("test").take(slice(said["n"]))
+    images = data.to_float(arrays.images)
+    evaluator = Evaluator(run.apply(primary), run.threat)
+    bits = evaluator.bits(variables, images, arrays.labels, arrays.ids, {}, seed=run.seed)
+    differ = 100 * np.mean(bits["clean"] != records.unpack_bits(said["bits"], said["n"]))
+    if differ > ROUNDING:
+        raise ValueError(f"{record_path} says otherwise of {differ:.2f} % of the clean test images")
+
+
+if __name__ == "__main__":
+    cli.run(main)
