@@ -14,8 +14,10 @@
  "evaluation": {"batch_size": 500, "attacks": {"pgd40": {"name": "pgd", "steps": 40}}},
  "reported": {"pgd40": {"value": 93.2, "status": "FOUND"}}}
 
-Wherever an option of the defence (of a part, of a transform) is {"workdir": ..., "checkpoint":
-"best"}, the classifier of that trained run is meant: the defence is given a `base.Trained`.
+`data.load_section` reads the section "dataset": a set of TFDS, a folder of images or a file of
+arrays. Wherever an option of the defence (of a part, of a transform) is {"workdir": ...,
+"checkpoint": "best"}, the classifier of that trained run is meant: the defence is given a
+`base.Trained`.
 """
 
 import dataclasses
@@ -94,7 +96,8 @@ class Run:
     @property
     def name(self) -> str:
         """The row's name in tables: the config's "name", or its defence and data set."""
-        default = f"{self.config['defense']['name']}-{self.config['dataset']['name']}"
+        dataset = self.config["dataset"].get("name", "folder")
+        default = f"{self.config['defense']['name']}-{dataset}"
         return self.config.get("name", default)
 
     def arrays(self, split: str) -> data.Arrays:
@@ -103,7 +106,7 @@ class Run:
         Args:
           split: 'train', 'validation' or 'test'.
         """
-        return _load_split(self.config["dataset"], split)
+        return data.load_section(self.config["dataset"], split)
 
     def apply(self, predictor: str) -> Any:
         """A predictor as a function of its weights: (variables, images) -> logits.
@@ -146,19 +149,11 @@ def _make_threat(options: Mapping[str, Any]) -> Threat:
     return threat.make(**options)
 
 
-def _load_split(dataset: Mapping[str, Any], split: str) -> data.Arrays:
-    options = dict(dataset)
-    limit = options.pop("limit", None)
-    known = [p for p in inspect.signature(data.load).parameters if p != "split"]
-    registry.check_known("option of dataset", options, [*known, "limit"])
-    return data.load(options.pop("name", None), split, **options).take(slice(limit))
-
-
 def _load_source(option: str, source: Source, arrays: data.Arrays) -> base.Trained:
     """The network of a source, if it fits the run's data."""
     try:
         run, model, _ = restore(source.workdir, kind=source.checkpoint)
-        if (name := run.config["dataset"]["name"]) != arrays.name:
+        if (name := run.arrays("validation").name) != arrays.name:
             raise ValueError(f"it was trained on {name}, and this run is of {arrays.name}")
         network = _classifier(run, model, source)
         variables = {"params": network.params, "batch_stats": network.batch_stats}
@@ -232,7 +227,7 @@ def build(config: Mapping[str, Any], *, workdir: pathlib.Path | None = None) -> 
         raise ValueError(f"seed must be an integer >= 0, got {seed!r}")
     ball = _make_threat(_section(config, "threat"))
     model = _section(config, "model")
-    held_out = _load_split(_section(config, "dataset"), "validation")
+    held_out = data.load_section(_section(config, "dataset"), "validation")
     module = models.make(model.pop("name", None), held_out.num_classes, **model)
     defense = _section(config, "defense")
     train = _train_options(config)
