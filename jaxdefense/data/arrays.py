@@ -156,12 +156,14 @@ class Roles(NamedTuple):
     """Which stored split serves as which.
 
     Attributes:
+      name: of the data set.
       train: its name.
       validation: its name; None where it is held out of `train`.
       test: its name; None where it is held out of `train`.
       notes: what is to be said of that.
     """
 
+    name: str
     train: str
     validation: str | None
     test: str | None
@@ -203,11 +205,11 @@ def assign_roles(name: str, stored: Iterable[str]) -> Roles:
         raise ValueError(f"{name} has no split 'train', only {', '.join(stored) or 'none'}")
     between = next((split for split in _VALIDATION_NAMES if split in stored), None)
     if "test" in stored:
-        return Roles("train", between, "test", ())
+        return Roles(name, "train", between, "test", ())
     if between is None:
-        return Roles("train", None, None, ())
+        return Roles(name, "train", None, None, ())
     note = f"its split {between!r} is the test set: it has no split 'test'"
-    return Roles("train", None, between, (note,))
+    return Roles(name, "train", None, between, (note,))
 
 
 def choose_split(
@@ -229,13 +231,16 @@ def choose_split(
     """
     if split not in SPLITS:
         registry.raise_unknown("split", split, SPLITS)
+    if roles.test and hold_out.test is not None:
+        raise ValueError(
+            f"{roles.name} has test images, its split {roles.test!r}: test={hold_out.test} is for "
+            f"sets without"
+        )
     if split == "test" and roles.test:
-        _refuse_test_share(read(roles.test).name, roles, hold_out)
         return _with_notes(read(roles.test), roles.notes)
     if split == "validation" and roles.validation and hold_out.validation is None:
         return _with_notes(read(roles.validation), roles.notes)
     arrays = _with_notes(read(roles.train), roles.notes)
-    _refuse_test_share(arrays.name, roles, hold_out)
     if hold_out.test is not None:
         rows = _held_out(arrays, "test", hold_out.test, 0)
         note = f"{len(rows)} of its {len(arrays)} images are the test set: it has no split 'test'"
@@ -276,14 +281,6 @@ def choose_splits(roles: Roles, read: Callable[[str], Arrays], hold_out: HoldOut
 
 def _with_notes(arrays: Arrays, notes: tuple[str, ...]) -> Arrays:
     return dataclasses.replace(arrays, notes=arrays.notes + notes) if notes else arrays
-
-
-def _refuse_test_share(name: str, roles: Roles, hold_out: HoldOut) -> None:
-    if roles.test and hold_out.test is not None:
-        raise ValueError(
-            f"{name} has test images, its split {roles.test!r}: test={hold_out.test} is for sets "
-            f"without"
-        )
 
 
 def _held_out(arrays: Arrays, what: str, asked: int | float | None, seed: int) -> np.ndarray:

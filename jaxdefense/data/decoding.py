@@ -97,7 +97,7 @@ def parse_size(size: int | list[int] | tuple[int, int] | None) -> tuple[int, int
     """
     if size is None:
         return None
-    sides = (size, size) if isinstance(size, int) else tuple(size)
+    sides = tuple(size) if isinstance(size, (list, tuple)) else (size, size)
     if len(sides) != 2 or not all(isinstance(side, int) and side > 0 for side in sides):
         raise ValueError(f"size must be pixels, one number or (height, width), got {size!r}")
     return sides

@@ -108,6 +108,18 @@ class Run:
         """
         return data.load_section(self.config["dataset"], split)
 
+    def judging_batch(self, shape: tuple[int, ...]) -> int:
+        """The most images judged at once: 512 up to 64x64 pixels, as many pixels of larger ones.
+
+        Args:
+          shape: of the images, (N, H, W, C).
+        """
+        pixels = shape[1] * shape[2]
+        if pixels <= 64 * 64:
+            return 512
+        asked = self.config["evaluation"].get("batch_size") or 512
+        return min(asked, max(8, 512 * 64 * 64 // pixels))
+
     def apply(self, predictor: str) -> Any:
         """A predictor as a function of its weights: (variables, images) -> logits.
 

@@ -144,7 +144,10 @@ class Trainer:
         self.example_image = data.to_float(arrays.images[:1])
         self.held_out = run.arrays("validation")
         self.augment = data.make_augment(options["augment"])
-        self.evaluator = Evaluator(run.apply(run.defense.primary), run.threat, batch_size=512)
+        self.judged = run.judging_batch(arrays.images.shape)  # images at once
+        self.evaluator = Evaluator(
+            run.apply(run.defense.primary), run.threat, batch_size=self.judged
+        )
         self._compiled: dict[Any, RunSteps] = {}
         self.stores = {
             "last": checkpoint.Store(workdir / "last"),
@@ -401,7 +404,7 @@ class Trainer:
             def apply(variables: PyTree, x: Images, net: base.Net = net) -> Logits:
                 return net.predict(*variables)(x)
 
-            evaluator = Evaluator(apply, self.run.threat, batch_size=512)
+            evaluator = Evaluator(apply, self.run.threat, batch_size=self.judged)
             accuracies = self.score_network(evaluator, network.init(role))
             scores[role] = {"source": network.source, **accuracies}
         return scores
