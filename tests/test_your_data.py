@@ -466,9 +466,9 @@ def small_config(dataset, **train_options):
         },
         "validation": {"name": "pgd", "steps": 1},
         "evaluation": {
-            "batch_size": 16,
+            "batch_size": 4,
             "attacks": {"fgsm": {"name": "fgsm"}},
-            "audit": {"steps": 1, "restarts": 1, "stages": ["apgd-ce"], "queries": 2},
+            "audit": {"steps": 1, "restarts": 1, "stages": [], "queries": 2},
         },
     }
 
@@ -530,7 +530,6 @@ class TestConfigs:
             data.load_section({"name": "arrays", "file": str(path)}, "train")
 
 
-@pytest.mark.usefixtures("autodiff_convolutions")
 def test_photographs_of_224_pixels_run_through_train_autoattack_and_audit(
     tmp_path, capsys, monkeypatch
 ):
@@ -554,7 +553,17 @@ def test_photographs_of_224_pixels_run_through_train_autoattack_and_audit(
     monkeypatch.setattr(cascade, "stages", lambda *arguments, **options: stages)
     record = protocols.autoattack(run, variables, training=meta)
     assert record["results"]["classifier"]["autoattack"]["n"] == 8
-    audit = protocols.audit(run, variables, training=meta)
+    audit = protocols.audit(run, variables, training=meta, examples=4)
     for found in (record, audit):
         assert found["dataset"]["notes"] == list(run.arrays("test").notes)
         assert json.dumps(found)
+
+
+def test_large_images_are_judged_in_smaller_batches(tmp_path):
+    make_folder(tmp_path)
+    run = runs.build(small_config({"folder": str(tmp_path), "validation": 4}))
+    assert run.judging_batch((9, 64, 64, 3)) == 512
+    assert run.judging_batch((9, 224, 224, 3)) == 4  # the config's own
+    run.config["evaluation"].pop("batch_size")
+    assert run.judging_batch((9, 224, 224, 3)) == 41
+    assert run.judging_batch((9, 4000, 4000, 3)) == 8
