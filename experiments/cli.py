@@ -3,6 +3,7 @@
 import contextlib
 import os
 import pathlib
+import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 
@@ -91,8 +92,77 @@ def spread_over_cores() -> None:
         jax.config.update("jax_num_cpu_devices", min(cores, 8))
 
 
+def parse_flags(argv: Sequence[str]) -> list[str]:
+    """absl's parser of flags, whose errors end the script with one line and exit code 2.
+
+    Args:
+      argv: of the script, its name first.
+
+    Returns:
+      The words that are no flags.
+    """
+    try:
+        _check_overrides(argv)
+        return flags.FLAGS(argv)
+    except (flags.Error, ValueError) as error:
+        print(f"error: {_explain(error)}", file=sys.stderr)
+        sys.exit(2)
+
+
+def _explain(error: Exception) -> str:
+    """One line of what is wrong with the flags."""
+    message = " ".join(str(error).split())
+    if isinstance(error, flags.UnrecognizedFlagError):
+        own = flags.FLAGS.get_flags_for_module(sys.argv[0])
+        try:
+            registry.raise_unknown("flag", error.flagname, [flag.name for flag in own])
+        except ValueError as unknown:
+            return f"{unknown}; --help explains them"
+    # absl gives the flag and its value in the text alone: "flag --NAME=VALUE: what is wrong".
+    if not (found := re.match(r"flag --([\w.]+)=(.*?): ", message)) or found[1] not in flags.FLAGS:
+        return message
+    name, value = found.groups()
+    flag = flags.FLAGS[name]
+    if message.endswith("must have a value other than None."):
+        return f"--{name} is needed: {' '.join(flag.help.split())}"
+    known = getattr(flag.parser, "enum_values", None)
+    if known:
+        try:
+            registry.raise_unknown(f"value of --{name}", value, known)
+        except ValueError as unknown:
+            return str(unknown)
+    kind = {"int": "an integer", "float": "a number", "bool": "true or false"}
+    return f"--{name} must be {kind.get(flag.flag_type(), flag.flag_type())}, got {value!r}"
+
+
+def _check_overrides(argv: Sequence[str]) -> None:
+    """Each --config.SECTION.KEY is a key of the config that --config names.
+
+    Raises:
+      ValueError: one that is not; the nearest are named.
+    """
+    words = [word.lstrip("-").split("=", 1) for word in argv[1:] if word.startswith("-")]
+    chosen = [word[1] for word in words if word[0] == "config" and len(word) == 2]
+    ours = rf"{re.escape(str(CONFIGS))}/(\w+)\.py:?(\w*)"
+    if not chosen or not (match := re.fullmatch(ours, chosen[-1])):
+        return  # a config file of the user's own is asked by ml_collections itself
+    config = configs.load(*match.groups())
+    for word in words:
+        first, *path = word[0].split(".")
+        if first != "config" or not path:
+            continue
+        section, done = config, "config"
+        for key in path:
+            known = list(section) if hasattr(section, "keys") else []
+            if known:
+                registry.check_known(f"key of {done}", [key], known)
+                section, done = section[key], f"{done}.{key}"
+
+
 def run(main: Callable[[Sequence[str]], None], *, spread: bool = False) -> None:
-    """absl's app.run; a ValueError is an answer to the user, not a traceback.
+    """absl's app.run; a ValueError is an answer to the user, not a traceback or a page of usage.
+
+    What is wrong with the command line ends with exit code 2, anything else with 1.
 
     Args:
       main: the script, a function of the words that are no flags.
@@ -116,5 +186,6 @@ def run(main: Callable[[Sequence[str]], None], *, spread: bool = False) -> None:
     try:
         argv = expand_config_flag(sys.argv)
     except ValueError as error:
-        sys.exit(f"error: {error}")
-    app.run(guarded, argv=argv)
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    app.run(guarded, argv=argv, flags_parser=parse_flags)

@@ -15,9 +15,9 @@ and `best`; experiments/evaluate.py reads it.
 """
 
 import json
+import pathlib
 
 import cli
-import configs
 from absl import flags
 from ml_collections import config_flags
 
@@ -25,22 +25,24 @@ from jaxdefense.train import train
 
 CONFIG = config_flags.DEFINE_config_file("config", None, cli.CONFIG_HELP)
 WORKDIR = flags.DEFINE_string("workdir", None, "The run's own folder.", required=True)
-INIT_FROM = flags.DEFINE_string("init_from", None, "Workdir of a run to start from.")
+INIT_FROM = flags.DEFINE_string("init_from", None, "Workdir of a run, or a file, to start from.")
 CHECKPOINT = flags.DEFINE_enum("init_checkpoint", "best", ["best", "last"], "Which of its weights.")
 NEW_HEAD = flags.DEFINE_bool("new_head", False, "With --init_from: a new last layer.")
 FROZEN = flags.DEFINE_list("frozen", [], "Roles, or parts of them, that stay as they start.")
 PROGRESS = flags.DEFINE_bool("progress", True, "Show a progress bar.")
+flags.mark_flag_as_required("config")
 
 
 def main(argv):
     if len(argv) > 1:
         raise ValueError(f"unexpected arguments: {argv[1:]}")
-    if CONFIG.value is None:
-        raise ValueError(f"--config=NAME:VARIANT is needed; names: {', '.join(configs.names())}")
     config = json.loads(CONFIG.value.to_json())
     if INIT_FROM.value:
-        start = {"workdir": INIT_FROM.value, "checkpoint": CHECKPOINT.value}
-        config["train"]["init_from"] = {**start, "new_head": NEW_HEAD.value}
+        kind = "file" if pathlib.Path(INIT_FROM.value).is_file() else "workdir"
+        start = {kind: INIT_FROM.value, "new_head": NEW_HEAD.value}
+        if kind == "workdir":
+            start["checkpoint"] = CHECKPOINT.value
+        config["train"]["init_from"] = start
     elif NEW_HEAD.value:
         raise ValueError("--new_head needs --init_from=WORKDIR")
     if FROZEN.value:

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from jaxdefense.data import augment, make_augment, names
+from jaxdefense.data import augment, make_augment, make_contrast_view
 
 KEY = jax.random.key(0)
 AUGMENTS = {
@@ -245,34 +245,48 @@ class TestColor:
 
 
 class TestMake:
-    @pytest.mark.parametrize("dataset", names())
-    @pytest.mark.parametrize("name", ["none", "crop_flip", "weak", "strong"])
-    def test_every_view_of_every_data_set(self, name, dataset):
-        size = {"digits": 8, "mnist": 28, "fashion_mnist": 28}.get(dataset, 32)
-        x = images(8, size, 3 if "cifar" in dataset else 1)
-        y = jax.eval_shape(make_augment(name, dataset), KEY, x)
+    NAMES = ("none", "crop", "flip", "crop_flip", "weak", "strong", "weak_digits", "strong_digits")
+
+    @pytest.mark.parametrize("shape", [(8, 8, 8, 1), (8, 28, 28, 1), (8, 48, 64, 3)])
+    @pytest.mark.parametrize("name", NAMES)
+    def test_every_name_takes_images_of_every_size(self, name, shape):
+        x = jax.random.uniform(KEY, shape)
+        y = jax.eval_shape(make_augment(name), KEY, x)
         assert (y.shape, y.dtype) == (x.shape, x.dtype)
 
-    @pytest.mark.parametrize("name", ["crop_flip", "weak", "strong"])
+    @pytest.mark.parametrize("name", ["crop", "crop_flip", "weak", "strong", "weak_digits"])
     def test_views_differ_from_the_image(self, name):
         x = images(8, 28, 1)
-        changed = (apply(make_augment(name, "mnist"), x) != x).any((1, 2, 3))
+        changed = (apply(make_augment(name), x) != x).any((1, 2, 3))
         assert changed.sum() >= 7  # one crop in 49 is the image
-        assert np.array_equal(apply(make_augment("none", "mnist"), x), x)
+        assert np.array_equal(apply(make_augment("none"), x), x)
 
-    def test_digits_are_not_mirrored(self):
+    @pytest.mark.parametrize("size", [8, 32, 160])
+    def test_a_crop_moves_by_an_eighth_of_the_size_at_most(self, size):
+        x = jnp.zeros((100, size, size, 1)).at[:, size // 2, size // 2].set(1.0)
+        y = apply(make_augment("crop"), x)[..., 0]
+        moves = np.argwhere(y)[:, 1:] - size // 2
+        assert np.abs(moves).max() == size // 8
+
+    @pytest.mark.parametrize(
+        ("name", "mirrored"),
+        [("crop", False), ("crop_flip", True), ("weak_digits", False), ("flip", True)],
+    )
+    def test_only_what_is_called_so_flips(self, name, mirrored):
         x = jnp.zeros((200, 28, 28, 1)).at[:, 14, 10:18, 0].set(jnp.linspace(0.2, 1, 8)[None])
-        for dataset, mirrored in (("mnist", False), ("fashion_mnist", True)):
-            y = apply(make_augment("crop_flip", dataset), x)
-            row = y[..., 0].max(1)
-            falling = np.argmax(row, 1) < np.argmax(row > 0.19, 1) + 1
-            assert falling.any() == mirrored
+        row = apply(make_augment(name), x)[..., 0].max(1)
+        falling = np.argmax(row, 1) < np.argmax(row > 0.19, 1) + 1
+        assert falling.any() == mirrored
+
+    @pytest.mark.parametrize(("dataset", "mirrored"), [("mnist", False), ("photographs", True)])
+    def test_contrastive_views_of_digits_are_not_mirrored(self, dataset, mirrored):
+        x = jnp.zeros((200, 28, 28, 1)).at[:, 14, 10:18, 0].set(jnp.linspace(0.2, 1, 8)[None])
+        row = apply(make_contrast_view("weak", dataset), x)[..., 0].max(1)
+        assert (np.argmax(row, 1) < np.argmax(row > 0.19, 1) + 1).any() == mirrored
 
     def test_unknown_names_list_the_nearest(self):
-        with pytest.raises(ValueError, match="unknown augmentation 'crop'; nearest: crop_flip"):
-            make_augment("crop", "cifar10")
-        with pytest.raises(ValueError, match="unknown data set 'imagenet'"):
-            make_augment("none", "imagenet")
+        with pytest.raises(ValueError, match="unknown augmentation 'crops'; nearest: crop"):
+            make_augment("crops")
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ import pytest
 from sklearn.datasets import load_digits
 
 from jaxdefense import data
-from jaxdefense.data import datasets, order, pipeline, prepare
+from jaxdefense.data import datasets, order, pipeline, prepare, prepared
 
 
 @pytest.fixture(scope="module")
@@ -98,13 +98,13 @@ class TestLoad:
             data.load("digits", "valid", data_dir=tfds_dir)
 
     def test_what_is_not_prepared_says_how_to(self, tmp_path):
-        command = f"experiments/prepare_data.py --from DIR --data_dir {tmp_path} cifar10"
+        command = f"experiments/prepare_data.py --data_dir {tmp_path} cifar10"
         with pytest.raises(ValueError, match=command):
             data.load("cifar10", "train", data_dir=tmp_path)
 
     def test_images_on_disk_equal_images_in_memory(self, tfds_dir, train):
         on_disk = data.load("digits", "train", data_dir=tfds_dir, in_memory=False)
-        assert isinstance(on_disk.images, datasets.Encoded)
+        assert isinstance(on_disk.images, data.Encoded)
         rows = np.array([700, 3, 3, 1166])
         for chosen in (slice(5, 40, 3), rows):
             assert np.array_equal(on_disk.images[chosen], train.images[chosen])
@@ -139,8 +139,8 @@ class TestDecodedCopy:
     @pytest.fixture
     def copy(self, tmp_path, train):
         def load():
-            datasets._builder.cache_clear()
-            datasets._decoded.cache_clear()
+            datasets._open_prepared.cache_clear()
+            prepared._decoded.cache_clear()
             arrays = data.load("digits", "train", data_dir=tmp_path)
             assert np.array_equal(arrays.images, train.images)
             assert np.array_equal(arrays.ids, train.ids)
@@ -152,7 +152,7 @@ class TestDecodedCopy:
 
     def test_is_read_instead_of_the_records(self, copy, monkeypatch):
         _, load = copy
-        monkeypatch.setattr(datasets, "_encoded", None)
+        monkeypatch.setattr(prepared, "_encoded", None)
         load()
 
     @pytest.mark.parametrize("position", [0, 100, 40_000, 80_000, -1000, -100, -20, -1])

@@ -124,16 +124,46 @@ def test_scripts_answer_bad_input_without_a_traceback(tmp_path):
         ("evaluate.py", f"--workdir={tmp_path}"),
         ("tables.py", str(tmp_path / "nothing")),
         ("tables.py", str(tmp_path)),
-        ("train.py", f"--workdir={tmp_path}"),
         ("train.py", "--config=pgd_at:digits", f"--workdir={tmp_path}", "surplus"),
-        ("train.py", "--config=trade:digits", "--workdir=nowhere"),
     ]
     for command, (code, _, err) in zip(commands, scripts(tmp_path, commands), strict=True):
         assert code == 1, command
         assert err.startswith("error: "), err
         assert "Traceback" not in err
-    assert err.startswith("error: unknown config 'trade'; nearest: trades")
     assert not (tmp_path / "last").exists()
+
+
+def test_a_wrong_command_line_is_answered_in_one_line(tmp_path):
+    train = ("train.py", "--config=trades:digits_debug", f"--workdir={tmp_path / 'run'}")
+    answers = {
+        ("train.py", train[1]): "--workdir is needed: The run's own folder.",
+        ("train.py", train[2]): "--config is needed: NAME:VARIANT, ",
+        ("train.py", "--config=trade:digits", train[2]): "unknown config 'trade'; nearest: trades",
+        (*train, "--wokdir=x"): "unknown flag 'wokdir'; nearest: workdir; known: config, ",
+        (*train, "--progress=maybe"): "--progress must be true or false, got 'maybe'",
+        (*train, "--config.seed=one"): "--config.seed must be an integer, got 'one'",
+        (
+            *train,
+            "--config.train.lenght=5e",
+        ): "unknown key of config.train 'lenght'; nearest: length",
+        ("evaluate.py",): "--workdir is needed: Folder of a trained run.",
+        (
+            "evaluate.py",
+            "--workdir=x",
+            "--examples=ten",
+        ): "--examples must be an integer, got 'ten'",
+        ("evaluate.py", "--workdir=x", "--checkpoint=bset"): (
+            "unknown value of --checkpoint 'bset'; nearest: best"
+        ),
+    }
+    for (command, expected), (code, out, err) in zip(
+        answers.items(), scripts(tmp_path, list(answers)), strict=True
+    ):
+        assert code == 2, (command, err)
+        assert err.startswith(f"error: {expected}"), (command, err)
+        assert err.count("\n") == 1, err
+        assert out == ""
+    assert not (tmp_path / "run").exists()
 
 
 def test_help_is_readable(tmp_path):

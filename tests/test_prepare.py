@@ -1,3 +1,4 @@
+import dataclasses
 import gzip
 import hashlib
 import os
@@ -6,14 +7,19 @@ import shutil
 import struct
 import subprocess
 import sys
+import tarfile
+import urllib.error
+import urllib.request
 
 import numpy as np
 import prepare_data
 import pytest
+import scipy.io
 import tensorflow_datasets as tfds
+from PIL import Image
 
 from jaxdefense import data
-from jaxdefense.data import prepare
+from jaxdefense.data import originals, prepare
 
 PACKED = pathlib.Path(__file__).parents[2] / "shared" / "data"
 needs_packed = pytest.mark.skipif(
@@ -64,24 +70,94 @@ def write_cifar(folder, rng, name):
     return splits, contents
 
 
+def write_svhn(folder, rng):
+    """A tiny SVHN: MATLAB files, images last, the digit 0 as label 10."""
+    contents, splits = {}, {}
+    for split in ("train", "test"):
+        images = rng.integers(0, 256, (12, 32, 32, 3), np.uint8)
+        labels = rng.permutation(np.arange(12) % 10)
+        path = folder / f"{split}_32x32.mat"
+        y = np.where(labels == 0, 10, labels)[:, None].astype(np.uint8)
+        scipy.io.savemat(path, {"X": images.transpose(1, 2, 3, 0), "y": y})
+        contents[path.name] = path.read_bytes()
+        splits[split] = {"image": images, "label": labels}
+    return splits, contents
+
+
+def save_jpeg(path, rng, size):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(rng.integers(0, 256, (*size, 3), np.uint8)).save(path, "JPEG")
+    with Image.open(path) as image:
+        return np.asarray(image)
+
+
+def write_imagenette(folder, rng):
+    """A tiny ImageNette: JPEG files of several sizes, in folders of ten classes."""
+    standard = tfds.builder("imagenette/160px-v2", data_dir=folder).info.features["label"]
+    splits = {}
+    for split, own in (("train", "train"), ("validation", "val")):
+        images, labels = [], []
+        for i in range(20):
+            label = standard.names[i % 10]
+            path = folder / own / label / f"{label}_{i}.JPEG"
+            images.append(save_jpeg(path, rng, (160, 160 + i)))
+            labels.append(i % 10)
+        splits[split] = {"image": images, "label": np.array(labels)}
+    return splits, {}
+
+
+def write_tiny_imagenet(folder, rng):
+    """A tiny Tiny-ImageNet: its three folders, their layouts, and images of one channel too."""
+    wnids = [f"n{i:08d}" for i in rng.permutation(200)]
+    (folder / "wnids.txt").write_text("\n".join(wnids) + "\n")
+    train, val, boxes = {"image": [], "label": []}, {"image": [], "label": []}, []
+    for i, wnid in enumerate(sorted(wnids)):
+        path = folder / "train" / wnid / "images" / f"{wnid}_0.JPEG"
+        train["image"].append(save_jpeg(path, rng, (64, 64)))
+        train["label"].append(i)
+        if i < 10:
+            path = folder / "val" / "images" / f"val_{i}.JPEG"
+            val["image"].append(save_jpeg(path, rng, (64, 64)))
+            val["label"].append(i)
+            boxes.append(f"val_{i}.JPEG\t{wnid}\t0\t0\t62\t62\n")
+            save_jpeg(folder / "test" / "images" / f"test_{i}.JPEG", rng, (64, 64))
+    (folder / "val" / "val_annotations.txt").write_text("".join(boxes))
+    return {"train": train, "validation": val}, {}
+
+
+WRITERS = {
+    "mnist": write_idx,
+    "fashion_mnist": write_idx,
+    "cifar10": lambda folder, rng: write_cifar(folder, rng, "cifar10"),
+    "cifar100": lambda folder, rng: write_cifar(folder, rng, "cifar100"),
+    "svhn_cropped": write_svhn,
+    "imagenette": write_imagenette,
+    "tiny_imagenet": write_tiny_imagenet,
+}
+# Those of which every image of a split is as large as the others, and TFDS has a builder.
+SAME_SIZE = [name for name in WRITERS if name not in ("imagenette", "tiny_imagenet")]
+
+
 @pytest.fixture
 def tiny(tmp_path, monkeypatch):
-    """Writes tiny originals whose sums stand in for the published ones."""
+    """Writes tiny originals whose sums and counts stand in for the published ones."""
 
     def write(name):
         rng = np.random.default_rng(0)
-        folder = tmp_path / "originals" / prepare._FOLDERS[name]
+        original = originals.ORIGINALS[name]
+        folder = tmp_path / "originals" / original.folder
         folder.mkdir(parents=True)
-        write = write_idx if "mnist" in name else lambda f, r: write_cifar(f, r, name)
-        splits, contents = write(folder, rng)
+        splits, contents = WRITERS[name](folder, rng)
         sums = {file: hashlib.md5(content).hexdigest() for file, content in contents.items()}
-        monkeypatch.setitem(prepare._FILES, name, sums)
+        counts = {split: len(splits[split]["label"]) for split in original.counts}
+        changed = dataclasses.replace(original, sums=sums, counts=counts)
+        monkeypatch.setitem(originals.ORIGINALS, name, changed)
         return folder, splits
 
     return write
 
 
-@pytest.mark.parametrize("name", prepare.originals())
+@pytest.mark.parametrize("name", SAME_SIZE)
 def test_plain_tfds_reads_what_was_prepared(name, tiny, tmp_path):
     folder, splits = tiny(name)
     written = prepare.prepare(name, folder.parent, tmp_path / "tfds")
@@ -93,9 +169,9 @@ def test_plain_tfds_reads_what_was_prepared(name, tiny, tmp_path):
         examples = list(builder.as_data_source(split))
         n = len(columns["label"])
         assert len(examples) == n
-        if "cifar" in name:  # ids are rows
+        if "mnist" not in name:  # ids are rows
             examples.sort(key=lambda example: example["id"])
-            assert examples[2]["id"] == f"{split}_00002".encode()
+            assert examples[2]["id"].startswith(f"{split}_0000".encode())
             for column, expected in columns.items():
                 found = np.stack([example[column] for example in examples])
                 assert np.array_equal(found, expected)
@@ -105,9 +181,47 @@ def test_plain_tfds_reads_what_was_prepared(name, tiny, tmp_path):
     assert len(builder.as_data_source("train[:50%]")) == len(splits["train"]["label"]) // 2
     loaded = data.load(name, "test", data_dir=tmp_path / "tfds")
     assert loaded.num_classes == standard.info.features["label"].num_classes
-    if "cifar" in name:
+    if "mnist" not in name:
         assert np.array_equal(loaded.images, splits["test"]["image"])
+        assert np.array_equal(loaded.labels, splits["test"]["label"])
+    if "cifar" in name:
         assert loaded.label_names[3] == "class_3"
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "shape"),
+    [
+        ("imagenette/160px-v2", {"size": 160}, (160, 160, 3)),
+        ("imagenette", {"size": 32}, (32, 32, 3)),  # its one config
+        ("tiny_imagenet", {}, (64, 64, 3)),
+    ],
+)
+def test_sets_of_jpeg_files_are_prepared_and_read(name, options, shape, tiny, tmp_path):
+    base = name.partition("/")[0]
+    folder, splits = tiny(base)
+    prepare.prepare(name, folder.parent, tmp_path / "tfds")
+    test = data.load(name, "test", data_dir=tmp_path / "tfds", **options)
+    assert test.images.shape == (len(splits["validation"]["label"]), *shape)
+    assert sorted(test.labels) == sorted(splits["validation"]["label"])
+    assert any("split 'validation' is the test set" in note for note in test.notes)
+    own = splits["validation"]["image"]
+    if base == "tiny_imagenet":
+        assert {image.tobytes() for image in test.images} == {image.tobytes() for image in own}
+        assert (test.num_classes, test.label_names) == (200, tuple(sorted(test.label_names)))
+    elif shape[0] == 160:  # an even number of columns too many is cut without rounding
+        cropped = {x[:, i // 2 : i // 2 + 160].tobytes() for i, x in enumerate(own) if i % 2 == 0}
+        assert len(cropped) == 10
+        assert cropped <= {image.tobytes() for image in test.images}
+        with pytest.raises(ValueError, match="images of several sizes: give size"):
+            data.load(name, "test", data_dir=tmp_path / "tfds")
+
+
+def test_a_missing_jpeg_is_noticed(tiny, tmp_path):
+    folder, _ = tiny("tiny_imagenet")
+    next(folder.glob("train/*/images/*.JPEG")).unlink()
+    with pytest.raises(ValueError, match="has 199 images for train, not 200"):
+        prepare.prepare("tiny_imagenet", folder.parent, tmp_path / "tfds")
+    assert not prepare.is_prepared("tiny_imagenet", tmp_path / "tfds")
 
 
 def test_is_idempotent_and_leaves_nothing_else(tiny, tmp_path):
@@ -128,7 +242,7 @@ def test_an_interruption_leaves_nothing_half_written(tiny, tmp_path, monkeypatch
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(prepare, "_png", interrupt)
+        patch.setattr(originals, "png", interrupt)
         with pytest.raises(KeyboardInterrupt):
             prepare.prepare("mnist", folder.parent, tmp_path / "tfds")
     assert not list((tmp_path / "tfds").rglob("*.*"))
@@ -227,6 +341,76 @@ def test_digits_without_scikit_learn_say_what_to_install(tmp_path, monkeypatch):
         prepare.prepare_digits(tmp_path)
 
 
+class TestDownload:
+    """Without a network; `urlopen` answers with files, or not at all."""
+
+    def archive(self, folder, target):
+        with tarfile.open(target, "w:gz") as packed:
+            packed.add(folder, folder.name)
+
+    def test_originals_are_downloaded_checked_and_prepared(self, tiny, tmp_path, monkeypatch):
+        folder, splits = tiny("cifar10")
+        archive = tmp_path / "cifar-10-binary.tar.gz"
+        self.archive(folder, archive)
+        asked = []
+
+        def urlopen(url, timeout):
+            asked.append(url)
+            return open(archive, "rb")
+
+        monkeypatch.setattr(urllib.request, "urlopen", urlopen)
+        with pytest.raises(ValueError, match=r"damaged: sha256 .*, not c4a38c50"):
+            prepare.prepare("cifar10", None, tmp_path / "tfds")
+        assert list((tmp_path / "tfds").iterdir()) == []
+        sums = {archive.name: ("sha256", hashlib.sha256(archive.read_bytes()).hexdigest())}
+        changed = dataclasses.replace(originals.ORIGINALS["cifar10"], archive_sums=sums)
+        monkeypatch.setitem(originals.ORIGINALS, "cifar10", changed)
+        prepare.prepare("cifar10", None, tmp_path / "tfds")
+        assert asked == ["https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz"] * 2
+        assert [path.name for path in (tmp_path / "tfds").iterdir()] == ["cifar10"]
+        loaded = data.load("cifar10", "test", data_dir=tmp_path / "tfds")
+        assert np.array_equal(loaded.images, splits["test"]["image"])
+
+    @pytest.mark.parametrize("name", prepare.originals())
+    def test_without_a_network_one_line_says_where_the_files_are(
+        self, name, tmp_path, monkeypatch, capsys
+    ):
+        def urlopen(url, timeout):
+            raise urllib.error.URLError("no route to host")
+
+        monkeypatch.setattr(urllib.request, "urlopen", urlopen)
+        assert prepare_data.main(["--data_dir", str(tmp_path), name]) == 1
+        error = capsys.readouterr().err
+        assert error.count("\n") == 1
+        assert originals.ORIGINALS[name].page in error
+        assert f"--from DIR {name}" in error
+        assert list(tmp_path.iterdir()) == []
+
+    @pytest.mark.parametrize(
+        ("error", "said"),
+        [
+            (ConnectionError("no network"), r"prepare it \(no network\); its home is http"),
+            (ModuleNotFoundError("No", name="tensorflow"), "pip install tensorflow"),
+        ],
+    )
+    def test_other_sets_are_prepared_by_tfds(self, error, said, tmp_path, monkeypatch):
+        def fail(self, **options):
+            (self.data_path / "half").mkdir(parents=True)
+            raise error
+
+        monkeypatch.setattr(tfds.core.DatasetBuilder, "download_and_prepare", fail)
+        with pytest.raises(ValueError, match=said):
+            prepare.prepare("eurosat", None, tmp_path)
+        assert not [path for path in tmp_path.rglob("*") if "half" in path.name]
+        assert "eurosat" not in data.names(tmp_path)
+
+    def test_unknown_names_and_names_without_originals(self, tmp_path):
+        with pytest.raises(ValueError, match=r"unknown data set .* 'minst'; nearest: mnist"):
+            prepare.prepare("minst", None, tmp_path)
+        with pytest.raises(ValueError, match="with original files 'eurosat'"):
+            prepare.prepare("eurosat", tmp_path, tmp_path)
+
+
 class TestCommand:
     def test_prepares_what_the_folder_holds(self, tiny, tmp_path, capsys):
         folder, _ = tiny("mnist")
@@ -251,6 +435,18 @@ class TestCommand:
             prepare_data.main(["--help"])
         assert end.value.code == 0
         assert "cifar-10-batches-bin/" in capsys.readouterr().out
+
+    @pytest.mark.parametrize(
+        ("arguments", "said"), [([], "name a data set"), (["--form", "x"], "nearest: --from")]
+    )
+    def test_wrong_arguments_are_said_in_one_line(self, arguments, said, capsys):
+        with pytest.raises(SystemExit) as end:
+            prepare_data.main(arguments)
+        assert end.value.code == 2
+        error = capsys.readouterr().err
+        assert said in error
+        assert error.startswith("error: ")
+        assert error.count("\n") == 1
 
 
 def check_published(name, tmp_path):

@@ -4,12 +4,13 @@
     python experiments/evaluate.py --workdir=runs/m2at-cifar10
     python experiments/evaluate.py --workdir=runs/m2at-cifar10 --protocol=autoattack
 
-Variants: digits, mnist, cifar10, cifar10_onehot, cifar10_gamma2, cifar10_paper, each also with
-_debug. The paper's body was not available: R1 mixes an image under a mask with the same image under
-its complement (m2at_shuffle is the other reading), and `cifar10_paper`, WRN-34-10 for 200 epochs,
-is the recipe of its authors' other code (INFERRED for M2AT). `cifar10_onehot` has hard labels,
-`cifar10_gamma2` AVmixup's length and labels; --config.defense.l2=.7 sweeps what lies between.
-ATTACK and OVERRIDES are those of the rivals too: avmixup, iat, mart.
+Variants: digits, mnist, cifar10, cifar10_onehot, cifar10_gamma2, cifar10_paper, svhn, imagenette,
+tiny_imagenet, and folder and arrays for images of your own, each also with _debug. The paper's body
+was not available: R1 mixes an image under a mask with the same image under its complement
+(m2at_shuffle is the other reading), and `cifar10_paper`, WRN-34-10 for 200 epochs, is the recipe of
+its authors' other code (INFERRED for M2AT). `cifar10_onehot` has hard labels, `cifar10_gamma2`
+AVmixup's length and labels; --config.defense.l2=.7 sweeps what lies between. ATTACK and OVERRIDES
+are those of the rivals too: avmixup, iat, mart.
 
 Expected: M2AT's own numbers are not known. Its abstract claims more clean and robust accuracy than
 earlier methods; of its relatives, AVmixup has 93.24 clean, 58.23 under PGD-20 and 53.63 under CW-20
@@ -26,6 +27,7 @@ ATTACK = dict(digits=_DIGITS, mnist=_MNIST, cifar10=_CIFAR10, cifar10_paper=_CIF
 
 _MIX = dict(name="m2at", pairing="complement", gamma=1.0, labels="area", l1=1.0, l2=0.55)
 DEFENSE = {row: dict(_MIX, **attack) for row, attack in ATTACK.items()}
+DEFENSE |= {row: dict(_MIX, **attack) for row, attack in recipes.MORE.items()}
 DEFENSE["cifar10_onehot"] = dict(_MIX, labels="onehot", **_CIFAR10)
 DEFENSE["cifar10_gamma2"] = dict(DEFENSE["cifar10"], gamma=2.0, l2=0.1)
 
@@ -56,6 +58,7 @@ OVERRIDES = dict(
     cifar10_onehot=_cw20(2 / 255),
     cifar10_gamma2=_cw20(2 / 255),
     cifar10_paper=dict(_PAPER, **_cw20(2 / 255)),
+    **{row: _cw20(attack["step_size"]) for row, attack in recipes.MORE.items()},
 )
 
 

@@ -3,10 +3,10 @@
     python experiments/train.py --config=pgd_at:mnist --workdir=runs/pgd_at-mnist
     python experiments/evaluate.py --workdir=runs/pgd_at-mnist
 
-Variants: digits, mnist, fashion_mnist, cifar10, cifar100, each also with _debug. Expected: see
-docs/results.md; on CIFAR-10 others' full runs reach 82.92 clean and 53.49 under PGD-10
-(PreActResNet-18, best epoch, Rice et al.'s logs) and 48.67 under AutoAttack (ResNet-18, MAIR);
-ours has 30 epochs.
+Variants: digits, mnist, fashion_mnist, cifar10, cifar100, svhn, imagenette, tiny_imagenet, and
+folder and arrays for images of your own, each also with _debug. Expected: see docs/results.md; on
+CIFAR-10 others' full runs reach 82.92 clean and 53.49 under PGD-10 (PreActResNet-18, best epoch,
+Rice et al.'s logs) and 48.67 under AutoAttack (ResNet-18, MAIR); ours has 30 epochs.
 """
 
 from configs import recipes
@@ -17,6 +17,7 @@ DEFENSE = dict(
     fashion_mnist=dict(name="pgd_at", steps=7, step_size=0.025, ramp_epochs=3.0),
     cifar10=dict(name="pgd_at", steps=10, step_size=2 / 255, ramp_epochs=0.0),
     cifar100=dict(name="pgd_at", steps=10, step_size=2 / 255, ramp_epochs=0.0),
+    **{row: dict(name="pgd_at", **attack) for row, attack in recipes.MORE.items()},
 )
 
 

@@ -3,8 +3,9 @@
     python experiments/train.py --config=standard:mnist --workdir=runs/standard-mnist
     python experiments/evaluate.py --workdir=runs/standard-mnist
 
-Variants: digits, mnist, fashion_mnist, cifar10, cifar100, each also with _debug. Expected: clean
-accuracy near that of the literature (MNIST 99 %, CIFAR-10 94 % and more), and about 0 under PGD.
+Variants: digits, mnist, fashion_mnist, cifar10, cifar100, svhn, imagenette, tiny_imagenet, and
+folder and arrays for images of your own, each also with _debug. Expected: clean accuracy near that
+of the literature (MNIST 99 %, CIFAR-10 94 % and more), and about 0 under PGD.
 Rows *_paper and mnist_example are NORMAL of Shen et al., arXiv 2101.12372 (see configs/cse.py).
 """
 
@@ -13,7 +14,7 @@ from configs import fgsm_at, recipes
 LENGTHS = dict(
     mnist_paper="10e", fashion_mnist_paper="10e", cifar10_paper="20e", mnist_example="10e"
 )
-ROWS = ("digits", "mnist", "fashion_mnist", "cifar10", "cifar100", *LENGTHS)
+ROWS = ("digits", "mnist", "fashion_mnist", "cifar10", "cifar100", *recipes.MORE, *LENGTHS)
 DEFENSE = {row: dict(name="standard", smoothing=0.0) for row in ROWS}
 
 

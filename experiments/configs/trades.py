@@ -3,9 +3,9 @@
     python experiments/train.py --config=trades:mnist --workdir=runs/trades-mnist
     python experiments/evaluate.py --workdir=runs/trades-mnist
 
-Variants: digits, mnist, fashion_mnist, cifar10, cifar100, each also with _debug. Expected: see
-docs/results.md; on CIFAR-10 others' full runs reach 49.45 under AutoAttack (ResNet-18, MAIR); ours
-has 30 epochs.
+Variants: digits, mnist, fashion_mnist, cifar10, cifar100, svhn, imagenette, tiny_imagenet, and
+folder and arrays for images of your own, each also with _debug. Expected: see docs/results.md; on
+CIFAR-10 others' full runs reach 49.45 under AutoAttack (ResNet-18, MAIR); ours has 30 epochs.
 """
 
 from configs import recipes
@@ -16,6 +16,7 @@ DEFENSE = dict(
     fashion_mnist=dict(name="trades", beta=6.0, steps=7, step_size=0.025, ramp_epochs=3.0),
     cifar10=dict(name="trades", beta=6.0, steps=10, step_size=2 / 255, ramp_epochs=0.0),
     cifar100=dict(name="trades", beta=6.0, steps=10, step_size=2 / 255, ramp_epochs=0.0),
+    **{row: dict(name="trades", beta=6.0, **attack) for row, attack in recipes.MORE.items()},
 )
 
 

@@ -1,6 +1,6 @@
 """On-device augmentation: pure functions `(key, images) -> images` for use inside the jitted step.
 
-    view = make("strong", "cifar10")
+    view = make("strong")
     images = view(key, images)
 
 Images are (B, H, W, C) floats in [0, 1] and stay there. `key` is one typed key or one per example;
@@ -18,9 +18,7 @@ from jaxdefense.types import Array, Images, Key, example_keys, fold_in
 Augment = Callable[[Key, Images], Images]
 Planes = tuple[Array, ...]  # one (B, H, W) per channel
 
-# The augmentations' defaults are for 32x32 images; the crop's padding is scaled for others.
-_SIZES = {"digits": 8, "mnist": 28, "fashion_mnist": 28, "cifar10": 32, "cifar100": 32}
-_NO_FLIP = ("digits", "mnist")  # a mirrored digit is no digit
+_DIGITS = ("digits", "mnist", "svhn_cropped")  # a mirrored digit is no digit
 _LEAST_CROP = 0.5  # of a digit's area: a fifth of it, as of a photograph, is often no digit
 _LUMA = (0.2989, 0.587, 0.114)  # of red, green and blue, as torchvision weighs them
 
@@ -238,42 +236,57 @@ def random_gray(*, p: float = 0.2) -> Augment:
     return apply
 
 
-def make(name: str, dataset: str) -> Augment:
-    """The augmentation of a name, as fits a data set's images.
+def make(name: str) -> Augment:
+    """The augmentation of a name, for images of any size.
 
     Args:
-      name: 'none'; 'crop_flip', a padded crop by an eighth of the size and a flip, none for digits;
-        'weak', the same under the name it has in contrastive training; 'strong', a resized crop
-        (of half the area at least for digits), a flip (none for digits), colour jitter and
-        random gray.
-      dataset: one of the data sets of `datasets.names()`.
+      name: 'none'; 'crop', a padded crop by an eighth of the size (4 pixels of 32); 'flip', a
+        horizontal flip; 'crop_flip', both; 'weak', the same under the name it has in contrastive
+        training; 'strong', a resized crop of a fifth of the area at least, a flip, colour jitter
+        and random gray; 'weak_digits' and 'strong_digits', the same for digits and letters: no
+        flip, and a resized crop of half the area at least.
 
     Raises:
-      ValueError: unknown name or data set.
+      ValueError: unknown name.
 
     >>> import jax
     >>> import jax.numpy as jnp
     >>> from jaxdefense import data
-    >>> view = data.make_augment("crop_flip", "cifar10")
+    >>> view = data.make_augment("crop_flip")
     >>> view(jax.random.key(0), jnp.zeros((8, 32, 32, 3))).shape
     (8, 32, 32, 3)
     """
-    if dataset not in _SIZES:
-        registry.raise_unknown("data set", dataset, _SIZES)
-    digits = dataset in _NO_FLIP
-    flip = () if digits else (random_flip(),)
-    resized = random_resized_crop(scale=(_LEAST_CROP, 1.0)) if digits else random_resized_crop()
+    digits = random_resized_crop(scale=(_LEAST_CROP, 1.0))
+    colours = (color_jitter(), random_gray())
     # The flip comes first: XLA:CPU fuses a reversal into the crop's gather, 20 times as slow.
-    crop_flip = compose(*flip, random_crop(padding=_SIZES[dataset] // 8))
+    crop_flip = compose(random_flip(), _crop_an_eighth)
     views = {
         "none": identity,
+        "crop": compose(_crop_an_eighth),
+        "flip": random_flip(),
         "crop_flip": crop_flip,
         "weak": crop_flip,
-        "strong": compose(resized, *flip, color_jitter(), random_gray()),
+        "strong": compose(random_resized_crop(), random_flip(), *colours),
+        "weak_digits": compose(_crop_an_eighth),
+        "strong_digits": compose(digits, *colours),
     }
     if name not in views:
         registry.raise_unknown("augmentation", name, views)
     return views[name]
+
+
+def for_contrast(name: str, dataset: str) -> Augment:
+    """The view 'weak' or 'strong' that suits a data set: digits are neither mirrored nor cut small.
+
+    Args:
+      name: 'weak' or 'strong'.
+      dataset: its name; any but those of digits is taken for photographs.
+    """
+    return make(f"{name}_digits" if dataset in _DIGITS else name)
+
+
+def _crop_an_eighth(key: Key, images: Images) -> Images:
+    return random_crop(padding=min(images.shape[1:3]) // 8)(key, images)
 
 
 def _check_probability(p: float) -> None:

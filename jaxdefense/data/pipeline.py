@@ -23,7 +23,7 @@ import numpy as np
 
 from jaxdefense import registry
 from jaxdefense.data import order
-from jaxdefense.data.datasets import Arrays, Encoded
+from jaxdefense.data.arrays import Arrays, Encoded
 from jaxdefense.types import Array, PyTree
 
 Batch = dict[str, Any]

@@ -1,93 +1,43 @@
 """Prepares data sets for TFDS without TensorFlow, a network, or pickle.
 
-`digits` is our own builder over scikit-learn's bundled scans. The others are TFDS's standard
-builders fed with the original distribution files, checked against their published MD5 sums; what
-they write is what plain `tfds.builder(name, file_format='array_record')` expects to find.
+`digits` is our own builder over scikit-learn's bundled scans, and Tiny-ImageNet, which TFDS does
+not know, another. The others are TFDS's standard builders fed with the original distribution files
+(`originals.py`), from a folder or downloaded; what they write is what plain
+`tfds.builder(name, file_format='array_record')` expects to find. Any other set is prepared by TFDS
+itself, which may need TensorFlow for that.
 """
 
 import contextlib
-import gzip
-import hashlib
 import io
 import os
 import pathlib
 import tempfile
-import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
 import tensorflow_datasets as tfds
-from PIL import Image
 
 from jaxdefense import registry
 from jaxdefense.data import order
+from jaxdefense.data.originals import ORIGINALS, Keyed, download, png, read_class_names
 
 FORMAT = "array_record"
-
-# The published MD5 sums; those of the IDX files are of their uncompressed content.
-_IDX = (
-    "train-images-idx3-ubyte.gz",
-    "train-labels-idx1-ubyte.gz",
-    "t10k-images-idx3-ubyte.gz",
-    "t10k-labels-idx1-ubyte.gz",
-)
-_FILES = {
-    "mnist": dict(
-        zip(
-            _IDX,
-            (
-                "6bbc9ace898e44ae57da46a324031adb",
-                "a25bea736e30d166cdddb491f175f624",
-                "2646ac647ad5339dbf082846283269ea",
-                "27ae3e4e09519cfbb04c329615203637",
-            ),
-        )
-    ),
-    "fashion_mnist": dict(
-        zip(
-            _IDX,
-            (
-                "f4a8712d7a061bf5bd6d2ca38dc4d50a",
-                "9018921c3c673c538a1fc5bad174d6f9",
-                "8181f5470baa50b63fa0f6fddb340f0a",
-                "15d484375f8d13e6eb1aabb0c3f46965",
-            ),
-        )
-    ),
-    "cifar10": {
-        "data_batch_1.bin": "5dd7e06a14cb22eb9f671a540d1b7c25",
-        "data_batch_2.bin": "5ea93a67294ea407fff1d09f752e9692",
-        "data_batch_3.bin": "942cd6a4bcdd0dd3c604fbe906cb4421",
-        "data_batch_4.bin": "ae636b3ba5c66a11e91e8cb52e771fcb",
-        "data_batch_5.bin": "53f37980c15c3d472c316c40844f3f0d",
-        "test_batch.bin": "803d5f7f4d78ea53de84dbe85f74fb6d",
-    },
-    "cifar100": {
-        "train.bin": "6172c7755cfe09b2fe270c85cebc1b15",
-        "test.bin": "4499cfba6c016c1be1438163640a0898",
-    },
-}
-_FOLDERS = {
-    "mnist": "mnist",
-    "fashion_mnist": "fashion_mnist",
-    "cifar10": "cifar-10-batches-bin",
-    "cifar100": "cifar-100-binary",
-}
-_CLASS_NAMES = {
-    "cifar10": {"label": ("batches.meta.txt", 10)},
-    "cifar100": {
-        "label": ("fine_label_names.txt", 100),
-        "coarse_label": ("coarse_label_names.txt", 20),
-    },
-}
-
-Keyed = tuple[int, dict[str, Any]]  # the key that TFDS shuffles by, and an example
 
 
 def originals() -> list[str]:
     """The data sets that `prepare` builds from original files, sorted."""
-    return sorted(_FILES)
+    return sorted(ORIGINALS)
+
+
+def is_known(name: object) -> bool:
+    """Whether `prepare` could prepare a data set of this name: one of ours or of TFDS.
+
+    Args:
+      name: as a user gives it, perhaps with /CONFIG or :VERSION.
+    """
+    base = str(name).partition(":")[0].partition("/")[0]
+    return base in ORIGINALS or base in tfds.list_builders(with_community_datasets=False)
 
 
 def default_data_dir(data_dir: str | os.PathLike | None = None) -> pathlib.Path:
@@ -101,13 +51,13 @@ def default_data_dir(data_dir: str | os.PathLike | None = None) -> pathlib.Path:
 
 
 def is_prepared(name: str, data_dir: str | os.PathLike | None = None) -> bool:
-    """Whether a data set is prepared, in the installed TFDS's version of it.
+    """Whether a data set is prepared, in the version that `prepare` writes.
 
     Args:
       name: one of `originals()`.
       data_dir: see `default_data_dir`.
     """
-    return _is_written(tfds.builder(name, data_dir=default_data_dir(data_dir), file_format=FORMAT))
+    return _is_written(_builder(name, default_data_dir(data_dir)))
 
 
 def detect(source: str | os.PathLike) -> list[str]:
@@ -116,7 +66,8 @@ def detect(source: str | os.PathLike) -> list[str]:
     Args:
       source: see `prepare`.
     """
-    return [name for name in originals() if (pathlib.Path(source) / _FOLDERS[name]).is_dir()]
+    root = pathlib.Path(source)
+    return [name for name in originals() if (root / ORIGINALS[name].folder).is_dir()]
 
 
 class Digits(tfds.core.GeneratorBasedBuilder):
@@ -162,7 +113,7 @@ class Digits(tfds.core.GeneratorBasedBuilder):
         self, split: str, rows: np.ndarray, images: np.ndarray, labels: np.ndarray
     ) -> Iterator[Keyed]:
         for row, image, label in zip(rows, images, labels):
-            example = {"id": f"{split}_{row:05d}", "image": _png(image), "label": int(label)}
+            example = {"id": f"{split}_{row:05d}", "image": png(image), "label": int(label)}
             yield int(row), example
 
 
@@ -179,7 +130,9 @@ def prepare_digits(data_dir: str | os.PathLike | None = None) -> pathlib.Path:
       ValueError: scikit-learn is not installed.
     """
     try:
-        return _write(Digits, default_data_dir(data_dir))
+        return _write(
+            lambda folder: Digits(data_dir=folder, file_format=FORMAT), default_data_dir(data_dir)
+        )
     except ModuleNotFoundError as error:
         if (error.name or "").split(".")[0] != "sklearn":
             raise
@@ -188,56 +141,133 @@ def prepare_digits(data_dir: str | os.PathLike | None = None) -> pathlib.Path:
         ) from error
 
 
+class TinyImagenet(tfds.core.GeneratorBasedBuilder):
+    """64x64 photographs of 200 classes, 500 of each to train on and 50 to validate.
+
+    `prepare` says where the examples come from. The published test images have no labels and are
+    left out. Classes are WordNet ids, sorted.
+    """
+
+    VERSION = tfds.core.Version("1.0.0")
+    url_infos = None
+
+    def _info(self) -> tfds.core.DatasetInfo:
+        return tfds.core.DatasetInfo(
+            builder=self,
+            description="Tiny-ImageNet of Stanford's course CS231n.",
+            features=tfds.features.FeaturesDict(
+                {
+                    "image": tfds.features.Image(shape=(64, 64, 3), encoding_format="jpeg"),
+                    "label": tfds.features.ClassLabel(num_classes=200),
+                }
+            ),
+            supervised_keys=("image", "label"),
+            homepage=ORIGINALS["tiny_imagenet"].page,
+        )
+
+
 def prepare(
-    name: str, source: str | os.PathLike, data_dir: str | os.PathLike | None = None
+    name: str,
+    source: str | os.PathLike | None = None,
+    data_dir: str | os.PathLike | None = None,
 ) -> pathlib.Path:
-    """Prepares one data set from its original distribution files; does nothing if it is there.
+    """Prepares one data set; does nothing if it is there.
 
     Args:
-      name: one of `originals()`.
+      name: one of `originals()`, or any other set of TFDS, which TFDS then downloads.
       source: holds `mnist/` and `fashion_mnist/` (four IDX .gz files each),
-        `cifar-10-batches-bin/` and `cifar-100-binary/` (the binary versions).
+        `cifar-10-batches-bin/` and `cifar-100-binary/` (the binary versions), `svhn/` (two .mat
+        files), `imagenette2-160/`, `tiny-imagenet-200/`; None to download the files.
       data_dir: TFDS's folder; default $TFDS_DATA_DIR or ~/tensorflow_datasets.
 
     Returns:
       The folder of the prepared set, data_dir/name/version.
 
     Raises:
-      ValueError: unknown name, or an original file that is missing or damaged.
+      ValueError: unknown name, no network, a set that TFDS cannot prepare here, or an original file
+        that is missing or damaged.
     """
-    if name not in _FILES:
-        registry.raise_unknown("data set with original files", name, _FILES)
-    folder = pathlib.Path(source) / _FOLDERS[name]
-    standard: Any = tfds.builder_cls(name)
+    folder = default_data_dir(data_dir)
+    ours = "imagenette" if name == ORIGINALS["imagenette"].builder else name
+    if ours not in ORIGINALS:
+        if source is not None or not is_known(name):
+            registry.raise_unknown("data set with original files", name, ORIGINALS)
+        return _prepare_by_tfds(name, folder)
+    if _is_written(final := _builder(ours, folder)):
+        return pathlib.Path(final.data_path)
+    with contextlib.ExitStack() as stack:
+        if source is None:
+            folder.mkdir(parents=True, exist_ok=True)
+            temporary = tempfile.TemporaryDirectory(prefix=".downloading-", dir=folder)
+            source = stack.enter_context(temporary)
+            download(ours, pathlib.Path(source))
+        files = pathlib.Path(source) / ORIGINALS[ours].folder
+        return _write(lambda where: _builder(ours, where, files), folder)
 
-    # The standard builder, but for where its examples come from: name, version and features stay.
+
+def _prepare_by_tfds(name: str, data_dir: pathlib.Path) -> pathlib.Path:
+    """What TFDS downloads and prepares itself."""
+    builder = tfds.builder(name, data_dir=data_dir, file_format=FORMAT)
+    try:
+        return _write(
+            lambda folder: tfds.builder(name, data_dir=folder, file_format=FORMAT), data_dir
+        )
+    except ModuleNotFoundError as error:
+        raise ValueError(
+            f"{name}: TFDS needs {error.name} to prepare it: pip install {error.name}; or copy a "
+            f"folder that TFDS prepared elsewhere to {builder.data_path}"
+        ) from error
+    except Exception as error:  # a builder's own code may raise anything: no network, a full disk
+        reason = (str(error).splitlines() or [""])[0] or type(error).__name__
+        raise ValueError(
+            f"{name}: TFDS could not prepare it ({reason}); its home is {builder.info.homepage}, "
+            f"and a folder that TFDS prepared elsewhere may be copied to {builder.data_path}"
+        ) from error
+
+
+def _builder(
+    name: str, data_dir: str | os.PathLike, files: pathlib.Path | None = None
+) -> tfds.core.DatasetBuilder:
+    """The standard builder, but for where its examples come from: name and features stay."""
+    base, _, config = (ORIGINALS[name].builder or name).partition("/")
+    standard: Any = TinyImagenet if base == "tiny_imagenet" else tfds.builder_cls(base)
+
     class FromOriginals(standard, skip_registration=True):  # type: ignore[call-arg]
         __module__ = standard.__module__
         url_infos = None
 
         def _split_generators(self, dl_manager: object) -> dict[str, Iterator[Keyed]]:
             del dl_manager  # nothing to download
-            for feature, (file, count) in _CLASS_NAMES.get(name, {}).items():
-                self.info.features[feature].names = _class_names(folder / file, count)
-            return _idx_splits(name, folder) if "mnist" in name else _cifar_splits(name, folder)
+            assert files is not None
+            for feature, names in read_class_names(name, files).items():
+                self.info.features[feature].names = sorted(names) if counted else names
+            splits = ORIGINALS[name].read(name, files)
+            return {split: self._generate_examples(rows) for split, rows in splits.items()}
 
-    FromOriginals.name = name
-    return _write(FromOriginals, default_data_dir(data_dir))
+        def _generate_examples(self, rows: Iterator[Keyed]) -> Iterator[Keyed]:
+            yield from rows
+
+    counted = bool(ORIGINALS[name].counts)  # files by class: their names sorted, as of a folder
+    FromOriginals.name = base
+    options = {"config": config} if config else {}
+    return FromOriginals(data_dir=data_dir, file_format=FORMAT, **options)
 
 
 def _is_written(builder: tfds.core.DatasetBuilder) -> bool:
     return (pathlib.Path(builder.data_path) / "dataset_info.json").is_file()
 
 
-def _write(builder_cls: type, data_dir: pathlib.Path) -> pathlib.Path:
+def _write(
+    make_builder: Callable[[str | os.PathLike], tfds.core.DatasetBuilder], data_dir: pathlib.Path
+) -> pathlib.Path:
     """Prepares a builder's data set in a temporary folder and renames it: whole or not there."""
-    final = builder_cls(data_dir=data_dir, file_format=FORMAT)
+    final = make_builder(data_dir)
     target = pathlib.Path(final.data_path)
     if _is_written(final):
         return target
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".preparing-", dir=data_dir) as temporary:
-        builder = builder_cls(data_dir=temporary, file_format=FORMAT)
+        builder = make_builder(temporary)
         # TFDS announces a download on stdout, and there is none.
         with contextlib.redirect_stdout(io.StringIO()):
             builder.download_and_prepare()
@@ -248,82 +278,3 @@ def _write(builder_cls: type, data_dir: pathlib.Path) -> pathlib.Path:
             if not _is_written(final):
                 raise
     return target
-
-
-def _content(name: str, path: pathlib.Path) -> bytes:
-    """The bytes of an original file, uncompressed and equal to the published ones."""
-    try:
-        data = path.read_bytes()
-        if path.suffix == ".gz":
-            data = gzip.decompress(data)
-    except FileNotFoundError as error:
-        raise ValueError(f"{name}: missing original file {path}") from error
-    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-        raise ValueError(f"{name}: damaged original file {path}: {error}") from error
-    digest, published = (
-        hashlib.md5(data, usedforsecurity=False).hexdigest(),
-        _FILES[name][path.name],
-    )
-    if digest != published:
-        raise ValueError(f"{name}: damaged original file {path}: MD5 {digest}, not {published}")
-    return data
-
-
-def _class_names(path: pathlib.Path, count: int) -> list[str]:
-    """The class names in a text file, one a line."""
-    if not path.is_file():
-        raise ValueError(f"missing original file {path}")
-    lines = path.read_text(encoding="utf-8").split()
-    if len(lines) != count:
-        raise ValueError(f"damaged original file {path}: {len(lines)} class names, not {count}")
-    return lines
-
-
-def _idx_splits(name: str, folder: pathlib.Path) -> dict[str, Iterator[Keyed]]:
-    """Both splits of a set in the IDX format: a header, then one byte per pixel or label."""
-    contents = [_content(name, folder / file) for file in _IDX]  # all checked before any is used
-    splits = {}
-    for split, images, labels in zip(("train", "test"), contents[::2], contents[1::2]):
-        splits[split] = _examples(
-            np.frombuffer(images, np.uint8, offset=16).reshape(-1, 28, 28, 1),
-            {"label": np.frombuffer(labels, np.uint8, offset=8)},
-        )
-    return splits
-
-
-def _cifar_splits(name: str, folder: pathlib.Path) -> dict[str, Iterator[Keyed]]:
-    """Both splits of CIFAR's binary version: label bytes, then red, green and blue planes."""
-    columns = ("label",) if name == "cifar10" else ("coarse_label", "label")
-    contents = {file: _content(name, folder / file) for file in _FILES[name]}
-    splits = {}
-    for split in ("train", "test"):
-        data = b"".join(
-            value
-            for file, value in contents.items()
-            if (split == "test") == file.startswith("test")
-        )
-        rows = np.frombuffer(data, np.uint8).reshape(-1, len(columns) + 3072)
-        planes = rows[:, len(columns) :].reshape(-1, 3, 32, 32)
-        splits[split] = _examples(
-            planes.transpose(0, 2, 3, 1),
-            {column: rows[:, i] for i, column in enumerate(columns)},
-            prefix=f"{split}_",
-        )
-    return splits
-
-
-def _examples(
-    images: np.ndarray, labels: dict[str, np.ndarray], prefix: str | None = None
-) -> Iterator[Keyed]:
-    """Key and example of each row, in order; with a `prefix`, an `id` such as train_00042."""
-    for row, image in enumerate(images):
-        example = {"image": _png(image)} | {key: int(value[row]) for key, value in labels.items()}
-        yield row, example if prefix is None else example | {"id": f"{prefix}{row:05d}"}
-
-
-def _png(image: np.ndarray) -> io.BytesIO:
-    """An image (H, W, 1 or 3) as the PNG file that TFDS stores: without it, it needs TensorFlow."""
-    file = io.BytesIO()
-    Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image).save(file, "PNG")
-    file.seek(0)
-    return file

@@ -87,12 +87,8 @@ class Parts:
 
 
 def views(dataset: str) -> base.View:
-    """(key, images) -> {"image": a weak crop, "view1", "view2": two strong ones}.
-
-    Raises:
-      ValueError: unknown data set.
-    """
-    weak, strong = (data.make_augment(name, dataset) for name in ("weak", "strong"))
+    """(key, images) -> {"image": a weak crop, "view1", "view2": two strong ones}."""
+    weak, strong = (data.make_contrast_view(name, dataset) for name in ("weak", "strong"))
 
     def view(key: Key, images: Images) -> dict[str, Images]:
         k_image, k_1, k_2 = jax.random.split(key, 3)

@@ -39,7 +39,7 @@ def make(
       model: images (B, H, W, C) -> logits (B, K), its last layer called `head`. It is given two
         sets of BatchNorm; without BatchNorm the branches are one.
       threat: the set around x1 and x2 that x1' and x2' are searched in.
-      dataset: whose strong and weak views are drawn (`data.make_augment`).
+      dataset: whose strong and weak views are drawn (`data.make_contrast_view`).
       temperature: of the contrast.
       projection: size of the projector's output.
       steps: number of steps of every PGD.

@@ -108,7 +108,7 @@ def make(
     Args:
       model: images (B, H, W, C) -> logits (B, K), its last layer called `head`.
       threat: the set of x'.
-      dataset: whose strong and weak views are drawn (`data.make_augment`).
+      dataset: whose strong and weak views are drawn (`data.make_contrast_view`).
       mode: 'pixel', or 'literal' for the released code's attack (`literal_pgd`), which needs
         `mean` and `std` in the model and exists to reproduce that code's own number only.
       labels: whether views of one class are positives, or only views of one image (NT-Xent).

@@ -32,7 +32,7 @@ def make(
     Args:
       model: images (B, H, W, C) -> logits (B, K), its last layer called `head`.
       threat: the set around x1 that x' is searched in.
-      dataset: whose strong and weak views are drawn (`data.make_augment`).
+      dataset: whose strong and weak views are drawn (`data.make_contrast_view`).
       temperature: of the contrast.
       weight: of the second term.
       projection: size of the projector's output.

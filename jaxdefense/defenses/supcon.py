@@ -26,7 +26,7 @@ def make(
     Args:
       model: images (B, H, W, C) -> logits (B, K), its last layer called `head`.
       threat: not used; training is clean.
-      dataset: whose strong and weak views are drawn (`data.make_augment`).
+      dataset: whose strong and weak views are drawn (`data.make_contrast_view`).
       labels: whether views of one class are positives, or only views of one image (NT-Xent).
       temperature: of the contrast.
       projection: size of the projector's output.

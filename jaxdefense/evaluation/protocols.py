@@ -43,13 +43,21 @@ class _Measurement:
         return cls(run, variables, run.arrays("test").take(slice(examples)), began)
 
     def evaluator(self, predictor: str) -> Evaluator:
-        batch_size = self.run.config["evaluation"].get("batch_size")
-        return Evaluator(self.run.apply(predictor), self.run.threat, batch_size=batch_size)
+        return Evaluator(self.run.apply(predictor), self.run.threat, batch_size=self.batch_size)
+
+    @property
+    def batch_size(self) -> int | None:
+        """The config's, or None for the evaluator's own, which large images would overflow."""
+        asked = self.run.config["evaluation"].get("batch_size")
+        fitting = self.run.judging_batch(self.arrays.images.shape)
+        return fitting if asked is None and fitting < 512 else asked
 
     def record(self, results: Any, *, seconds: float | None = None, **more: Any) -> records.Record:
         """The record of results, which took `seconds`, by default those since `begin`."""
         seconds = time.monotonic() - self.began if seconds is None else seconds
         image = data.to_float(self.arrays.images[:1])
+        if notes := self.arrays.notes:  # what was done to the data to make them so
+            more["dataset"] = {"notes": list(notes)}
         return records.make(
             self.run.name,
             self.run.config,
@@ -348,7 +356,7 @@ def audit(
             labels,
             run.threat,
             seed=run.seed,
-            batch_size=run.config["evaluation"].get("batch_size"),
+            batch_size=measurement.batch_size,
             progress=progress,
             **known,
             **options,

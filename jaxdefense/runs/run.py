@@ -14,9 +14,10 @@
  "evaluation": {"batch_size": 500, "attacks": {"pgd40": {"name": "pgd", "steps": 40}}},
  "reported": {"pgd40": {"value": 93.2, "status": "FOUND"}}}
 
-Wherever an option of the defence (of a part, of a transform) is {"workdir": ..., "checkpoint":
-"best"} or {"file": ...}, the classifier of that trained run is meant: the defence is given a
-`base.Trained`.
+`data.load_section` reads the section "dataset": a set of TFDS, a folder of images or a file of
+arrays. Wherever an option of the defence (of a part, of a transform) is {"workdir": ...,
+"checkpoint": "best"} or {"file": ...}, the classifier of that trained run is meant: the defence is
+given a `base.Trained`.
 
 A network that is given as an argument in place of the section "model" is named there by
 `own_model`: {"name": "own", "type": ...}. A config cannot rebuild it, so it must be given again.
@@ -100,7 +101,8 @@ class Run:
     @property
     def name(self) -> str:
         """The row's name in tables: the config's "name", or its defence and data set."""
-        default = f"{self.config['defense']['name']}-{self.config['dataset']['name']}"
+        dataset = self.config["dataset"].get("name", "folder")
+        default = f"{self.config['defense']['name']}-{dataset}"
         return self.config.get("name", default)
 
     def arrays(self, split: str) -> data.Arrays:
@@ -109,7 +111,19 @@ class Run:
         Args:
           split: 'train', 'validation' or 'test'.
         """
-        return _load_split(self.config["dataset"], split)
+        return data.load_section(self.config["dataset"], split)
+
+    def judging_batch(self, shape: tuple[int, ...]) -> int:
+        """The most images judged at once: 512 up to 64x64 pixels, as many pixels of larger ones.
+
+        Args:
+          shape: of the images, (N, H, W, C).
+        """
+        pixels = shape[1] * shape[2]
+        if pixels <= 64 * 64:
+            return 512
+        asked = self.config["evaluation"].get("batch_size") or 512
+        return min(asked, max(8, 512 * 64 * 64 // pixels))
 
     def apply(self, predictor: str) -> Any:
         """A predictor as a function of its weights: (variables, images) -> logits.
@@ -152,14 +166,6 @@ def _make_threat(options: Mapping[str, Any]) -> Threat:
     return threat.make(**options)
 
 
-def _load_split(dataset: Mapping[str, Any], split: str) -> data.Arrays:
-    options = dict(dataset)
-    limit = options.pop("limit", None)
-    known = [p for p in inspect.signature(data.load).parameters if p != "split"]
-    registry.check_known("option of dataset", options, [*known, "limit"])
-    return data.load(options.pop("name", None), split, **options).take(slice(limit))
-
-
 def _load_source(option: str, source: Source, arrays: data.Arrays) -> base.Trained:
     """The network of a source, if it fits the run's data."""
     try:
@@ -189,7 +195,7 @@ def _read_source(source: Source) -> tuple[base.Trained, str | None]:
     if "classifier" not in params:
         raise ValueError(f"it has no network called classifier, only {sorted(params)}")
     network = base.Trained(run.module, params["classifier"], carry["classifier"], str(source))
-    return network, run.config["dataset"]["name"]
+    return network, run.arrays("validation").name
 
 
 def load_classifier(workdir: str | os.PathLike, *, kind: str = "best") -> base.Trained:
@@ -283,7 +289,7 @@ def build(
         raise ValueError(f"seed must be an integer >= 0, got {seed!r}")
     ball = _make_threat(_section(config, "threat"))
     network = _section(config, "model")
-    held_out = _load_split(_section(config, "dataset"), "validation")
+    held_out = data.load_section(_section(config, "dataset"), "validation")
     module = _make_module(network, model, held_out)
     defense = _section(config, "defense")
     train = _train_options(config)

@@ -4,7 +4,7 @@
                             "new_head": True},
               "frozen": ["classifier/conv1"]}
 
-The weights are those that the run deploys (its averages, where it keeps some). The schedule and
+In place of the workdir, {"file": ...} is a network of `models.save`. The weights are those that the run deploys (its averages, where it keeps some). The schedule and
 the optimiser are the new run's, from its first step.
 """
 
@@ -19,10 +19,11 @@ import numpy as np
 
 from jaxdefense import registry
 from jaxdefense.defenses import base
+from jaxdefense.models import zoo
 from jaxdefense.runs import checkpoint
 from jaxdefense.types import PyTree
 
-_KEYS = ("workdir", "checkpoint", "new_head")
+_KEYS = ("workdir", "checkpoint", "file", "new_head")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,14 +100,20 @@ def load_start(spec: Mapping[str, Any]) -> Start:
     """The starting point that `train.init_from` names.
 
     Args:
-      spec: {"workdir": ..., "checkpoint": "best" or "last", "new_head": False}.
+      spec: {"workdir": ..., "checkpoint": "best" or "last"} or {"file": ...}, and
+        "new_head": False.
 
     Raises:
       ValueError: an unknown key, no run there, no checkpoint, or a damaged one.
     """
     registry.check_known("key of train.init_from", spec, _KEYS)
-    if "workdir" not in spec:
-        raise ValueError(f"train.init_from needs a workdir, got {dict(spec)}")
+    if ("workdir" in spec) == ("file" in spec):
+        raise ValueError(f"train.init_from needs a workdir or a file, got {dict(spec)}")
+    new_head = bool(spec.get("new_head", False))
+    if "file" in spec:
+        variables = zoo.load(spec["file"]).variables
+        roles = [{"classifier": variables.get(name, {})} for name in ("params", "batch_stats")]
+        return Start(*roles, new_head, str(spec["file"]))
     kind = spec.get("checkpoint", "best")
     if kind not in ("best", "last"):
         registry.raise_unknown("train.init_from.checkpoint", kind, ("best", "last"))
@@ -123,7 +130,7 @@ def load_start(spec: Mapping[str, Any]) -> Start:
     return Start(
         {**params, **ema["params"]},
         {**carry, **ema["carry"]},
-        bool(spec.get("new_head", False)),
+        new_head,
         str(folder),
     )
 

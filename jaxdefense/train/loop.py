@@ -127,7 +127,8 @@ class Trainer:
         self.run, self.workdir = run, workdir
         options = run.train
         arrays = run.arrays("train")
-        pipeline = data.Streaming if options["streaming"] else data.OnDevice
+        streaming = options["streaming"] or isinstance(arrays.images, data.Encoded)
+        pipeline = data.Streaming if streaming else data.OnDevice
         self.batches = pipeline(arrays, batch_size=options["batch_size"], seed=run.seed)
         self.per_epoch = self.batches.steps_per_epoch
         self.segments = plan.make(
@@ -142,8 +143,11 @@ class Trainer:
             self.interval(name)  # refuses what is no length
         self.example_image = data.to_float(arrays.images[:1])
         self.held_out = run.arrays("validation")
-        self.augment = data.make_augment(options["augment"], arrays.name)
-        self.evaluator = Evaluator(run.apply(run.defense.primary), run.threat, batch_size=512)
+        self.augment = data.make_augment(options["augment"])
+        self.judged = run.judging_batch(arrays.images.shape)  # images at once
+        self.evaluator = Evaluator(
+            run.apply(run.defense.primary), run.threat, batch_size=self.judged
+        )
         self._compiled: dict[Any, RunSteps] = {}
         self.stores = {
             "last": checkpoint.Store(workdir / "last"),
@@ -174,7 +178,7 @@ class Trainer:
         """
         state = self.restore_state()
         step = int(state.step)
-        self._print_pretrained()
+        self._print_notes()
         with (
             contextlib.closing(Log(self.workdir, step)) as log,
             tqdm(total=self.total, initial=step, disable=not progress, unit="step") as bar,
@@ -409,7 +413,7 @@ class Trainer:
             def apply(variables: PyTree, x: Images, net: base.Net = net) -> Logits:
                 return net.predict(*variables)(x)
 
-            evaluator = Evaluator(apply, self.run.threat, batch_size=512)
+            evaluator = Evaluator(apply, self.run.threat, batch_size=self.judged)
             accuracies = self.score_network(evaluator, network.init(role))
             scores[role] = {"source": network.source, **accuracies}
         return scores
@@ -453,8 +457,10 @@ class Trainer:
             segment.phase.name + " " + " ".join(f"{n} {v:.3f}" for n, v in values.items())
         )
 
-    def _print_pretrained(self) -> None:
-        """Writes the pretrained networks' scores to stderr."""
+    def _print_notes(self) -> None:
+        """Writes what was done to the data, and the pretrained networks' scores, to stderr."""
+        for note in self.held_out.notes:
+            tqdm.write(f"{self.held_out.name}: {note}", file=sys.stderr)
         for role, scores in self.pretrained_scores.items():
             accuracies = {name: v for name, v in scores.items() if name != "source"}
             line = f"{role} {scores['source']}: {_format_scores(accuracies)}"
