@@ -20,7 +20,8 @@ function theme() {
 // Small multiples get as many columns as fit; Vega fits the other charts itself.
 function fitted(spec, width) {
   if (!spec.facet) return spec;
-  const columns = Math.max(1, Math.min(5, Math.floor(width / 190)));
+  const panels = new Set(spec.data.values.map((value) => value[spec.facet.field])).size;
+  const columns = Math.max(1, Math.min(5, panels, Math.floor(width / 190)));
   const panel = Math.max(90, Math.floor(width / columns) - 62);
   return { ...spec, columns, spec: { ...spec.spec, width: panel } };
 }
