@@ -77,7 +77,7 @@ class _Fast:
     """
 
     def __init__(self, function: Callable[..., Any]):
-        functools.update_wrapper(self, function)
+        functools.update_wrapper(self, function, updated=())
         self._function = function
         self._unchanged: set[tuple] = set()  # shapes at which there was nothing to replace
 
