@@ -5,7 +5,8 @@ import jax
 import numpy as np
 import pytest
 
-from jaxdefense import runs, train
+from jaxdefense import data, runs, train
+from jaxdefense.evaluation import protocols
 from jaxdefense.runs import start
 
 
@@ -112,6 +113,40 @@ def test_own_network_is_given_again_and_frozen_statistics_stay(tfds_dir, tmp_pat
     with pytest.raises(ValueError, match="another one was given as model="):
         train.train(config(tfds_dir), tmp_path / "other", model=Frozen(), progress=False)
     assert not (tmp_path / "other").exists()
+
+
+def own_splits(seed=0, size=8):
+    rng = np.random.default_rng(seed)
+    return data.from_arrays(rng.random((60, size, size, 1)), [*range(10)] * 6, test=0.2)
+
+
+def test_own_images_are_given_again(tfds_dir, tmp_path):
+    own = config(tfds_dir)
+    del own["dataset"]
+    train.train(own, tmp_path / "run", data=own_splits(), progress=False)
+    with pytest.raises(ValueError, match=r"arrays of \[.*cannot rebuild: give them as data="):
+        runs.restore(tmp_path / "run")
+    run, variables, _ = runs.restore(tmp_path / "run", data=own_splits())
+    assert len(run.arrays("test")) == 12
+    assert protocols.configured(run, variables, training={})["name"] == "standard-own"
+    other = data.from_arrays(np.zeros((60, 8, 8, 1)), [0, 1] * 30, test=0.2)
+    with pytest.raises(ValueError, match="another one was given as data="):
+        runs.restore(tmp_path / "run", data=other)
+    with pytest.raises(ValueError, match="another one was given as data="):
+        train.train(config(tfds_dir), tmp_path / "x", data=own_splits(), progress=False)
+    with pytest.raises(ValueError, match=r"data must be .train, validation, test."):
+        train.train(own, tmp_path / "x", data=(np.zeros((2, 8, 8, 1)),) * 3, progress=False)
+    mixed = (*own_splits()[:2], own_splits(size=6)[2])
+    with pytest.raises(ValueError, match="splits differ in height"):
+        train.train(own, tmp_path / "x", data=mixed, progress=False)
+    assert not (tmp_path / "x").exists()
+
+
+def test_a_file_is_a_starting_point(tfds_dir, tmp_path, trained):
+    workdir, params = trained
+    runs.export(tmp_path / "x.safetensors", *runs.restore(workdir))
+    found = initial(tfds_dir, tmp_path, init_from={"file": str(tmp_path / "x.safetensors")})
+    assert same(found["classifier"], params)
 
 
 @pytest.mark.parametrize(

@@ -19,16 +19,18 @@ arrays. Wherever an option of the defence (of a part, of a transform) is {"workd
 "checkpoint": "best"} or {"file": ...}, the classifier of that trained run is meant: the defence is
 given a `base.Trained`.
 
-A network that is given as an argument in place of the section "model" is named there by
-`own_model`: {"name": "own", "type": ...}. A config cannot rebuild it, so it must be given again.
+A network that is given as an argument in place of the section "model", or images in place of
+"dataset", are named there by `own_model` and `own_data`: {"name": "own", ...}. A config cannot
+rebuild them, so they must be given again.
 """
 
 import dataclasses
+import hashlib
 import inspect
 import json
 import os
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import flax.errors
@@ -36,7 +38,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxdefense import attacks, data, defenses, models, registry, threat
+from jaxdefense import attacks, defenses, models, registry, threat
+from jaxdefense.data import Arrays, load_section, to_float
 from jaxdefense.defenses import base
 from jaxdefense.models import adapt, zoo
 from jaxdefense.runs import checkpoint, sources
@@ -86,6 +89,8 @@ class Run:
       validation: the attack on the validation split.
       attacks: the evaluation's attacks by name.
       sources: the trained runs that the section "defense" names, by the option's path with dots.
+      splits: {"train", "validation", "test"} of images that were given; empty where the config's
+        section "dataset" says what they are.
     """
 
     config: dict[str, Any]
@@ -97,6 +102,7 @@ class Run:
     validation: Attack
     attacks: dict[str, Attack]
     sources: dict[str, Source]
+    splits: Mapping[str, Arrays] = dataclasses.field(default_factory=dict)
 
     @property
     def name(self) -> str:
@@ -105,13 +111,13 @@ class Run:
         default = f"{self.config['defense']['name']}-{dataset}"
         return self.config.get("name", default)
 
-    def arrays(self, split: str) -> data.Arrays:
+    def arrays(self, split: str) -> Arrays:
         """A split of the run's data set.
 
         Args:
           split: 'train', 'validation' or 'test'.
         """
-        return data.load_section(self.config["dataset"], split)
+        return self.splits[split] if self.splits else load_section(_dataset(self.config), split)
 
     def judging_batch(self, shape: tuple[int, ...]) -> int:
         """The most images judged at once: 512 up to 64x64 pixels, as many pixels of larger ones.
@@ -166,7 +172,7 @@ def _make_threat(options: Mapping[str, Any]) -> Threat:
     return threat.make(**options)
 
 
-def _load_source(option: str, source: Source, arrays: data.Arrays) -> base.Trained:
+def _load_source(option: str, source: Source, arrays: Arrays) -> base.Trained:
     """The network of a source, if it fits the run's data."""
     try:
         network, name = _read_source(source)
@@ -237,7 +243,52 @@ def own_model(config: Mapping[str, Any], model: Any) -> dict[str, Any]:
     return {**config, "model": section}
 
 
-def _make_module(section: dict[str, Any], model: Any, arrays: data.Arrays) -> Any:
+def own_data(config: Mapping[str, Any], splits: Sequence[Arrays]) -> dict[str, Any]:
+    """The config of a run on images of the user's.
+
+    Args:
+      config: plain values; its section "dataset" is left out, or names the same images.
+      splits: (train, validation, test), as `data.from_arrays` and `data.from_folder` return them.
+
+    Raises:
+      ValueError: not three splits, of one shape and as many classes; or the section "dataset" names
+        other images.
+    """
+    if len(splits) != 3 or not all(isinstance(split, Arrays) for split in splits):
+        raise ValueError(
+            "data must be (train, validation, test), as data.from_arrays and data.from_folder "
+            f"return them, got {type(splits).__name__} of {[type(x).__name__ for x in splits]}"
+        )
+    kinds = {(*split.images.shape[1:], split.num_classes) for split in splits}
+    if len(kinds) > 1:
+        raise ValueError(f"data's splits differ in height, width, channels or classes: {kinds}")
+    digest = hashlib.sha256()
+    for split in splits:
+        digest.update(np.ascontiguousarray(split.labels).tobytes())
+    sizes = [len(split) for split in splits]
+    name = splits[0].name
+    section = {"name": OWN, "of": name, "sizes": sizes, "labels": digest.hexdigest()[:16]}
+    named = config.get("dataset", section)
+    if named != section:
+        raise ValueError(
+            f"the config's dataset is {dict(named)}, and another one was given as data=: "
+            f"{section}; leave one of them out"
+        )
+    return {**config, "dataset": section}
+
+
+def _dataset(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The section "dataset" of a run to which no images were given."""
+    section = _section(config, "dataset")
+    if section.get("name") == OWN:
+        raise ValueError(
+            f"the run is of images of its user's, {section.get('of')} of {section.get('sizes')} "
+            f"images, which config.json cannot rebuild: give them as data="
+        )
+    return section
+
+
+def _make_module(section: dict[str, Any], model: Any, arrays: Arrays) -> Any:
     """The network that a section "model" names, or the user's own."""
     if section.get("name") != OWN:
         return models.make(section.pop("name", None), arrays.num_classes, **section)
@@ -250,7 +301,11 @@ def _make_module(section: dict[str, Any], model: Any, arrays: data.Arrays) -> An
 
 
 def build(
-    config: Mapping[str, Any], *, workdir: pathlib.Path | None = None, model: Any = None
+    config: Mapping[str, Any],
+    *,
+    workdir: pathlib.Path | None = None,
+    model: Any = None,
+    data: Sequence[Arrays] | None = None,
 ) -> Run:
     """Builds the run that a config describes.
 
@@ -258,6 +313,7 @@ def build(
       config: plain values, see the head of this file.
       workdir: the run's own, where copies of the trained runs that the config names may lie.
       model: a network of the user's own in place of the section "model", as in `models.adapt`.
+      data: images of the user's own in place of the section "dataset", as in `own_data`.
 
     Returns:
       A `Run`. Its data are read when they are asked for; train options that need the data's size
@@ -283,13 +339,16 @@ def build(
     """
     if model is not None:
         config = own_model(config, model)
+    if data is not None:
+        config = own_data(config, data)
+    splits = dict(zip(("train", "validation", "test"), data or (), strict=False))
     registry.check_known("config section", config, _SECTIONS)
     seed = config.get("seed", 0)
     if not isinstance(seed, int) or seed < 0:
         raise ValueError(f"seed must be an integer >= 0, got {seed!r}")
     ball = _make_threat(_section(config, "threat"))
     network = _section(config, "model")
-    held_out = data.load_section(_section(config, "dataset"), "validation")
+    held_out = splits.get("validation") or load_section(_dataset(config), "validation")
     module = _make_module(network, model, held_out)
     defense = _section(config, "defense")
     train = _train_options(config)
@@ -313,6 +372,7 @@ def build(
         validation=validation,
         attacks=named_attacks,
         sources=named_runs,
+        splits=splits,
     )
 
 
@@ -364,13 +424,20 @@ class Restored(NamedTuple):
     meta: dict[str, Any]
 
 
-def restore(workdir: str | os.PathLike, *, kind: str = "best", model: Any = None) -> Restored:
+def restore(
+    workdir: str | os.PathLike,
+    *,
+    kind: str = "best",
+    model: Any = None,
+    data: Sequence[Arrays] | None = None,
+) -> Restored:
     """Reads a trained run back from its workdir, or from a file of `export`.
 
     Args:
       workdir: of a run that has at least one checkpoint, or a file.
       kind: "best" or "last", in a workdir.
       model: the network, if the run was trained on one that was given as an argument.
+      data: its images, likewise.
 
     Returns:
       The run, its variables and the checkpoint's metadata.
@@ -389,7 +456,7 @@ def restore(workdir: str | os.PathLike, *, kind: str = "best", model: Any = None
     path = workdir / "config.json"
     if not path.exists():
         raise ValueError(f"{workdir} holds no run: there is no {path.name}")
-    run = build(json.loads(path.read_text()), workdir=workdir, model=model)
+    run = build(json.loads(path.read_text()), workdir=workdir, model=model, data=data)
     if not (workdir / kind).is_dir():
         raise ValueError(f"{workdir} has no checkpoint {kind!r}")
     store = checkpoint.Store(workdir / kind)
@@ -439,7 +506,7 @@ def export(path: str | os.PathLike, run: Run, variables: PyTree, meta: Mapping[s
     """
     images = run.arrays("validation").images
     kept = {"image_shape": images.shape[1:], "config": run.config, "training": dict(meta)}
-    classifier = _lone_classifier(run, variables, data.to_float(images[:8]))
+    classifier = _lone_classifier(run, variables, to_float(images[:8]))
     if classifier is not None:
         return models.save(path, run.module, classifier, kept)
     if run.sources:

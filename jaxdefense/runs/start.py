@@ -4,8 +4,9 @@
                             "new_head": True},
               "frozen": ["classifier/conv1"]}
 
-In place of the workdir, {"file": ...} is a network of `models.save`. The weights are those that the run deploys (its averages, where it keeps some). The schedule and
-the optimiser are the new run's, from its first step.
+In place of the workdir, {"file": ...} is a network of `models.save`. The weights are those that
+the run deploys (its averages, where it keeps some). The schedule and the optimiser are the new
+run's, from its first step.
 """
 
 import dataclasses
@@ -112,8 +113,8 @@ def load_start(spec: Mapping[str, Any]) -> Start:
     new_head = bool(spec.get("new_head", False))
     if "file" in spec:
         variables = zoo.load(spec["file"]).variables
-        roles = [{"classifier": variables.get(name, {})} for name in ("params", "batch_stats")]
-        return Start(*roles, new_head, str(spec["file"]))
+        params, carry = (variables.get(name, {}) for name in ("params", "batch_stats"))
+        return Start({"classifier": params}, {"classifier": carry}, new_head, str(spec["file"]))
     kind = spec.get("checkpoint", "best")
     if kind not in ("best", "last"):
         registry.raise_unknown("train.init_from.checkpoint", kind, ("best", "last"))
@@ -125,10 +126,10 @@ def load_start(spec: Mapping[str, Any]) -> Start:
         model = store.restore_as_saved("model")
     finally:
         store.close()
-    params, carry = model["params"], dict(model["carry"])
+    saved, carry = model["params"], dict(model["carry"])
     ema = carry.pop("ema", {"params": {}, "carry": {}})
     return Start(
-        {**params, **ema["params"]},
+        {**saved, **ema["params"]},
         {**carry, **ema["carry"]},
         new_head,
         str(folder),

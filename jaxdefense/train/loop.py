@@ -17,7 +17,7 @@ import pathlib
 import signal
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -26,8 +26,9 @@ import numpy as np
 import tensorboardX
 from tqdm import tqdm
 
-from jaxdefense import data, files
+from jaxdefense import files
 from jaxdefense.attacks import checks
+from jaxdefense.data import Arrays, Encoded, OnDevice, Streaming, make_augment, to_float
 from jaxdefense.defenses import base
 from jaxdefense.defenses.base import Metrics
 from jaxdefense.evaluation.evaluator import Evaluator
@@ -127,8 +128,8 @@ class Trainer:
         self.run, self.workdir = run, workdir
         options = run.train
         arrays = run.arrays("train")
-        streaming = options["streaming"] or isinstance(arrays.images, data.Encoded)
-        pipeline = data.Streaming if streaming else data.OnDevice
+        streaming = options["streaming"] or isinstance(arrays.images, Encoded)
+        pipeline = Streaming if streaming else OnDevice
         self.batches = pipeline(arrays, batch_size=options["batch_size"], seed=run.seed)
         self.per_epoch = self.batches.steps_per_epoch
         self.segments = plan.make(
@@ -141,9 +142,9 @@ class Trainer:
         checks.check_count("train.steps_per_dispatch", options["steps_per_dispatch"])
         for name in ("validate_every", "checkpoint_every"):
             self.interval(name)  # refuses what is no length
-        self.example_image = data.to_float(arrays.images[:1])
+        self.example_image = to_float(arrays.images[:1])
         self.held_out = run.arrays("validation")
-        self.augment = data.make_augment(options["augment"])
+        self.augment = make_augment(options["augment"])
         self.judged = run.judging_batch(arrays.images.shape)  # images at once
         self.evaluator = Evaluator(
             run.apply(run.defense.primary), run.threat, batch_size=self.judged
@@ -392,7 +393,7 @@ class Trainer:
         arrays = self.held_out
         bits = evaluator.bits(
             variables,
-            data.to_float(arrays.images),
+            to_float(arrays.images),
             arrays.labels,
             arrays.ids,
             {"robust": self.run.validation},
@@ -492,6 +493,7 @@ def train(
     workdir: str | os.PathLike,
     *,
     model: Any = None,
+    data: Sequence[Arrays] | None = None,
     progress: bool = True,
 ) -> dict[str, Any]:
     """Trains what a config describes, or goes on with it where it was interrupted.
@@ -502,6 +504,8 @@ def train(
       model: a network of the user's own in place of the config's section "model": a linen module,
         an NNX module or its class, or a pair (init, apply), see `models.adapt`. The same call goes
         on with it, and `runs.restore` needs it again.
+      data: images of the user's own in place of the section "dataset": (train, validation, test),
+        as `data.from_arrays` and `data.from_folder` return them. Likewise.
       progress: show a bar with rate and time left.
 
     Returns:
@@ -515,7 +519,7 @@ def train(
       Interrupted: after SIGTERM, when the state is saved.
     """
     workdir = pathlib.Path(workdir)
-    run = build(config, workdir=workdir, model=model)
+    run = build(config, workdir=workdir, model=model, data=data)
     config = run.config
     path = workdir / "config.json"
     _check_config(config, path)
