@@ -138,7 +138,10 @@ def measured() -> list[dict[str, Any]]:
 def quickstart() -> str:
     """Clean accuracy, and what attacks leave of it, of the networks of `make quickstart`."""
     rows = measured()
-    conditions = tables.format_conditions(records.load_all([RECORDS / "quickstart"]))
+    found = records.load_all([RECORDS / "quickstart"])
+    results = [result for r in found for of in r["results"].values() for result in of.values()]
+    threats = ", ".join(dict.fromkeys(map(tables.format_threat, found)))
+    conditions = f"{threats}, n {tables.format_count(results)}"
     left, right, top, step = 120, 720, 92, 40
     height = top + step * len(rows) + 52
     drawing = Drawing(

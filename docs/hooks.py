@@ -24,6 +24,8 @@ PAGES = (
     "data",
     "runs",
     "train",
+    "rewrite",
+    "conv",
     "types",
     "registry",
     "extras",
@@ -89,6 +91,10 @@ def page(name: str) -> str:
             parts.append(entry(module, more))
         if path.stem in hidden:
             parts.append(f"`from {dotted} import {path.stem}` gives the function.\n")
+    for inner in sorted((PACKAGE / name).glob("[!_]*/__init__.py")):
+        for path in (inner, *sorted(inner.parent.glob("[!_]*.py"))):
+            stem = "" if path is inner else f".{path.stem}"
+            parts.append(entry(f"{dotted}.{inner.parent.name}{stem}", defined(path)))
     return "\n".join(parts)
 
 

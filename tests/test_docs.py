@@ -74,7 +74,11 @@ def test_nothing_public_is_missing(site):
 def test_every_package_has_a_page():
     hooks = runpy.run_path(str(ROOT / "docs" / "hooks.py"))
     paths = (ROOT / "jaxdefense").iterdir()
-    found = {path.stem for path in paths if not path.name.startswith((".", "_", "py.typed"))}
+    found = {
+        path.stem
+        for path in paths
+        if not path.name.startswith(("_", ".")) and (path.suffix == ".py" or any(path.glob("*.py")))
+    }
     assert set(hooks["PAGES"]) == found
 
 
