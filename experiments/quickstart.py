@@ -450,15 +450,9 @@ def make_rows(names: Sequence[str], folder: pathlib.Path) -> list[board.Row]:
     return rows
 
 
-def command(*changed: str) -> str:
-    """This command, with some flags changed.
-
-    Args:
-      *changed: --flag=value, in place of those that were given.
-    """
-    names = tuple(flag.partition("=")[0] for flag in changed)
-    kept = [word for word in sys.argv[1:] if word.partition("=")[0] not in names]
-    return shlex.join([sys.executable, sys.argv[0], *kept, *changed])
+def command() -> str:
+    """This command: given again, it goes on, and runs what has failed anew."""
+    return shlex.join([sys.executable, *sys.argv])
 
 
 def print_results(rows: Sequence[board.Row]) -> None:
@@ -518,8 +512,7 @@ def run() -> int:
     for name in failed:
         print(f"failed: {name}, see {folder / name / 'log.txt'}")
     if failed:
-        retry = command("--systems=" + ",".join(failed))
-        print(f"to try again: {retry}")
+        print(f"to try again, without what is done: {command()}")
     if page.error:
         print(f"the page could not be made: {page.error}")
     print(f"\npage: {page.path}\n{board.describe_seconds(time.monotonic() - began)} min in all")
