@@ -53,7 +53,7 @@ def from_arrays(
     >>> images = np.random.default_rng(0).random((50, 8, 8))
     >>> train, validation, test = data.from_arrays(images, ["cat", "dog"] * 25, test=10)
     >>> train.images.shape, len(validation), len(test), train.label_names
-    ((35, 8, 8, 1), 5, 10, ('cat', 'dog'))
+    ((36, 8, 8, 1), 4, 10, ('cat', 'dog'))
     >>> print(*train.notes, sep="; ")  # doctest: +ELLIPSIS
     images (N, H, W) are grey: one channel; float images are rounded to 8 bits; labels are ...
     """
