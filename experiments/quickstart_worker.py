@@ -17,6 +17,7 @@ import threading
 import traceback
 
 import cli
+import configs
 import jax
 
 from jaxdefense import runs
@@ -69,6 +70,7 @@ def run_system(config, workdir, tell):
     run, variables, meta = runs.restore(workdir)
     training = {"checkpoint": "best", **meta, "xla_flags": os.environ.get("XLA_FLAGS", "")}
     record = protocols.configured(run, variables, training=training)
+    record["command"] = configs.commands(config)
     records.save(record, workdir / "configured.json")
 
 
