@@ -55,6 +55,8 @@ def main(argv):
         options["folder"] = workdir / f"autoattack-{KIND.value}-{EXAMPLES.value or 'all'}"
     record = PROTOCOLS[PROTOCOL.value](run, variables, **options)
     records.save(record, path)
+    for note in record.get("dataset", {}).get("notes", ()):
+        print(f"data: {note}")
     if PROTOCOL.value == "audit":
         for predictor in record["audit"]:
             print(tables.tier_table(record, predictor), "\n")
