@@ -122,6 +122,8 @@ def main(argv):
         entry = robustbench.entry(record, architecture(run.module))
         target = pathlib.Path(SAVE_IMAGES.value) / "robustbench.json"
         files.write_text(target, json.dumps(entry, indent=2) + "\n")
+    for note in record.get("dataset", {}).get("notes", ()):
+        print(f"data: {note}")
     if PROTOCOL.value == "audit":
         for predictor in record["audit"]:
             print(tables.tier_table(record, predictor), "\n")

@@ -1,6 +1,7 @@
 import dataclasses
 import gzip
 import hashlib
+import json
 import os
 import pathlib
 import shutil
@@ -11,6 +12,7 @@ import tarfile
 import urllib.error
 import urllib.request
 
+import configs
 import numpy as np
 import prepare_data
 import pytest
@@ -18,8 +20,9 @@ import scipy.io
 import tensorflow_datasets as tfds
 from PIL import Image
 
-from jaxdefense import data
+from jaxdefense import data, runs
 from jaxdefense.data import originals, prepare
+from jaxdefense.train import train
 
 PACKED = pathlib.Path(__file__).parents[2] / "shared" / "data"
 needs_packed = pytest.mark.skipif(
@@ -214,6 +217,29 @@ def test_sets_of_jpeg_files_are_prepared_and_read(name, options, shape, tiny, tm
         assert cropped <= {image.tobytes() for image in test.images}
         with pytest.raises(ValueError, match="images of several sizes: give size"):
             data.load(name, "test", data_dir=tmp_path / "tfds")
+
+
+@pytest.mark.parametrize(
+    ("row", "name", "shape", "classes"),
+    [
+        ("svhn", "svhn_cropped", (32, 32, 3), 10),
+        ("imagenette", "imagenette", (160, 160, 3), 10),
+        ("tiny_imagenet", "tiny_imagenet", (64, 64, 3), 200),
+    ],
+)
+def test_the_recipe_of_a_set_trains_on_it(row, name, shape, classes, tiny, tmp_path):
+    folder, _ = tiny(name)
+    prepare.prepare(name, folder.parent, tmp_path / "tfds")
+    config = json.loads(configs.load("standard", f"{row}_debug").to_json())
+    config["dataset"] |= {"data_dir": str(tmp_path / "tfds"), "validation": 4}
+    config["model"] = {"name": "cnn", "width": 0.125}
+    config["train"] |= {"length": "3s", "batch_size": 4, "steps_per_dispatch": 3}
+    config["train"] |= {"validate_every": "3s", "checkpoint_every": "3s"}
+    config["validation"]["steps"] = 1
+    run = runs.build(config)
+    assert run.arrays("test").images.shape[1:] == shape
+    assert run.arrays("test").num_classes == classes
+    assert train(config, tmp_path / "run", progress=False)["steps"] == 3
 
 
 def test_a_missing_jpeg_is_noticed(tiny, tmp_path):
