@@ -93,6 +93,6 @@ def test_no_generic_file_names_the_system_of_one_paper(generic):
     assert {"cse", "gssl", "m2at"} <= systems
     names = sorted(name.replace("_", "[_ -]?") for name in systems)
     named = re.compile(rf"\b(protect\w*|metric[_ ]I|{'|'.join(names)})\b", re.IGNORECASE)
-    for path in ROOT.glob(f"jaxdefense/{generic}/*.py"):
+    for path in ROOT.glob(f"jaxdefense/{generic}/**/*.py"):
         found = {match.group() for match in named.finditer(path.read_text("utf-8"))}
         assert not found, f"{path.name} names {sorted(found)}"
