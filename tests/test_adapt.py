@@ -134,6 +134,61 @@ def test_statistics_of_a_pair():
     np.testing.assert_allclose(new["batch_stats"]["mean"], IMAGES.reshape(4, -1).mean(0), rtol=1e-6)
 
 
+class Tied(nn.Module):
+    """The last layer is used twice, and given its input by name."""
+
+    @nn.compact
+    def __call__(self, x):
+        layer = nn.Dense(3)
+        x = nn.Dense(3)(x.reshape(len(x), -1))
+        return layer(inputs=nn.relu(layer(x)))
+
+
+class TiedNNX(nnx.Module):
+    """Looks at its own layers while it is called."""
+
+    def __init__(self, rngs):
+        self.first, self.layers = (
+            nnx.Linear(64, 3, rngs=rngs),
+            nnx.List([nnx.Linear(3, 3, rngs=rngs)]),
+        )
+
+    def __call__(self, x):
+        assert isinstance(self.layers[0], nnx.Linear)
+        x = self.first(x.reshape(len(x), -1)) * self.first.kernel.sum()
+        return self.layers[0](nnx.relu(self.layers[0](x)))
+
+
+class Scanned(nnx.Module):
+    """Layers under vmap, called by scan."""
+
+    def __init__(self, rngs):
+        @nnx.split_rngs(splits=2)
+        @nnx.vmap(in_axes=(0,), out_axes=0)
+        def make(rngs):
+            return nnx.Linear(64, 64, rngs=rngs)
+
+        self.hidden, self.out = make(rngs), nnx.Linear(64, 3, rngs=rngs)
+
+    def __call__(self, x):
+        @nnx.scan(in_axes=(nnx.Carry, 0), out_axes=nnx.Carry)
+        def run(x, layer):
+            return nnx.relu(layer(x))
+
+        return self.out(run(x.reshape(len(x), -1), self.hidden))
+
+
+@pytest.mark.parametrize("model", [Tied(), TiedNNX, Scanned])
+def test_features_are_what_the_last_call_of_the_last_layer_gets(model):
+    net = adapt(model, IMAGES, 3)
+    variables = net.init(KEY, IMAGES[:1])
+    logits, h = jax.jit(lambda v, x: net.apply(v, x, features=True))(variables, IMAGES)
+    head = variables["params"]["head"]
+    np.testing.assert_allclose(
+        h @ head["kernel"] + head["bias"][None], logits, rtol=1e-5, atol=1e-6
+    )
+
+
 class Dropping(nn.Module):
     @nn.compact
     def __call__(self, x, train=False):
@@ -169,6 +224,7 @@ class DroppingNNX(nnx.Module):
         (Caching(), "neither parameters nor BatchNorm's statistics: cache"),
         (DroppingNNX, "draws random numbers in training .dropout 'drop'"),
         (lambda rngs: 3, "must make an NNX module, made int"),
+        (Linen, "Linen is a Flax linen class: give an instance of it, Linen.."),
         ("resnet", "or a pair .init, apply., got str"),
         ((init,), "or a pair .init, apply., got tuple"),
     ],

@@ -8,9 +8,12 @@ The last linear layer, if logits are what it returns, is found by tracing the ne
 parameters become `params["head"]` and its input the features, wherever it lies in the network.
 """
 
+import contextlib
+import contextvars
 import copy
+import functools
 import inspect
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 import flax.errors
@@ -207,6 +210,8 @@ def _has_call_of_package(module: nn.Module) -> bool:
 def _network(model: Any, name: str, example: Any) -> _Network:
     if isinstance(model, nn.Module):
         return _Linen(model, name, example)
+    if inspect.isclass(model) and issubclass(model, nn.Module):
+        raise ValueError(f"{name} is a Flax linen class: give an instance of it, {name}()")
     if isinstance(model, nnx.Module) or (callable(model) and not isinstance(model, tuple)):
         return _NNX(model, name, example)
     if isinstance(model, tuple) and len(model) == 2 and all(map(callable, model)):
@@ -224,7 +229,6 @@ class _Linen:
         self._module, self._name = module, name
         known = inspect.signature(type(module).__call__).parameters
         self._mode = next((n for n in (*_TRAINS, *_EVALUATES) if n in known), None)
-        self._calls: list[tuple[Path, Any, Any]] = []
         self.head: Path | None = None
         jax.eval_shape(self._find_head, example)
 
@@ -266,7 +270,8 @@ class _Linen:
         def keep(call: Callable, args: tuple, kwargs: dict, context: Any) -> Any:
             out = call(*args, **kwargs)
             if isinstance(context.module, nn.Dense) and context.method_name == "__call__":
-                calls.append((tuple(context.module.path), args[0] if args else None, out))
+                given = args[0] if args else kwargs["inputs"]
+                calls.append((tuple(context.module.path), given, out))
             return out
 
         variables = {"params": params, **({"batch_stats": stats} if stats else {})}
@@ -283,8 +288,7 @@ class _Linen:
         self, params: PyTree, stats: PyTree, x: Images, *, train: bool, features: bool
     ) -> tuple[Any, Any, PyTree]:
         logits, calls, new = self._apply(params, stats, x, train=train)
-        inputs = next((h for path, h, _ in calls if path == self.head), None)
-        return logits, inputs, new
+        return logits, _input_of(logits, calls), new
 
 
 class _NNX:
@@ -327,19 +331,15 @@ class _NNX:
         """(logits, each linear layer's (path, input, output), statistics)."""
         states = (_restored(self._params, params), _restored(self._stats, stats), self._rest)
         module = nnx.merge(self._graphs[train], *states)
-        calls: list[tuple[Path, Any, Any]] = []
-        linear = [(p, part) for p, part in nnx.iter_modules(module) if isinstance(part, nnx.Linear)]
-        undo = [_record(module, path, part, calls) for path, part in linear]
-        logits = module(x)
-        for put_back in undo:
-            put_back()
+        with _recorded(module) as calls:
+            logits = module(x)
         return logits, calls, _strings(_split(module)[2])
 
     def run(
         self, params: PyTree, stats: PyTree, x: Images, *, train: bool, features: bool
     ) -> tuple[Any, Any, PyTree]:
         logits, calls, new = self._apply(params, stats, x, train=train)
-        return logits, next((h for path, h, _ in calls if path == self.head), None), new
+        return logits, _input_of(logits, calls), new
 
 
 def _split(module: nnx.Module) -> Any:
@@ -347,26 +347,49 @@ def _split(module: nnx.Module) -> Any:
     return nnx.split(module, nnx.Param, nnx.BatchStat, ...)
 
 
-def _record(module: Any, path: Sequence[Any], layer: Callable, calls: list) -> Callable[[], None]:
-    """Lets a layer of a module append its (path, input, output) to `calls`; returns the undoing."""
-    *way, last = path
-    parent = module
-    for step in way:
-        parent = parent[step] if isinstance(step, int) else getattr(parent, step)
+def _input_of(logits: Any, calls: Sequence[tuple[Path, Any, Any]]) -> Any:
+    """The input of the call that returned the logits; None where no linear layer did."""
+    return next((given for _, given, out in calls if out is logits), None)
 
-    def put(value: Any) -> None:
-        if isinstance(last, int):
-            parent[last] = value
-        else:
-            setattr(parent, last, value)
 
-    def recorded(x: Any) -> Any:
-        out = layer(x)
-        calls.append((tuple(map(str, path)), x, out))
-        return out
+# The (layer, input, output) of the linear layers of NNX modules that are recorded now.
+_RECORD: contextvars.ContextVar[list | None] = contextvars.ContextVar("record", default=None)
 
-    put(recorded)
-    return lambda: put(layer)
+
+@functools.cache
+def _recording(kind: type) -> type:
+    """The class of linear layers `kind`, whose calls are recorded."""
+
+    class Recording(kind):  # type: ignore[misc]
+        def __call__(self, *args: Any, **kwargs: Any) -> Any:
+            out = kind.__call__(self, *args, **kwargs)  # type: ignore[operator]
+            if (record := _RECORD.get()) is not None:
+                record.append((self, args[0] if args else kwargs["inputs"], out))
+            return out
+
+    Recording.__name__, Recording.__qualname__ = kind.__name__, kind.__qualname__
+    return Recording
+
+
+@contextlib.contextmanager
+def _recorded(module: nnx.Module) -> Iterator[list[tuple[Path, Any, Any]]]:
+    """A list that receives the (path, input, output) of each linear layer's call at the end."""
+    modules = list(nnx.iter_modules(module))
+    layers = [(tuple(map(str, path)), m) for path, m in modules if isinstance(m, nnx.Linear)]
+    kinds = [type(layer) for _, layer in layers]
+    calls: list[tuple[Path, Any, Any]] = []
+    record: list[tuple[Any, Any, Any]] = []
+    token = _RECORD.set(record)
+    for (_, layer), kind in zip(layers, kinds, strict=True):
+        layer.__class__ = _recording(kind)
+    try:
+        yield calls
+    finally:
+        _RECORD.reset(token)
+        for (_, layer), kind in zip(layers, kinds, strict=True):
+            layer.__class__ = kind
+    paths = {id(layer): path for path, layer in layers}
+    calls += [(paths[id(m)], given, out) for m, given, out in record if id(m) in paths]
 
 
 def _strings(state: Any) -> PyTree:
