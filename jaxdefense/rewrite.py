@@ -95,7 +95,10 @@ class _Fast:
             args, kwargs = jax.tree.unflatten(tree, whole)
             return self._function(*args, **kwargs)
 
-        closed, out = jax.make_jaxpr(program, return_shape=True)(arrays)
+        try:
+            closed, out = jax.make_jaxpr(program, return_shape=True)(arrays)
+        except TypeError:  # it returns what is no array: nothing is replaced
+            return self._function(*args, **kwargs)
         if not _has_slow(closed.jaxpr):
             self._unchanged.add(shapes)
             return self._function(*args, **kwargs)

@@ -483,3 +483,15 @@ class TestWhereModelsEnter:
         assert len(seen) == 3
         role.train(params, carry, x)
         assert len(seen) == 6
+
+
+def test_a_function_that_returns_more_than_arrays_is_left_alone():
+    def function(x):
+        kernel = jnp.ones((3, 3, 1, 2))
+        dims = ("NHWC", "HWIO", "NHWC")
+        y = jax.lax.conv_general_dilated(x, kernel, (1, 1), "SAME", dimension_numbers=dims)
+        return y, "a name"
+
+    y, name = rewrite.fast_convolutions(function)(jnp.ones((1, 4, 4, 1)))
+    assert name == "a name"
+    np.testing.assert_array_equal(y, function(jnp.ones((1, 4, 4, 1)))[0])

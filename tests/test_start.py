@@ -90,6 +90,18 @@ def test_a_run_goes_on_without_its_starting_point(tfds_dir, tmp_path, trained, m
     assert train.train(config(tfds_dir, **options), tmp_path / "run", progress=False)["steps"] == 2
 
 
+def test_a_torn_line_of_the_log_is_dropped(tfds_dir, tmp_path):
+    """A full disk writes one; the run goes on, and its curve is read."""
+    workdir = tmp_path / "run"
+    train.train(config(tfds_dir), workdir, progress=False)
+    log = workdir / "metrics.jsonl"
+    before = log.read_text()
+    log.write_bytes(before.encode() + b'\x00\x00{"step": 3, "tra')
+    train.train(config(tfds_dir), workdir, progress=False)
+    assert log.read_text() == before
+    assert len(runs.restore(workdir).meta["validation"]) == 1
+
+
 class Frozen(nn.Module):
     """A net with BatchNorm, all of whose encoder is frozen."""
 
@@ -100,16 +112,22 @@ class Frozen(nn.Module):
         return nn.Dense(10)(x.reshape(len(x), -1))
 
 
+class Other(nn.Module):
+    """Not the network that was trained."""
+
+
 def test_own_network_is_given_again_and_frozen_statistics_stay(tfds_dir, tmp_path):
     own = config(tfds_dir, frozen=["classifier/conv", "classifier/bn"])
     del own["model"]
     train.train(own, tmp_path / "run", model=Frozen(), progress=False)
-    with pytest.raises(ValueError, match=r"Frozen.*cannot rebuild: give it as model="):
+    with pytest.raises(ValueError, match=r"Frozen.*cannot rebuild.* model="):
         runs.restore(tmp_path / "run")
     run, variables, _ = runs.restore(tmp_path / "run", model=Frozen())
     params, carry = run.init(np.zeros((1, 8, 8, 1), np.float32))
     assert same(variables["carry"], carry)
     assert not same(variables["params"]["classifier"]["head"], params["classifier"]["head"])
+    with pytest.raises(ValueError, match=r"trained on Frozen.* and model= is Other"):
+        runs.restore(tmp_path / "run", model=Other())
     with pytest.raises(ValueError, match="another one was given as model="):
         train.train(config(tfds_dir), tmp_path / "other", model=Frozen(), progress=False)
     assert not (tmp_path / "other").exists()
@@ -124,14 +142,18 @@ def test_own_images_are_given_again(tfds_dir, tmp_path):
     own = config(tfds_dir)
     del own["dataset"]
     train.train(own, tmp_path / "run", data=own_splits(), progress=False)
-    with pytest.raises(ValueError, match=r"arrays of \[.*cannot rebuild: give them as data="):
+    with pytest.raises(
+        ValueError, match=r"images \[.*cannot rebuild.* give runs.restore .and train. data="
+    ):
         runs.restore(tmp_path / "run")
     run, variables, _ = runs.restore(tmp_path / "run", data=own_splits())
     assert len(run.arrays("test")) == 12
     assert protocols.configured(run, variables, training={})["name"] == "standard-own"
-    other = data.from_arrays(np.zeros((60, 8, 8, 1)), [0, 1] * 30, test=0.2)
-    with pytest.raises(ValueError, match="another one was given as data="):
-        runs.restore(tmp_path / "run", data=other)
+    with pytest.raises(ValueError, match=r"not what the run was trained on.* differs in sha256"):
+        runs.restore(tmp_path / "run", data=own_splits(seed=1))
+    whole = data.from_arrays(np.zeros((60, 8, 8, 1)), [0, 1] * 30)
+    with pytest.raises(ValueError, match=r"no test images: make it with test=0\.2"):
+        train.train(own, tmp_path / "x", data=whole, progress=False)
     with pytest.raises(ValueError, match="another one was given as data="):
         train.train(config(tfds_dir), tmp_path / "x", data=own_splits(), progress=False)
     with pytest.raises(ValueError, match=r"data must be .train, validation, test."):

@@ -24,6 +24,7 @@ A network that is given as an argument in place of the section "model", or image
 rebuild them, so they must be given again.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import inspect
@@ -117,7 +118,7 @@ class Run:
         Args:
           split: 'train', 'validation' or 'test'.
         """
-        return self.splits[split] if self.splits else load_section(_dataset(self.config), split)
+        return self.splits[split] if self.splits else load_section(self.config["dataset"], split)
 
     def judging_batch(self, shape: tuple[int, ...]) -> int:
         """The most images judged at once: 512 up to 64x64 pixels, as many pixels of larger ones.
@@ -221,6 +222,7 @@ def load_classifier(workdir: str | os.PathLike, *, kind: str = "best") -> base.T
 
 
 OWN = "own"
+_SAMPLED = 256  # images of a split that its checksum reads
 
 
 def own_model(config: Mapping[str, Any], model: Any) -> dict[str, Any]:
@@ -235,10 +237,15 @@ def own_model(config: Mapping[str, Any], model: Any) -> dict[str, Any]:
     """
     section = {"name": OWN, "type": adapt.describe(model)}
     named = config.get("model", section)
+    if named.get("name") == OWN and named != section:
+        raise ValueError(
+            f"the run was trained on {named.get('type')}, and model= is {section['type']}: "
+            f"give the same network"
+        )
     if named != section:
         raise ValueError(
-            f"the config's model is {dict(named)}, and another one was given as model=: {section}; "
-            f"leave one of them out"
+            f"the config's model is {dict(named)}, and another one was given as model=: "
+            f"{section['type']}; leave one of them out"
         )
     return {**config, "model": section}
 
@@ -254,10 +261,13 @@ def own_data(config: Mapping[str, Any], splits: Sequence[Arrays]) -> dict[str, A
       ValueError: not three splits, of one shape and as many classes; or the section "dataset" names
         other images.
     """
-    if len(splits) != 3 or not all(isinstance(split, Arrays) for split in splits):
+    given = [type(split).__name__ for split in splits] if isinstance(splits, Sequence) else []
+    if given == ["Arrays", "Arrays", "NoneType"]:
+        raise ValueError("data has no test images: make it with test=0.2, a share of the images")
+    if given != ["Arrays"] * 3:
         raise ValueError(
             "data must be (train, validation, test), as data.from_arrays and data.from_folder "
-            f"return them, got {type(splits).__name__} of {[type(x).__name__ for x in splits]}"
+            f"return them, got {type(splits).__name__} of {given}"
         )
     kinds = {(*split.images.shape[1:], split.num_classes) for split in splits}
     if len(kinds) > 1:
@@ -265,10 +275,22 @@ def own_data(config: Mapping[str, Any], splits: Sequence[Arrays]) -> dict[str, A
     digest = hashlib.sha256()
     for split in splits:
         digest.update(np.ascontiguousarray(split.labels).tobytes())
-    sizes = [len(split) for split in splits]
-    name = splits[0].name
-    section = {"name": OWN, "of": name, "sizes": sizes, "labels": digest.hexdigest()[:16]}
+        some = np.unique(np.linspace(0, len(split) - 1, min(len(split), _SAMPLED)).astype(int))
+        digest.update(np.ascontiguousarray(split.images[some]).tobytes())
+    section = {
+        "name": OWN,
+        "of": splits[0].name,
+        "sizes": [len(split) for split in splits],
+        "shape": list(splits[0].images.shape[1:]),
+        "sha256": digest.hexdigest()[:16],
+    }
     named = config.get("dataset", section)
+    if named.get("name") == OWN and named != section:
+        differ = sorted(key for key in section if named.get(key) != section[key])
+        raise ValueError(
+            f"data= is not what the run was trained on, {named.get('of')} of {named.get('sizes')} "
+            f"images: it differs in {', '.join(differ)}"
+        )
     if named != section:
         raise ValueError(
             f"the config's dataset is {dict(named)}, and another one was given as data=: "
@@ -277,27 +299,34 @@ def own_data(config: Mapping[str, Any], splits: Sequence[Arrays]) -> dict[str, A
     return {**config, "dataset": section}
 
 
-def _dataset(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The section "dataset" of a run to which no images were given."""
-    section = _section(config, "dataset")
-    if section.get("name") == OWN:
+def _check_given(config: Mapping[str, Any], **given: Any) -> None:
+    """Refuses a config whose own network or images are not given.
+
+    Args:
+      config: of the run.
+      **given: the arguments, None where there is none: model, data.
+
+    Raises:
+      ValueError: what is missing is named, with what the config knows of it.
+    """
+    missing = {}
+    for argument, section in (("model", "model"), ("data", "dataset")):
+        known = config.get(section)
+        if isinstance(known, Mapping) and known.get("name") == OWN and given[argument] is None:
+            missing[f"{argument}="] = known.get("type") or f"images {known.get('sizes')}"
+    if missing:
         raise ValueError(
-            f"the run is of images of its user's, {section.get('of')} of {section.get('sizes')} "
-            f"images, which config.json cannot rebuild: give them as data="
+            f"the run is of its user's {' and '.join(missing.values())}, which config.json cannot "
+            f"rebuild, and a script cannot judge: give runs.restore (and train) "
+            f"{' and '.join(missing)}, and evaluation.autoattack judges it"
         )
-    return section
 
 
 def _make_module(section: dict[str, Any], model: Any, arrays: Arrays) -> Any:
     """The network that a section "model" names, or the user's own."""
-    if section.get("name") != OWN:
-        return models.make(section.pop("name", None), arrays.num_classes, **section)
-    if model is None:
-        raise ValueError(
-            f"the run is of a network of its user's, {section.get('type')}, which config.json "
-            f"cannot rebuild: give it as model="
-        )
-    return adapt.adapt(model, arrays.images, arrays.num_classes)
+    if model is not None:
+        return adapt.adapt(model, arrays.images, arrays.num_classes)
+    return models.make(section.pop("name", None), arrays.num_classes, **section)
 
 
 def build(
@@ -341,6 +370,7 @@ def build(
         config = own_model(config, model)
     if data is not None:
         config = own_data(config, data)
+    _check_given(config, model=model, data=data)
     splits = dict(zip(("train", "validation", "test"), data or (), strict=False))
     registry.check_known("config section", config, _SECTIONS)
     seed = config.get("seed", 0)
@@ -348,7 +378,7 @@ def build(
         raise ValueError(f"seed must be an integer >= 0, got {seed!r}")
     ball = _make_threat(_section(config, "threat"))
     network = _section(config, "model")
-    held_out = splits.get("validation") or load_section(_dataset(config), "validation")
+    held_out = splits.get("validation") or load_section(_section(config, "dataset"), "validation")
     module = _make_module(network, model, held_out)
     defense = _section(config, "defense")
     train = _train_options(config)
@@ -473,15 +503,28 @@ def restore(
 _POINTS = 60  # most of a validation curve that are kept: enough for a figure
 
 
+def read_log(path: pathlib.Path) -> list[dict[str, Any]]:
+    """The lines of a run's metrics.jsonl; one that is torn (a full disk's, a killed run's) is none.
+
+    Args:
+      path: of the log; one that is not there is empty.
+    """
+    lines = []
+    text = path.read_bytes().decode(errors="replace") if path.exists() else ""
+    for line in text.splitlines():
+        with contextlib.suppress(ValueError):
+            found = json.loads(line)
+            lines += [found] if isinstance(found, dict) and "step" in found else []
+    return lines
+
+
 def _read_validation(path: pathlib.Path) -> list[list[float]]:
     """The validations in a run's log, thinned evenly where they are many; the last one stays."""
-    if not path.exists():
-        return []
-    whole = path.read_text().splitlines(keepends=True)
-    # A line without its end is still being written, or a killed run's.
-    lines = [json.loads(line) for line in whole if line.endswith("\n")]
+    lines = read_log(path)
     keys = ("epoch", "validation_clean", "validation_robust")
     curve = [[round(line[key], 4) for key in keys] for line in lines if keys[1] in line]
+    if not curve:
+        return []
     kept = np.unique(np.linspace(0, len(curve) - 1, min(len(curve), _POINTS)).round().astype(int))
     return [curve[i] for i in kept]
 

@@ -33,7 +33,7 @@ from jaxdefense.defenses import base
 from jaxdefense.defenses.base import Metrics
 from jaxdefense.evaluation.evaluator import Evaluator
 from jaxdefense.runs import checkpoint, sources, start
-from jaxdefense.runs.run import Run, build, read_model
+from jaxdefense.runs.run import Run, build, read_log, read_model
 from jaxdefense.train import optim, plan
 from jaxdefense.train.step import (
     RunSteps,
@@ -67,9 +67,8 @@ class Log:
     def __init__(self, workdir: pathlib.Path, step: int):
         self._path = workdir / "metrics.jsonl"
         if self._path.exists():  # what a killed run wrote after its last checkpoint
-            lines = self._path.read_text().splitlines()
-            kept = [line for line in lines if json.loads(line)["step"] <= step]
-            files.write_text(self._path, "".join(line + "\n" for line in kept))
+            kept = [line for line in read_log(self._path) if line["step"] <= step]
+            files.write_text(self._path, "".join(json.dumps(line) + "\n" for line in kept))
         self._file = self._path.open("a")
         self._board = tensorboardX.SummaryWriter(str(workdir / "tensorboard"), purge_step=step)
 
