@@ -380,6 +380,48 @@ class TestBrowser:
             opened.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
             opened.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": []})
 
+    @pytest.mark.parametrize(
+        ("done", "failed", "waiting"),
+        [(0, 0, 2), (0, 2, 0), (1, 1, 1)],
+        ids=["only waiting", "only failed", "mixed"],
+    )
+    def test_rows_without_a_record_are_sorted_and_searched_too(
+        self, browser, tmp_path, done, failed, waiting
+    ):
+        path = tmp_path / "early.html"
+        text = report.leaderboard(
+            [rich_record()][:done],
+            title="early",
+            waiting=[f"waiting-{i}" for i in range(waiting)],
+            failed={f"failed-{i}": "Diverged" for i in range(failed)},
+        )
+        path.write_text(text, encoding="utf-8")
+        browser.get(path.as_uri())
+        browser.execute_async_script(READY)
+        shown = browser.execute_script(SYSTEMS)
+        assert len(shown) == done + failed + waiting
+        for header in self.find(browser, "#leaderboard thead th")[1:5]:
+            browser.execute_script("arguments[0].click()", header)
+        (search,) = self.find(browser, ".dt-search input")
+        search.send_keys(shown[-1].split()[0])
+        assert browser.execute_script(SYSTEMS) == shown[-1:]
+        assert browser.get_log("browser") == []
+
+    def test_a_long_name_leaves_a_telephone_s_page_narrow(self, browser, tmp_path):
+        path, name = tmp_path / "long.html", "x" * 120
+        some = [rich_record() | {"name": name}, rich_record()]
+        path.write_text(report.leaderboard(some, title=name), encoding="utf-8")
+        size = dict(width=400, height=900, deviceScaleFactor=1, mobile=True)
+        browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+        try:
+            browser.get(path.as_uri())
+            browser.execute_async_script(READY)
+            assert browser.execute_script("return document.documentElement.scrollWidth") == 400
+            heads = [e.text.strip() for e in self.find(browser, "#leaderboard thead th")]
+            assert heads[1:4] == ["system", "clean", "hardest attack"]
+        finally:
+            browser.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+
     def test_a_name_that_is_markup_stays_text(self, browser, page, tmp_path):
         path = tmp_path / "evil.html"
         path.write_text(page, encoding="utf-8")
