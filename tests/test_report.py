@@ -100,6 +100,94 @@ class TestJoin:
     def test_a_row_without_results_makes_no_row(self):
         assert rows.join([record(results={})]) == []
 
+    def test_the_same_record_twice_counts_once(self):
+        one = rich_record() | {"training": {"validation": [[0.0, float("nan"), 1.0]]}}
+        again = json.loads(json.dumps(one))  # as a run's folder and a collection hold it
+        (row,) = rows.join([one, again])
+        assert len(row.records) == 1
+        assert "1 records" in report.leaderboard([one, again], title="x")
+
+    def test_rows_of_one_name_are_told_apart(self):
+        def judged(accuracy, n=500, **more):
+            return of_protocol("configured", {"pgd": measured(accuracy, n)}, **more)
+
+        def labels(*found):
+            return [row.label for row in rows.join(found)]
+
+        best, last = ({"training": {"checkpoint": kind}} for kind in ("best", "last"))
+        assert labels(judged(1.0, **best)) == ["a"]
+        assert labels(judged(1.0, **best), judged(2.0, **last)) == [
+            "a (checkpoint best)",
+            "a (checkpoint last)",
+        ]
+        assert labels(judged(1.0, 500), judged(1.0, 100)) == ["a (n 500)", "a (n 100)"]
+        assert labels(judged(1.0), judged(2.0)) == ["a (no. 1)", "a (no. 2)"]
+        other = judged(2.0, seed=1)
+        other["config"]["train"]["length"] = "8e"
+        assert labels(judged(1.0), other) == ["a (seed 0)", "a (seed 1)"]
+
+    def test_what_is_not_finite_was_not_measured(self):
+        found = {"clean": measured(90.0), "fgsm": measured(60.0), "pgd": measured(float("nan"))}
+        (row,) = rows.join([of_protocol("configured", found)])
+        assert list(row.numbers) == ["clean", "fgsm"]
+        assert [line.attack for line in row.lines()] == ["clean", "fgsm"]
+
+
+def system(name, protocol="configured", more=(), **accuracies):
+    results = {column: measured(value) for column, value in accuracies.items()}
+    return of_protocol(protocol, results, name=name, **dict(more))
+
+
+def headline(*found):
+    """The first sentences of a page, and its cautions."""
+    page = report.leaderboard(found, title="x")
+    lead = re.search(r'<p class="lead">(.*?)</p>', page, re.DOTALL)[1]
+    return lead.replace("&#39;", "'"), re.search(r'<div class="caution">(.*?)</div>', page)[1]
+
+
+class TestHeadline:
+    def test_a_system_that_met_weak_attacks_alone_wins_nothing(self):
+        weak = system("weak", fgsm=90.0)
+        strong = system("strong", fgsm=60.0, pgd20=40.0)
+        other = system("other", fgsm=70.0, pgd20=30.0)
+        lead, _ = headline(weak, strong, other)
+        assert "strong keeps the most of 2 of 3 systems" in lead
+        assert "40.00 %, pgd20" in lead
+        lead, _ = headline(weak, strong)  # no stronger attack in common
+        assert "weak keeps the most of 2 systems under the attacks that they share" in lead
+        assert "90.00 %, fgsm" in lead
+        lead, _ = headline(system("weak", fgsm=50.0), strong)
+        assert "60.00 %, fgsm, 500 images. Its own lowest is 40.00 %, pgd20." in lead
+
+    def test_doubtful_numbers_are_left_out_and_said(self):
+        checks = [{"name": "deterministic", "passed": False, "evidence": "no"}]
+        audited = {"audit": {"main": {"checks": checks}}}
+        broken = system("broken", "audit", audited, worst=95.0)
+        flag = {"name": "zero gradients", "severity": "error", "evidence": "all"}
+        masked = system("masked", "autoattack", {"cascade": {"flags": [flag]}}, autoattack=90.0)
+        warning = flag | {"severity": "warning"}
+        best = system("best", "autoattack", {"cascade": {"flags": [warning]}}, autoattack=50.0)
+        note = {"cascade": {"flags": [flag | {"severity": "note"}]}}
+        last = system("last", "autoattack", note, autoattack=40.0)
+        lead, caution = headline(broken, masked, best, last)
+        assert "best keeps the most of the 2 of 4 systems that met AutoAttack: 50.00 %" in lead
+        assert "flags warn there that another attack may find more." in lead
+        assert "Left out, because their numbers are doubtful: broken, masked." in (
+            lead.replace("masked, broken", "broken, masked")
+        )
+        assert "Failed checks make these numbers doubtful: broken." in caution
+        assert "no robust accuracies: masked." in caution
+        assert "may find more: best." in caution
+        lead, _ = headline(masked, best)
+        assert "none is called the best" in lead
+
+    def test_names_are_counted(self):
+        one, two = (system("a", pgd=50.0 + i) for i in (0, 1))
+        assert "none is called the best" in headline(one, two)[0]
+        assert (
+            "a (no. 2) keeps the most of 2 systems" in headline(one, two, system("b", pgd=1.0))[0]
+        )
+
 
 def test_the_front_is_what_no_point_beats():
     points = [(90.0, 40.0), (80.0, 60.0), (79.0, 50.0), (95.0, 10.0), (80.0, 60.0)]
@@ -211,6 +299,35 @@ class TestPage:
         broken["training"]["validation"][0][1] = float("nan")
         specs = re.search(r'id="charts">(.*?)</script>', report.leaderboard([broken], title="x"))[1]
         json.loads(specs, parse_constant=lambda word: pytest.fail(word))
+
+    def test_old_records_that_say_little_are_shown(self):
+        bare = rich_record()
+        del bare["seed"]
+        audit = system("b", "audit", {"audit": {"main": {"examples": None}}}, worst=20.0)
+        del audit["seed"]
+        page = report.leaderboard([bare, audit], title="x")
+        assert "2 records; –; versions –; git –; –; seeds –." in page
+        assert table_cells(page, "b")[-8] == ["–", "worst", "case", "20.00"]
+        verdict = report.audit_page(audit)
+        assert "The record holds no checks" in verdict
+        assert 'verdict good"' not in verdict
+
+    def test_rows_of_one_name_keep_their_curves(self):
+        curves = [[[0.0, 90.0], [0.3, value]] for value in (30.0, 40.0)]
+        found = [
+            system(
+                "a", "audit", {"audit": {"main": {"checks": [], "curve": curve}}}, worst=20.0 + i
+            )
+            for i, curve in enumerate(curves)
+        ]
+        page = report.leaderboard(found, title="x")
+        specs = json.loads(re.search(r'id="charts">(.*?)</script>', page, re.DOTALL)[1])
+        ends = [
+            {value["kind"] for value in spec["data"]["values"]}
+            for spec in specs.values()
+            if "over eps" in spec["description"]
+        ]
+        assert {"a (no. 1)", "a (no. 2)"} in ends
 
     def test_nothing_yet(self):
         empty = report.leaderboard([], title="x", waiting=["a", "b"])
@@ -379,6 +496,48 @@ class TestBrowser:
         finally:
             opened.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
             opened.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": []})
+
+    @pytest.mark.parametrize(
+        ("done", "failed", "waiting"),
+        [(0, 0, 2), (0, 2, 0), (1, 1, 1)],
+        ids=["only waiting", "only failed", "mixed"],
+    )
+    def test_rows_without_a_record_are_sorted_and_searched_too(
+        self, browser, tmp_path, done, failed, waiting
+    ):
+        path = tmp_path / "early.html"
+        text = report.leaderboard(
+            [rich_record()][:done],
+            title="early",
+            waiting=[f"waiting-{i}" for i in range(waiting)],
+            failed={f"failed-{i}": "Diverged" for i in range(failed)},
+        )
+        path.write_text(text, encoding="utf-8")
+        browser.get(path.as_uri())
+        browser.execute_async_script(READY)
+        shown = browser.execute_script(SYSTEMS)
+        assert len(shown) == done + failed + waiting
+        for header in self.find(browser, "#leaderboard thead th")[1:5]:
+            browser.execute_script("arguments[0].click()", header)
+        (search,) = self.find(browser, ".dt-search input")
+        search.send_keys(shown[-1].split()[0])
+        assert browser.execute_script(SYSTEMS) == shown[-1:]
+        assert browser.get_log("browser") == []
+
+    def test_a_long_name_leaves_a_telephone_s_page_narrow(self, browser, tmp_path):
+        path, name = tmp_path / "long.html", "x" * 120
+        some = [rich_record() | {"name": name}, rich_record()]
+        path.write_text(report.leaderboard(some, title=name), encoding="utf-8")
+        size = dict(width=400, height=900, deviceScaleFactor=1, mobile=True)
+        browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+        try:
+            browser.get(path.as_uri())
+            browser.execute_async_script(READY)
+            assert browser.execute_script("return document.documentElement.scrollWidth") == 400
+            heads = [e.text.strip() for e in self.find(browser, "#leaderboard thead th")]
+            assert heads[1:4] == ["system", "clean", "hardest attack"]
+        finally:
+            browser.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
 
     def test_a_name_that_is_markup_stays_text(self, browser, page, tmp_path):
         path = tmp_path / "evil.html"

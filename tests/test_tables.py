@@ -224,6 +224,12 @@ class TestConditions:
         found = {"clean": 1.0, "T0 oblivious pgd (not white-box)": 2.0, "pgd40 (invalid)": 3.0}
         assert tables.hardest_attack(found) is None
         assert tables.hardest_attack(found | {"fgsm": 50.0, "cw20": 40.0}) == "cw20"
+        broken = {"pgd": float("nan"), "apgd": float("-inf"), "fgsm": 50.0}
+        assert tables.hardest_attack(broken) == "fgsm"
+
+    def test_provenance_of_records_that_say_nothing(self):
+        told = tables.provenance([{"name": "a"}, {"name": "b"}])
+        assert told == "2 records; –; versions –; git –; –; seeds –."
 
 
 class TestPaired:

@@ -259,7 +259,11 @@ def class_accuracies(result: Mapping[str, Any]) -> dict[int, float]:
     >>> tables.class_accuracies(result)
     {0: 90.0}
     """
-    found = {k: v for k, v in enumerate(result.get("per_class", ())) if v is not None}
+    found = {
+        k: v
+        for k, v in enumerate(result.get("per_class", ()))
+        if v is not None and math.isfinite(v)
+    }
     mean = result.get("n", 0) / max(len(found), 1)
     counts = result.get("per_class_n", [mean] * (max(found, default=-1) + 1))
     return {k: v for k, v in found.items() if counts[k] >= MIN_PER_CLASS}
@@ -281,13 +285,13 @@ def hardest_attack(accuracies: Mapping[str, float]) -> str | None:
     """The attack with the lowest accuracy; None where no attack was measured.
 
     Args:
-      accuracies: {column: percent}.
+      accuracies: {column: percent}; what is not finite is no measurement.
 
     >>> from jaxdefense.evaluation import tables
     >>> tables.hardest_attack({"clean": 9.0, "fgsm": 60.0, "pgd20": 40.0, "square": 55.0})
     'pgd20'
     """
-    attacks = [column for column in accuracies if is_robustness(column)]
+    attacks = [c for c, value in accuracies.items() if is_robustness(c) and math.isfinite(value)]
     return min(attacks, key=accuracies.__getitem__, default=None)
 
 
@@ -315,18 +319,27 @@ def check_table(record: Record, predictor: str) -> str:
 
 
 def provenance(records: Sequence[Record]) -> str:
-    """Where the numbers come from: devices, versions, revisions, dates, seeds."""
+    """Where the numbers come from: devices, versions, revisions, dates, seeds.
+
+    Args:
+      records: one or more; what a record does not say is a dash.
+    """
 
     def distinct(read):
         return ", ".join(dict.fromkeys(read(record) for record in records))
 
-    device = distinct(
-        lambda r: f"{r['device']['count']} x {r['device']['kind']} ({r['device']['host']})"
-    )
-    versions = distinct(lambda r: f"jax {r['versions']['jax']} on Python {r['versions']['python']}")
-    dates = sorted(r["date"][:10] for r in records)
-    seeds = ", ".join(map(str, sorted({r["seed"] for r in records})))
+    def device(record):
+        told = record.get("device")
+        return f"{told['count']} x {told['kind']} ({told['host']})" if told else "–"
+
+    def versions(record):
+        told = record.get("versions")
+        return f"jax {told['jax']} on Python {told['python']}" if told else "versions –"
+
+    dates = sorted(record["date"][:10] for record in records if "date" in record) or ["–"]
+    seeds = ", ".join(map(str, sorted({r["seed"] for r in records if "seed" in r}))) or "–"
     return (
-        f"{len(records)} records; {device}; {versions}; git {distinct(lambda r: r['git'])}; "
+        f"{len(records)} records; {distinct(device)}; {distinct(versions)}; "
+        f"git {distinct(lambda r: r.get('git', '–'))}; "
         f"{' to '.join(dict.fromkeys((dates[0], dates[-1])))}; seeds {seeds}."
     )

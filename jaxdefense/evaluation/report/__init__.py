@@ -11,14 +11,15 @@ the page, its style and its script. Tables are DataTables (out of itables' packa
 import functools
 import math
 import re
+import statistics
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from jaxdefense import extras
 from jaxdefense.evaluation import tables
 from jaxdefense.evaluation.records import Record
 from jaxdefense.evaluation.report import rows as joining
-from jaxdefense.evaluation.report.rows import AA_FAST, AUDIT, AUTOATTACK, STRONG, WEAK, Row
+from jaxdefense.evaluation.report.rows import AA_FAST, AUDIT, AUTOATTACK, WEAK, Row
 
 with extras.required("plots", __name__):
     import itables.utils
@@ -135,8 +136,7 @@ def _duration(seconds: float | None) -> str:
 
 
 def _provenance(records: Sequence[Record]) -> str:
-    known = [record for record in records if "device" in record]
-    return tables.provenance(known) if known else "no records yet"
+    return tables.provenance(records) if records else "no records yet"
 
 
 Groups = dict[tuple[str, str], list[Row]]
@@ -154,24 +154,69 @@ def _robust(row: Row) -> float:
     return row.numbers[row.hardest].mean if row.hardest else -1.0
 
 
+def _rivals(group: Sequence[Row]) -> list[Row]:
+    """The rows whose numbers may be compared: all that met the strongest attack in common.
+
+    That is AutoAttack where two systems met it. Elsewhere, of the attacks that at least two
+    systems and half of the rows met, it is the one that comes nearest to each row's lowest number.
+    """
+    sound = [row for row in group if row.main and row.hardest and row.is_sound]
+
+    def met(attack: str) -> list[Row]:
+        return [row for row in sound if attack in row.numbers]
+
+    def gap(attack: str) -> float:
+        return statistics.fmean(row.numbers[attack].mean - _robust(row) for row in met(attack))
+
+    attacks = dict.fromkeys(c for row in sound for c in row.numbers if tables.is_robustness(c))
+    common = [attack for attack in attacks if _systems(met(attack)) > 1]
+    if AUTOATTACK in common:
+        return met(AUTOATTACK)
+    most = max((len(met(attack)) for attack in common), default=0)
+    common = [c for c in common if len(met(c)) >= min(most, len(sound) / 2)]
+    return met(min(common, key=lambda c: (gap(c), -len(met(c))))) if common else []
+
+
+def _systems(found: Sequence[Row]) -> int:
+    """How many systems rows are of: one may have several, of other seeds or checkpoints."""
+    return len({row.name for row in found})
+
+
 def _best(group: Sequence[Row], dataset: str, threat: str) -> str | None:
-    """A sentence about the most robust system of several; None where there are not two."""
-    rivals = [row for row in group if row.main and row.hardest]
-    if len(rivals) < 2:
+    """A sentence about the most robust system of several; None where there are not two.
+
+    Compared are sound rows (`Row.is_sound`), over the attacks that all of them met.
+    """
+    rivals = _rivals(group)
+    if not rivals:
         return None
-    strong = [row for row in rivals if row.strength == STRONG]
-    best = max(strong or rivals, key=_robust)
-    number = best.numbers[str(best.hardest)]
-    judged = f"{number.text} %, {best.hardest}, {number.images} images"
-    setting = f"On {dataset} under {threat}"
-    if strong:
-        of = f"of the {len(strong)} of {len(rivals)} systems that met AutoAttack"
-        return f"{setting}, {best.label} keeps the most {of}: {judged}."
-    bound = "" if best.strength != WEAK else " AutoAttack was not run there: an upper bound."
-    return (
-        f"{setting}, {best.label} keeps the most of {len(rivals)} systems under its hardest "
-        f"attack: {judged}.{bound}"
-    )
+    shared = [c for c in rivals[0].numbers if all(c in row.numbers for row in rivals)]
+
+    def lowest(row: Row) -> str:
+        return str(tables.hardest_attack({c: row.numbers[c].mean for c in shared}))
+
+    best = max(rivals, key=lambda row: row.numbers[lowest(row)].mean)
+    attack = lowest(best)
+    number = best.numbers[attack]
+    of, all_of = _systems(rivals), _systems([row for row in group if row.main and row.hardest])
+    if AUTOATTACK in shared:
+        which = f"the {of} of {all_of} systems that met AutoAttack"
+    else:
+        few = f"{of} of {all_of}" if of < all_of else str(of)
+        which = f"{few} systems under the attacks that they share"
+    said = [
+        f"On {dataset} under {threat}, {best.label} keeps the most of {which}: "
+        f"{number.text} %, {attack}, {number.images} images."
+    ]
+    if best.hardest != attack:
+        said.append(f"Its own lowest is {best.numbers[str(best.hardest)].text} %, {best.hardest}.")
+    if best.strength == WEAK:
+        said.append("AutoAttack was not run there: an upper bound.")
+    if "warning" in best.severities:
+        said.append("AutoAttack's flags warn there that another attack may find more.")
+    if doubted := [row.label for row in group if row.main and row.hardest and not row.is_sound]:
+        said.append(f"Left out, because their numbers are doubtful: {', '.join(doubted)}.")
+    return " ".join(said)
 
 
 def _warnings(found: Sequence[Row]) -> list[str]:
@@ -189,6 +234,14 @@ def _warnings(found: Sequence[Row]) -> list[str]:
         )
     if broken := [row.label for row in main if row.failed_checks]:
         told.append(f"Failed checks make these numbers doubtful: {', '.join(broken)}.")
+    if wrong := [row.label for row in main if "error" in row.severities]:
+        told.append(
+            f"By AutoAttack's flags these numbers are no robust accuracies: {', '.join(wrong)}."
+        )
+    if warned := [row.label for row in main if row.severities - {"note"} == {"warning"}]:
+        told.append(
+            f"AutoAttack's flags warn that another attack may find more: {', '.join(warned)}."
+        )
     return told
 
 
@@ -207,6 +260,32 @@ def _attack_columns(found: Sequence[Row]) -> tuple[list[str], list[str]]:
     few = sum(row.main for row in found) / 5
     hidden = [column for i, column in enumerate(columns) if i >= _SHOWN or counts[column] < few]
     return columns, hidden
+
+
+class _Header(NamedTuple):
+    """A column of the table behind "system"."""
+
+    text: str
+    numeric: bool = True
+    hidden: bool = False
+
+
+def _headers(columns: Sequence[str], hidden: Sequence[str]) -> list[_Header]:
+    """The columns behind "system": each row of the table has as many cells."""
+    return [
+        _Header("data set", numeric=False),
+        _Header("threat", numeric=False),
+        _Header("clean"),
+        _Header("hardest attack"),
+        *(_Header(column, hidden=column in hidden) for column in columns),
+        _Header("AA-fast"),
+        _Header("AutoAttack"),
+        _Header("audit", numeric=False),
+        _Header("worst class"),
+        _Header("network", numeric=False),
+        *map(_Header, ("images", "seeds", "minutes", "parameters")),
+        _Header("protocol", numeric=False),
+    ]
 
 
 def leaderboard(
@@ -233,6 +312,7 @@ def leaderboard(
     True
     """
     page = _Page()
+    records = joining.distinct(records)
     found = joining.join(records)
     groups = _groups(found)
     ordered = [row for group in groups.values() for row in group]
@@ -241,7 +321,7 @@ def leaderboard(
         curves = {
             row.label: row.audit["curve"]
             for row in group
-            if row.main and row.audit and row.audit["curve"]
+            if row.main and row.audit and row.audit.get("curve")
         }
         eps = tables.record_threat(group[0].first).get("eps")
         drawn = (
@@ -250,7 +330,7 @@ def leaderboard(
             charts.over_eps(curves, eps),
             charts.training(group),
         )
-        systems = sum(row.main for row in group)
+        systems = _systems([row for row in group if row.main])
         figures = [page.figure(chart) for chart in drawn if chart]
         if figures:
             name = f"{dataset}, {threat}: {systems} system{'s' * (systems != 1)}"
@@ -263,7 +343,7 @@ def leaderboard(
         warnings=_warnings(found),
         details=[page.details(row) for row in ordered],
         columns=columns,
-        hidden=hidden,
+        headers=_headers(columns, hidden),
         sections=sections,
         waiting=list(waiting),
         failed=dict(failed or {}),
@@ -279,7 +359,9 @@ def leaderboard(
 
 def _verdict(row: Row) -> str:
     """An audit's result in words."""
-    failed, checks = row.failed_checks, (row.audit or {})["checks"]
+    failed, checks = row.failed_checks, (row.audit or {}).get("checks", ())
+    if not checks:
+        return "The record holds no checks: nothing says whether to trust the number."
     if not failed:
         return f"No check of {len(checks)} failed."
     why = "; ".join(f"“{check['name']}” ({check['evidence']})" for check in failed)

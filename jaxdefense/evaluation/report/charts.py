@@ -111,7 +111,8 @@ def trade_off(rows: Sequence[Row]) -> Chart | None:
     if len(shown) < 2:
         return None
     points = [(row.numbers["clean"].mean, row.numbers[str(row.hardest)].mean) for row in shown]
-    front = pareto_front(points)
+    sound = [i for i, row in enumerate(shown) if row.is_sound]
+    front = [sound[k] for k in pareto_front([points[i] for i in sound])]
     named = _apart(points, front)
     values = [
         {
@@ -126,11 +127,11 @@ def trade_off(rows: Sequence[Row]) -> Chart | None:
         }
         for i, (row, (clean, robust)) in enumerate(zip(shown, points, strict=True))
     ]
-    best = ", ".join(shown[i].label for i in front)
+    best = ", ".join(shown[i].label for i in front) or "none"
     caption = (
-        "Each point is a system; the line is the Pareto front, with the names that fit; point at "
-        "one for its numbers. A system judged "
-        "by weaker attacks alone stands higher than it would under AutoAttack."
+        "Each point is a system; the line is the Pareto front, without doubtful numbers and with "
+        "the names that fit; point at one for its numbers. A system judged by weaker attacks alone "
+        "stands higher than it would under AutoAttack."
     )
     words = f"Scatter plot of {len(values)} systems. On the Pareto front: {best}."
     return _filled(_trade_off(), values, caption, words)

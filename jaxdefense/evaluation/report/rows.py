@@ -7,6 +7,7 @@ make rows of their own, so that any records make a page.
 import dataclasses
 import functools
 import json
+import math
 import pathlib
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
@@ -82,12 +83,14 @@ class Row:
       predictor: which of their predictors.
       records: over seeds and protocols.
       main: whether it is the deployed predictor, measured on more than one class.
+      apart: what tells it from other rows of its name and predictor, "" where there are none.
     """
 
     name: str
     predictor: str
     records: list[Record] = dataclasses.field(default_factory=list)
     main: bool = True
+    apart: str = ""
 
     @property
     def first(self) -> Record:
@@ -101,8 +104,9 @@ class Row:
 
     @property
     def label(self) -> str:
-        """The name, with the predictor unless it is the deployed one."""
-        return tables.row_label(self.first, self.predictor)
+        """The name, with the predictor unless it is the deployed one, and what sets it apart."""
+        label = tables.row_label(self.first, self.predictor)
+        return f"{label} ({self.apart})" if self.apart else label
 
     @property
     def paper(self) -> papers.Paper | None:
@@ -138,7 +142,7 @@ class Row:
     @property
     def seeds(self) -> list[Any]:
         """The seeds of all records."""
-        return sorted({record["seed"] for record in self.records}, key=str)
+        return sorted({_seed(record) for record in self.records}, key=str)
 
     @functools.cached_property
     def results(self) -> dict[str, list[Result]]:
@@ -153,7 +157,7 @@ class Row:
                         continue
                     name = AUDIT
                 results = [m[column] for m in measured if column in m]
-                results = [r for r in results if r.get("accuracy") is not None]
+                results = [r for r in results if _is_measured(r)]
                 # Two protocols may measure clean accuracy: the one with more images speaks.
                 if results and _images(results) > _images(found.get(name, [])):
                     found[name] = results
@@ -196,7 +200,7 @@ class Row:
                 built |= record.get("attacks", {})
                 built |= record.get("audit", {}).get(self.predictor, {}).get("attacks", {})
             for column in tables.attack_columns({"results": {"": m}} for m in measured):
-                results = [m[column] for m in measured if column in m]
+                results = [m[column] for m in measured if _is_measured(m.get(column, {}))]
                 number = self._number(column, results)
                 if number.values:
                     how = built.get(column, "")
@@ -204,7 +208,7 @@ class Row:
         return found
 
     def _number(self, column: str, results: Sequence[Result]) -> Number:
-        known = [result for result in results if result.get("accuracy") is not None]
+        known = [result for result in results if _is_measured(result)]
         values = tuple(result["accuracy"] for result in known)
         return Number(values, tables.format_count(known), self._reported.get(column, ""))
 
@@ -248,7 +252,7 @@ class Row:
     @property
     def minutes(self) -> float | None:
         """Of training, mean over seeds."""
-        found = {r["seed"]: r.get("training", {}).get("seconds") for r in self.records}
+        found = {_seed(r): r.get("training", {}).get("seconds") for r in self.records}
         known = [seconds for seconds in found.values() if seconds]
         return statistics.fmean(known) / 60 if known else None
 
@@ -269,22 +273,38 @@ class Row:
         """What the audit found wrong."""
         return [check for check in (self.audit or {}).get("checks", ()) if not check["passed"]]
 
-    @property
-    def flags(self) -> list[str]:
-        """What AutoAttack's run warns of, a sentence each."""
+    @functools.cached_property
+    def _told_flags(self) -> list[tuple[str, str]]:
+        """(severity, sentence) of what AutoAttack's run warns of."""
         found = []
         for record in self.records:
             for flag in record.get("cascade", {}).get("flags", ()):
-                if isinstance(flag, str):  # older records have the sentence
+                if isinstance(flag, str):  # older records have the sentence, of masked gradients
                     whose, colon, _ = flag.partition(": ")
                     whose = whose if colon and whose in record["results"] else self.predictor
-                    said = flag
+                    severity, said = "warning", flag
                 else:
                     whose = flag.get("predictor", self.predictor)
-                    said = "{severity}: {name}: {evidence}".format(**flag)
+                    severity = flag.get("severity", "warning")
+                    said = ": ".join([severity, *(flag.get(k, "–") for k in ("name", "evidence"))])
                 if whose == self.predictor:
-                    found.append(f"seed {record['seed']}, {said}")
+                    found.append((severity, f"seed {_seed(record)}, {said}"))
         return found
+
+    @property
+    def flags(self) -> list[str]:
+        """What AutoAttack's run warns of, a sentence each."""
+        return [said for _, said in self._told_flags]
+
+    @property
+    def severities(self) -> set[str]:
+        """The severities of its flags: 'note', 'warning' and 'error' (see `evaluation.Flag`)."""
+        return {severity for severity, _ in self._told_flags}
+
+    @property
+    def is_sound(self) -> bool:
+        """Whether neither an audit's check nor a flag says that the number is none."""
+        return not self.failed_checks and "error" not in self.severities
 
     @property
     def examples(self) -> Mapping[str, Any] | None:
@@ -298,7 +318,7 @@ class Row:
     @property
     def validation(self) -> dict[Any, Sequence[Sequence[float]]]:
         """{seed: [(epoch, clean, robust)]} of training."""
-        curves = {r["seed"]: r.get("training", {}).get("validation") for r in self.records}
+        curves = {_seed(r): r.get("training", {}).get("validation") for r in self.records}
         return {seed: curve for seed, curve in curves.items() if curve}
 
     @property
@@ -334,6 +354,16 @@ def _protocol(record: Record) -> str:
     return str(record.get("protocol", "not recorded"))
 
 
+def _seed(record: Record) -> Any:
+    return record.get("seed", "–")
+
+
+def _is_measured(result: Result) -> bool:
+    """Whether there is an accuracy, and a finite one."""
+    accuracy = result.get("accuracy")
+    return accuracy is not None and math.isfinite(accuracy)
+
+
 def _class_means(results: Sequence[Result]) -> dict[int, float]:
     over = [tables.class_accuracies(result) for result in results]
     shared = set.intersection(*map(set, over))
@@ -347,7 +377,7 @@ def _images(results: Sequence[Result]) -> int:
 def _belongs(record: Record, row: Row) -> bool:
     """Whether a record may stand in a row: another seed or protocol of the same configuration."""
     for other in row.records:
-        if _protocol(other) == _protocol(record) and other["seed"] == record["seed"]:
+        if _protocol(other) == _protocol(record) and _seed(other) == _seed(record):
             return False
         found = tables.differences(other, record, row.predictor)
         if _protocol(other) != _protocol(record):
@@ -358,8 +388,25 @@ def _belongs(record: Record, row: Row) -> bool:
     return True
 
 
+def distinct(records: Iterable[Record]) -> list[Record]:
+    """The records without those that say the same as an earlier one, bit for bit.
+
+    Args:
+      records: of any names; a run's folder and a collection may both hold a record.
+
+    >>> from jaxdefense.evaluation.report import rows
+    >>> rows.distinct([{"name": "a", "seed": 0}, {"seed": 0, "name": "a"}])
+    [{'name': 'a', 'seed': 0}]
+    """
+    # As text, since NaN is unequal to itself.
+    found: dict[str, Record] = {}
+    for record in records:
+        found.setdefault(json.dumps(record, sort_keys=True, default=repr), record)
+    return list(found.values())
+
+
 def join(records: Iterable[Record]) -> list[Row]:
-    """The rows of records: none is refused.
+    """The rows of records: none is refused, and none counts twice (see `distinct`).
 
     Args:
       records: of any names, seeds, protocols and order; those without results make no row.
@@ -368,7 +415,7 @@ def join(records: Iterable[Record]) -> list[Row]:
       Rows in order of appearance, the deployed predictors' first.
     """
     rows: dict[tuple[str, str], list[Row]] = {}
-    for record in records:
+    for record in distinct(records):
         for predictor in record["results"]:
             same = rows.setdefault((record["name"], predictor), [])
             row = next((row for row in same if _belongs(record, row)), None)
@@ -376,11 +423,41 @@ def join(records: Iterable[Record]) -> list[Row]:
                 row = Row(record["name"], predictor)
                 same.append(row)
             row.records.append(record)
+    for same in rows.values():
+        _tell_apart(same)
     found = [row for same in rows.values() for row in same]
     for row in found:
         deployed = next(iter(row.first["results"])) == row.predictor
         row.main = deployed and not _is_of_one_class(row)
     return sorted(found, key=lambda row: not row.main)
+
+
+def _tell_apart(same: Sequence[Row]) -> None:
+    """Sets what tells rows of one name and predictor apart: as few of these as are needed."""
+    told = [
+        {
+            "data": row.dataset,
+            "threat": row.threat,
+            "protocol": " and ".join(row.by_protocol),
+            "checkpoint": str(row.first.get("training", {}).get("checkpoint", "–")),
+            "seed": " and ".join(map(str, row.seeds)),
+            "n": row.images,
+        }
+        for row in same
+    ]
+    texts = [""] * len(same)
+    for key in told[0]:
+        if len(set(texts)) == len(same):
+            break
+        if len({one[key] for one in told}) > 1:
+            texts = [
+                ", ".join(filter(None, (text, f"{key} {one[key]}")))
+                for text, one in zip(texts, told, strict=True)
+            ]
+    for i, row in enumerate(same):
+        earlier = texts[:i].count(texts[i])
+        count = f"no. {earlier + 1}" if texts.count(texts[i]) > 1 else ""
+        row.apart = ", ".join(filter(None, (texts[i], count)))
 
 
 def _is_of_one_class(row: Row) -> bool:

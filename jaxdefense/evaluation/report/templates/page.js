@@ -74,7 +74,8 @@ if (table) {
     columnDefs: [
       { orderable: false, searchable: false, targets: 0 },
       // On a telephone the accuracies come first; a row's details say data set and threat.
-      { visible: innerWidth > 600, targets: [2, 3] },
+      // innerWidth may still be that of a page zoomed out, before the first layout.
+      { visible: !matchMedia("(max-width: 600px)").matches, targets: [2, 3] },
     ],
     layout: {
       topStart: { buttons: [{ extend: "colvis", text: "Columns", columns: ":gt(1)" }] },
