@@ -242,7 +242,7 @@ class Page:
       rows: of all systems.
 
     Attributes:
-      error: that ended the thread, or None.
+      error: of the latest page, or None where it was written.
       written: whether there is a page.
     """
 
@@ -275,10 +275,10 @@ class Page:
             began = time.monotonic()
             try:
                 files.write_text(self.path, build_page(self._rows))
-            except Exception as error:  # said by the main thread
+            except Exception as error:  # said by the main thread; the next renewal tries again
                 self.error = error
-                return
-            self.written = True
+            else:
+                self.error, self.written = None, True
             pause = began + (1 + PAUSE) * (time.monotonic() - began)
             while not self._closing and time.monotonic() < pause:
                 time.sleep(0.1)

@@ -238,6 +238,35 @@ def test_a_page_that_cannot_be_made_ends_all(start, monkeypatch):
         start(systems="gssl")
 
 
+def wait_until(holds):
+    end = time.monotonic() + 60
+    while not holds():
+        assert time.monotonic() < end
+        time.sleep(0.01)
+
+
+def test_a_page_that_fails_once_is_made_again(tmp_path, monkeypatch):
+    answers = [OSError("disk full"), "first", OSError("disk full"), "second"]
+
+    def build(rows):
+        if isinstance(answer := answers.pop(0), OSError):
+            raise answer
+        return answer
+
+    monkeypatch.setattr(quickstart, "build_page", build)
+    page = quickstart.Page(tmp_path / "page.html", [])
+    wait_until(lambda: page.error)
+    page.renew()
+    wait_until(lambda: page.written)
+    assert page.error is None
+    page.renew()
+    wait_until(lambda: page.error)
+    assert page.path.read_text() == "first"
+    page.close()
+    assert page.error is None
+    assert page.path.read_text() == "second"
+
+
 def test_a_folder_that_cannot_be_written_is_said(start, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(ValueError, match=f"cannot write to {tmp_path}/file/runs"):
