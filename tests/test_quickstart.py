@@ -401,7 +401,12 @@ def test_where_nobody_reads_it_ends_quietly_with_its_workers(tmp_path):
         "import quickstart, sys\n"
         "quickstart.WORKER = (sys.executable, 'worker.py')\n"
         "quickstart.build_page = lambda rows: ''\n"
-        "quickstart.app.run(quickstart.main)\n"
+        "begin, seen = quickstart.Worker.begin, []\n"
+        "quickstart.Worker.begin = lambda worker, row: (seen.append(worker), begin(worker, row))\n"
+        "try:\n"
+        "    quickstart.app.run(quickstart.main)\n"
+        "finally:\n"
+        "    assert [worker._process.poll() is None for worker in seen] == [False, False]\n"
     )
     command = [sys.executable, "main.py", "--systems=gssl,standard", "--processes=2"]
     paths = os.pathsep.join([str(ROOT / "experiments"), str(ROOT)])
@@ -412,7 +417,6 @@ def test_where_nobody_reads_it_ends_quietly_with_its_workers(tmp_path):
         process.stdout.close()
         assert process.stderr.read() == ""
     assert process.returncode == 1
-    # The worker of gssl sleeps a minute, and would hold standard error open all that time.
 
 
 @pytest.mark.parametrize("error", [RuntimeError("no backend\n..."), AssertionError()])
