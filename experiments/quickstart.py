@@ -23,12 +23,17 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from absl import app, flags
 
 from jaxdefense import extras, files
+
+try:
+    import fcntl
+except ModuleNotFoundError:  # Windows
+    fcntl = None
 
 # What the scripts import, by the extra that brings it.
 NEEDED = {name: extras.MODULES[name] for name in ("train", "plots")} | {"digits": {"sklearn"}}
@@ -78,6 +83,7 @@ PROCESSES = flags.DEFINE_integer("processes", None, "Default one a core, at most
 PROGRESS = flags.DEFINE_bool("progress", True, "Show what runs; without, only finished rows.")
 
 WORKER = (sys.executable, str(pathlib.Path(__file__).parent / "quickstart_worker.py"))
+RECORD_KEYS = ("config", "results", "seconds", "training")
 MEMORY = 1.2e9  # bytes that a process may need
 PAUSE = 5.0  # between two pages, as a multiple of what one takes
 
@@ -192,6 +198,11 @@ class Worker:
             self._process.stdin.write(json.dumps(task) + "\n")
             self._process.stdin.flush()
 
+    @property
+    def killed(self) -> bool:
+        """Whether a signal ended the process, as where the memory runs out."""
+        return self._process.returncode is not None and self._process.returncode < 0
+
     def why_ended(self) -> str:
         """How the process ended, and the last line that it wrote."""
         code = self._process.returncode
@@ -242,7 +253,7 @@ class Page:
       rows: of all systems.
 
     Attributes:
-      error: that ended the thread, or None.
+      error: of the latest page, or None where it was written.
       written: whether there is a page.
     """
 
@@ -275,10 +286,10 @@ class Page:
             began = time.monotonic()
             try:
                 files.write_text(self.path, build_page(self._rows))
-            except Exception as error:  # said by the main thread
+            except Exception as error:  # said by the main thread; the next renewal tries again
                 self.error = error
-                return
-            self.written = True
+            else:
+                self.error, self.written = None, True
             pause = began + (1 + PAUSE) * (time.monotonic() - began)
             while not self._closing and time.monotonic() < pause:
                 time.sleep(0.1)
@@ -307,6 +318,7 @@ class Quickstart:
         self.processes = processes
         self.events: queue.Queue = queue.Queue()
         self.workers: list[Worker] = []
+        self._retried: set[str] = set()
         self._began = time.monotonic()
 
     def waiting(self) -> list[board.Row]:
@@ -366,9 +378,12 @@ class Quickstart:
         row = worker.row
         if message is None:
             self.workers.remove(worker)
-            if not worker.ready:
+            if not worker.ready and not worker.killed:  # every other would end in the same way
                 raise ValueError(f"a worker cannot start: {worker.why_ended()}")
-            if row is not None:
+            if not worker.ready and row.name not in self._retried:
+                self._retried.add(row.name)
+                row.state = "waiting"
+            elif row is not None:
                 self._fail(row, worker.why_ended())
             return
         event = message["event"]
@@ -418,7 +433,78 @@ def keep(row: board.Row) -> None:
     """
     if RECORDS.value:
         path = pathlib.Path(RECORDS.value) / f"{row.name}.json"
-        files.write_text(path, row.record_path.read_text())
+        try:
+            files.write_text(path, row.record_path.read_text())
+        except OSError as error:  # said at the end: what still trains is not lost by it
+            row.unkept = str(error)
+
+
+def check_writable(folder: pathlib.Path) -> None:
+    """Makes a folder and tries to write there.
+
+    Args:
+      folder: of the runs or the records.
+
+    Raises:
+      ValueError: it cannot be made or written to.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise ValueError(f"cannot write to {folder}: {error}") from error
+
+
+@contextlib.contextmanager
+def locked(folder: pathlib.Path) -> Iterator[None]:
+    """Keeps a folder for this process: two would write the same checkpoints.
+
+    The system drops the lock of a process that has ended, however it ended. Where files cannot be
+    locked (Windows, some network disks) nothing is checked.
+
+    Args:
+      folder: of the runs.
+
+    Raises:
+      ValueError: another process has it.
+    """
+    with (folder / "quickstart.lock").open("a+") as file:
+        if fcntl:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                file.seek(0)
+                raise ValueError(
+                    f"{folder} is in use by another quickstart, process {file.read().strip()}; "
+                    f"wait for it, or choose another --workdir"
+                ) from error
+            except OSError as error:
+                print(f"{folder} cannot be locked ({error}): start no second quickstart there")
+        file.truncate(0)
+        file.write(f"{os.getpid()}\n")
+        file.flush()
+        yield
+
+
+def read_object(path: pathlib.Path, keys: Sequence[str] = ()) -> dict[str, Any]:
+    """Reads a file of a workdir.
+
+    Args:
+      path: of a JSON file.
+      keys: that it must have.
+
+    Raises:
+      ValueError: it cannot be read, is no JSON object or lacks a key; says the way out.
+    """
+    try:
+        found = json.loads(path.read_text())
+        if not isinstance(found, dict):
+            raise ValueError("not a JSON object")
+        if lacking := [key for key in keys if key not in found]:
+            raise ValueError(f"lacks {', '.join(lacking)}")
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path} is damaged ({error}); remove it and run this again") from error
+    return found
 
 
 def make_rows(names: Sequence[str], folder: pathlib.Path) -> list[board.Row]:
@@ -429,15 +515,15 @@ def make_rows(names: Sequence[str], folder: pathlib.Path) -> list[board.Row]:
       folder: of their workdirs.
 
     Raises:
-      ValueError: a workdir of another config.
+      ValueError: a workdir of another config, or a damaged file there.
     """
     rows = []
     for name in names:
         config = json.loads(configs.load(name, VARIANT.value).to_json())
         row = board.Row(name, config, folder / name)
         path = row.workdir / "config.json"
-        record = json.loads(row.record_path.read_text()) if row.record_path.exists() else None
-        before = json.loads(path.read_text()) if path.exists() else config
+        record = read_object(row.record_path, RECORD_KEYS) if row.record_path.exists() else None
+        before = read_object(path) if path.exists() else config
         if before != config or (record and record["config"] != config):
             raise ValueError(
                 f"{row.workdir} holds a run of another config; remove it, or choose another "
@@ -477,20 +563,32 @@ def run() -> int:
     """Runs what the flags ask for; returns the exit code.
 
     Raises:
-      ValueError: an unknown system or variant, a workdir of another config or not writable.
+      ValueError: an unknown system or variant, a workdir of another config, one that is damaged,
+        not writable or in use by another quickstart.
     """
-    began = time.monotonic()
     names = plan.select(SYSTEMS.value)
     folder = pathlib.Path(WORKDIR.value)
+    for path in [folder, *([pathlib.Path(RECORDS.value)] if RECORDS.value else [])]:
+        check_writable(path)
+    with locked(folder):
+        return run_systems(names, folder)
+
+
+def run_systems(names: Sequence[str], folder: pathlib.Path) -> int:
+    """Runs systems in a folder that is kept for this process; returns the exit code.
+
+    Args:
+      names: of the systems.
+      folder: of the runs.
+
+    Raises:
+      ValueError: an unknown variant, or a workdir of another config or with a damaged file.
+    """
+    began = time.monotonic()
     clock = plan.Clock(plan.committed_seconds())
     rows = make_rows(plan.order(names, clock), folder)
     waiting = sum(row.state == "waiting" for row in rows)
     processes = count_processes(max(waiting, 1))
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=folder).close()
-    except OSError as error:
-        raise ValueError(f"cannot write to {folder}: {error}") from error
     print(f"page: {folder / 'report.html'}", flush=True)
     os.environ.setdefault("JAX_PLATFORMS", "cpu")  # this process draws pages, and no more
     signal.signal(signal.SIGTERM, interrupt_main)
@@ -505,18 +603,25 @@ def run() -> int:
         work.interrupt()
         print(f"this goes on from here: {command()}")
         return 130
+    except BrokenPipeError:  # nobody reads what this prints any more
+        work.interrupt()
+        raise
     finally:
         work.kill()
     print_results(rows)
     failed = [row.name for row in rows if row.state == "failed"]
     for name in failed:
-        print(f"failed: {name}, see {folder / name / 'log.txt'}")
+        log = folder / name / "log.txt"  # none where the process ended before it began
+        print(f"failed: {name}" + (f", see {log}" if log.exists() else ""))
     if failed:
         print(f"to try again, without what is done: {command()}")
+    unkept = [row for row in rows if row.unkept]
+    for row in unkept:
+        print(f"the record of {row.name} is not in {RECORDS.value}: {row.unkept}")
     if page.error:
         print(f"the page could not be made: {page.error}")
     print(f"\npage: {page.path}\n{board.describe_seconds(time.monotonic() - began)} min in all")
-    return 1 if failed or page.error else 0
+    return 1 if failed or unkept or page.error else 0
 
 
 def main(argv):
@@ -524,8 +629,13 @@ def main(argv):
         sys.exit(f"error: unexpected arguments: {argv[1:]}")
     try:
         code = run()
+        sys.stdout.flush()
     except ValueError as error:
         sys.exit(f"error: {error}")
+    except BrokenPipeError:
+        # `quickstart.py | head -1`: Python would try once more to print what is left.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 1
     sys.exit(code)
 
 

@@ -1,5 +1,6 @@
 """What quickstart shows of its systems: a live table in a terminal, elsewhere a line an event."""
 
+import contextlib
 import dataclasses
 import json
 import math
@@ -27,6 +28,7 @@ class Row:
       seconds: that it took.
       results: accuracies in percent of the deployed predictor, by attack.
       reason: why it failed.
+      unkept: why its record is not in --records; empty where it is, or need not be.
     """
 
     name: str
@@ -37,6 +39,7 @@ class Row:
     seconds: float = 0.0
     results: Mapping[str, float] = dataclasses.field(default_factory=dict)
     reason: str = ""
+    unkept: str = ""
 
     @property
     def running(self) -> bool:
@@ -60,14 +63,18 @@ class Row:
         self.results = {attack: found["accuracy"] for attack, found in primary.items()}
 
     def trained(self) -> float:
-        """The share of its training that is done, by the last line of its log."""
+        """The share of its training that is done, by the last whole line of its log."""
         length = self.config["train"]["length"]
         unit = {"e": "epoch", "s": "step"}[length[-1]]
         try:
-            lines = (self.workdir / "metrics.jsonl").read_text().split("\n")[:-1]  # whole lines
-        except FileNotFoundError:
+            lines = (self.workdir / "metrics.jsonl").read_text(errors="replace").splitlines()
+        except OSError:
             return 0.0
-        return json.loads(lines[-1])[unit] / float(length[:-1]) if lines else 0.0
+        for line in reversed(lines):
+            # The last one may be half written, and after a crash one before it too.
+            with contextlib.suppress(ValueError, KeyError, TypeError):
+                return json.loads(line)[unit] / float(length[:-1])
+        return 0.0
 
     def describe(self) -> str:
         """Its state in words."""
@@ -173,23 +180,30 @@ class Table:
           elapsed: see `header`.
         """
         self._live.update(
-            draw(rows, header(rows, left, elapsed), self._live.console.height), refresh=True
+            draw(rows, header(rows, left, elapsed), *self._live.console.size), refresh=True
         )
 
 
-def draw(rows: Sequence[Row], title: str, height: int) -> rich.table.Table:
+def draw(rows: Sequence[Row], title: str, width: int, height: int) -> rich.table.Table:
     """The table: what runs, what failed, what is done, the latest first; then what waits.
 
     Args:
       rows: of all systems.
       title: above the table.
+      width: of the terminal, in characters; numbers that do not fit are left out.
       height: of the terminal, in lines; rows that do not fit are left out, waiting ones first.
     """
     table = rich.table.Table(title=title, title_justify="left")
-    for name in ("system", "state"):
-        table.add_column(name)
-    for name in ("clean, %", "pgd20, %", "seconds"):
-        table.add_column(name, justify="right")
+    longest = max((len(row.name) for row in rows), default=0)
+    table.add_column("system", no_wrap=True, min_width=longest)
+    table.add_column("state")
+    # A cell has a space on each side and a border; the state needs room for "training 100 %".
+    left = width - 1 - (longest + 3) - (14 + 3)
+    numbers = ["clean, %", "pgd20, %", "seconds"]
+    while numbers and sum(len(name) + 3 for name in numbers) > left:
+        numbers.remove("pgd20, %" if "pgd20, %" in numbers else numbers[0])
+    for name in numbers:
+        table.add_column(name, justify="right", no_wrap=True)
 
     def place(row):
         kinds = ("running", "failed", "done", "waiting")
@@ -199,10 +213,12 @@ def draw(rows: Sequence[Row], title: str, height: int) -> rich.table.Table:
     shown = sorted(rows, key=place)
     room = max(height - 7, 4)  # below the title, the head and the borders
     for row in shown[:room]:
-        cells = [f"{row.results[n]:.2f}" if n in row.results else "" for n in ("clean", "pgd20")]
-        seconds = time.monotonic() - row.began if row.running else row.seconds
-        told = f"{seconds:.0f}" if row.state != "waiting" else ""
-        table.add_row(row.name, row.describe(), *cells, told, style=_COLOURS.get(row.state, "dim"))
+        cells = {f"{name}, %": f"{value:.2f}" for name, value in row.results.items()}
+        if row.state != "waiting":
+            seconds = time.monotonic() - row.began if row.running else row.seconds
+            cells["seconds"] = f"{seconds:.0f}"
+        told = [cells.get(name, "") for name in numbers]
+        table.add_row(row.name, row.describe(), *told, style=_COLOURS.get(row.state, "dim"))
     if len(shown) > room:
         table.caption = f"and {len(shown) - room} more"
     return table

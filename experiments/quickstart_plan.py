@@ -31,18 +31,22 @@ def select(systems: str) -> list[str]:
     """The configs' names that --systems asks for.
 
     Args:
-      systems: names with commas between them; "all"; or "" for the seven systems, their main
-        rivals and the baselines.
+      systems: names with commas between them, where "all" is every one; or "" for the seven
+        systems, their main rivals and the baselines.
 
     Raises:
-      ValueError: an unknown name; the nearest are named.
+      ValueError: an unknown name; the nearest are named. Or no name, only commas and blanks.
     """
-    if systems == "all":
-        return configs.names()
     if not systems:
         return [*BASELINES, *RIVALS, *RIVALS.values()]
     names = [name.strip() for name in systems.split(",") if name.strip()]
+    if not names:
+        raise ValueError(
+            f"--systems={systems!r} names no system; names: {', '.join(configs.names())}"
+        )
     registry.check_known("system", names, [*configs.names(), "all"])
+    if "all" in names:
+        return configs.names()
     return list(dict.fromkeys(names))
 
 

@@ -57,6 +57,15 @@ def read_tasks() -> queue.Queue:
     return tasks
 
 
+def check_device():
+    """Ends the process, with one line, where JAX finds no device of JAX_PLATFORMS."""
+    try:
+        jax.devices()
+    except (RuntimeError, AssertionError):  # the second for cuda where its plugin is missing
+        platforms = os.environ.get("JAX_PLATFORMS", "")
+        sys.exit(f"JAX_PLATFORMS={platforms}: no such device here; unset it to run on the CPU")
+
+
 def run_system(config, workdir, tell):
     """Trains and evaluates one system; its record is WORKDIR/configured.json.
 
@@ -83,6 +92,7 @@ def main():
 
     cli.enable_cache()
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    check_device()
     tasks = read_tasks()
     tell(event="ready")
     while True:

@@ -42,6 +42,12 @@ def write_arrays(path: str | os.PathLike, **arrays: Any) -> None:
 def _write(path: pathlib.Path, fill: Callable[[IO[bytes]], Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.NamedTemporaryFile("wb", dir=path.parent, delete=False, suffix=".tmp") as file:
-        fill(file)
-    pathlib.Path(file.name).chmod(0o644)
-    os.replace(file.name, path)
+        part = pathlib.Path(file.name)
+    try:
+        with part.open("wb") as file:
+            fill(file)
+        part.chmod(0o644)
+        os.replace(part, path)
+    except BaseException:  # Ctrl-C too: no half of a file stays
+        part.unlink(missing_ok=True)
+        raise

@@ -92,6 +92,13 @@ def test_the_default_is_the_seven_their_rivals_and_the_baselines():
     assert set(names) <= set(configs.names())
     assert plan.select("all") == configs.names()
     assert plan.select("claf, m2at,claf") == ["claf", "m2at"]
+    assert plan.select("m2at,all") == configs.names()
+
+
+@pytest.mark.parametrize("systems", [",", " ", " , ,"])
+def test_commas_and_blanks_are_no_systems(systems):
+    with pytest.raises(ValueError, match=rf"--systems='{systems}' names no system; names: .*m2at"):
+        plan.select(systems)
 
 
 def test_an_unknown_system_is_named_with_the_nearest():
@@ -153,6 +160,11 @@ def test_the_share_of_training_is_that_of_the_last_whole_line(tmp_path):
     (tmp_path / "metrics.jsonl").write_text(lines)
     assert epochs.trained() == 0.5
     assert steps.describe() == "training 40 %"
+    (tmp_path / "metrics.jsonl").write_bytes(lines.encode() + b'och\xff\n[8]\n{"step": 8}\n')
+    assert epochs.trained() == 0.5
+    assert steps.describe() == "training 80 %"
+    (tmp_path / "metrics.jsonl").write_text('{"st\n')
+    assert steps.describe() == "training 0 %"
 
 
 def test_the_table_fits_the_terminal_and_says_what_runs(tmp_path):
@@ -162,12 +174,31 @@ def test_the_table_fits_the_terminal_and_says_what_runs(tmp_path):
     rows.append(row(tmp_path, "next"))
     console = rich.console.Console(file=io.StringIO(), width=100, height=16)
     title = board.header(rows, 65.0, 130.0)
-    console.print(board.draw(rows, title, console.height))
+    console.print(board.draw(rows, title, *console.size))
     shown = console.file.getvalue()
     assert len(shown.splitlines()) <= 16
     assert "21 of 23 done, 2:10 min, about 1:05 min left; next: next" in shown
     for text in ("late", "evaluating", "failed: no memory", "done0", "97.50", "and 14 more"):
         assert text in shown
+
+
+@pytest.mark.parametrize(
+    ("width", "shown", "hidden"),
+    [(100, "clean, % pgd20, % seconds", ""), (56, "seconds", "pgd20"), (40, "", "clean pgd20")],
+)
+def test_in_a_narrow_terminal_names_are_whole_and_numbers_are_left_out(
+    tmp_path, width, shown, hidden
+):
+    rows = [row(tmp_path, "standard", state="done", results={"clean": 97.5, "pgd20": 12.25})]
+    rows += [row(tmp_path, "gssl_baseline"), row(tmp_path, "trades", state="training")]
+    console = rich.console.Console(file=io.StringIO(), width=width, height=20)
+    console.print(board.draw(rows, "title", *console.size))
+    text = console.file.getvalue()
+    assert all(f" {known.name} " in text for known in rows)
+    assert "…" not in text
+    assert "training 0 %" in text
+    assert all(name in text for name in shown.split())
+    assert not any(name in text for name in hidden.split())
 
 
 def test_in_a_pipe_each_event_is_a_line_of_plain_text(tmp_path, capsys):
@@ -221,6 +252,33 @@ def test_a_workdir_of_another_config_is_refused_before_anything_runs(start, tmp_
     assert not (tmp_path / "runs" / "trades").exists()
 
 
+DYING_WORKER = """
+import os, pathlib, sys
+
+died = pathlib.Path(os.environ["DIED"])
+died.write_text(f"{died.read_text()}x" if died.exists() else "x")
+if len(died.read_text()) <= int(os.environ["DEATHS"]):
+    os.kill(os.getpid(), 9)
+"""
+
+
+@pytest.mark.parametrize(("deaths", "code", "starts"), [(1, 0, 2), (2, 1, 3)])
+def test_a_worker_killed_before_it_is_ready_is_started_once_more(
+    start, tmp_path, monkeypatch, capsys, deaths, code, starts
+):
+    worker = tmp_path / "dying.py"
+    worker.write_text(DYING_WORKER + FAKE_WORKER)
+    monkeypatch.setattr(quickstart, "WORKER", (sys.executable, str(worker)))
+    monkeypatch.setenv("DIED", str(tmp_path / "died"))
+    monkeypatch.setenv("DEATHS", str(deaths))
+    assert start(systems="standard,trades", processes=1) == code
+    assert (tmp_path / "died").read_text() == starts * "x"
+    out = capsys.readouterr().out
+    assert ("standard: failed: the process was killed by SIGKILL" in out) == bool(code)
+    assert "| trades |" in out
+    assert "log.txt" not in out  # there is none
+
+
 def test_a_worker_that_cannot_start_ends_all(start, tmp_path, monkeypatch):
     broken = tmp_path / "broken.py"
     broken.write_text("import no_such_module")
@@ -238,10 +296,140 @@ def test_a_page_that_cannot_be_made_ends_all(start, monkeypatch):
         start(systems="gssl")
 
 
+def wait_until(holds):
+    end = time.monotonic() + 60
+    while not holds():
+        assert time.monotonic() < end
+        time.sleep(0.01)
+
+
+def test_a_page_that_fails_once_is_made_again(tmp_path, monkeypatch):
+    answers = [OSError("disk full"), "first", OSError("disk full"), "second"]
+
+    def build(rows):
+        if isinstance(answer := answers.pop(0), OSError):
+            raise answer
+        return answer
+
+    monkeypatch.setattr(quickstart, "build_page", build)
+    page = quickstart.Page(tmp_path / "page.html", [])
+    wait_until(lambda: page.error)
+    page.renew()
+    wait_until(lambda: page.written)
+    assert page.error is None
+    page.renew()
+    wait_until(lambda: page.error)
+    assert page.path.read_text() == "first"
+    page.close()
+    assert page.error is None
+    assert page.path.read_text() == "second"
+
+
 def test_a_folder_that_cannot_be_written_is_said(start, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(ValueError, match=f"cannot write to {tmp_path}/file/runs"):
         start(systems="standard", workdir=str(tmp_path / "file" / "runs"))
+    with pytest.raises(ValueError, match=f"cannot write to {tmp_path}/file/kept"):
+        start(systems="standard", records=str(tmp_path / "file" / "kept"))
+    assert not (tmp_path / "runs" / "standard").exists()
+
+
+def test_records_that_cannot_be_kept_do_not_end_what_runs(start, tmp_path, capsys):
+    (tmp_path / "kept" / "standard.json").mkdir(parents=True)
+    assert start(systems="standard,trades", records=str(tmp_path / "kept")) == 1
+    out = capsys.readouterr().out
+    assert f"the record of standard is not in {tmp_path / 'kept'}: " in out
+    assert records.load(tmp_path / "kept" / "trades.json")["name"] == "trades"
+    assert "standard: clean 50.00" in out
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "why"),
+    [
+        ("configured.json", '{"con', "Unterminated string"),
+        ("configured.json", '{"config": {}, "seconds": 1}', "lacks results, training"),
+        ("config.json", "", "Expecting value"),
+        ("config.json", "[]", "not a JSON object"),
+    ],
+)
+def test_a_damaged_file_is_named_with_the_way_out(start, tmp_path, name, text, why):
+    path = tmp_path / "runs" / "standard" / name
+    path.parent.mkdir(parents=True)
+    path.write_text(text)
+    with pytest.raises(ValueError, match=f"{path} is damaged .{why}.*; remove it and run") as found:
+        start(systems="standard")
+    assert "\n" not in str(found.value)
+    path.unlink()
+    assert start(systems="standard") == 0
+
+
+def test_a_second_quickstart_in_the_same_folder_is_refused(start, tmp_path):
+    pytest.importorskip("fcntl")
+    (tmp_path / "runs").mkdir()
+    hold = (
+        "import fcntl, sys; file = open(sys.argv[1], 'w'); fcntl.flock(file, fcntl.LOCK_EX)\n"
+        "print('1234', file=file, flush=True); print('held', flush=True); sys.stdin.read()"
+    )
+    command = [sys.executable, "-c", hold, str(tmp_path / "runs" / "quickstart.lock")]
+    pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    with subprocess.Popen(command, **pipes) as other:
+        assert other.stdout.readline() == "held\n"
+        message = f"{tmp_path / 'runs'} is in use by another quickstart, process 1234; wait"
+        with pytest.raises(ValueError, match=message):
+            start(systems="standard")
+        assert not (tmp_path / "runs" / "standard").exists()
+        other.stdin.close()
+    assert start(systems="standard") == 0  # the lock went with its process
+    assert (tmp_path / "runs" / "quickstart.lock").read_text() == f"{os.getpid()}\n"
+    with (
+        quickstart.locked(tmp_path / "runs"),
+        pytest.raises(ValueError, match=f"process {os.getpid()};"),
+    ):
+        start(systems="standard")
+
+
+def test_the_exit_code_says_that_a_row_is_red(start):
+    assert start(systems="cse,standard") == 1
+    with pytest.raises(SystemExit) as ended:
+        quickstart.main(["quickstart.py"])
+    assert ended.value.code == 1
+
+
+def test_where_nobody_reads_it_ends_quietly_with_its_workers(tmp_path):
+    (tmp_path / "worker.py").write_text(FAKE_WORKER)
+    (tmp_path / "main.py").write_text(
+        "import quickstart, sys\n"
+        "quickstart.WORKER = (sys.executable, 'worker.py')\n"
+        "quickstart.build_page = lambda rows: ''\n"
+        "begin, seen = quickstart.Worker.begin, []\n"
+        "quickstart.Worker.begin = lambda worker, row: (seen.append(worker), begin(worker, row))\n"
+        "try:\n"
+        "    quickstart.app.run(quickstart.main)\n"
+        "finally:\n"
+        "    assert [worker._process.poll() is None for worker in seen] == [False, False]\n"
+    )
+    command = [sys.executable, "main.py", "--systems=gssl,standard", "--processes=2"]
+    paths = os.pathsep.join([str(ROOT / "experiments"), str(ROOT)])
+    environment = {**os.environ, "PYTHONPATH": paths, "FAKE_RECORD": json.dumps(record_of(50.0))}
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    with subprocess.Popen(command, cwd=tmp_path, env=environment, **pipes) as process:
+        assert process.stdout.readline().startswith("page: ")
+        process.stdout.close()
+        assert process.stderr.read() == ""
+    assert process.returncode == 1
+
+
+@pytest.mark.parametrize("error", [RuntimeError("no backend\n..."), AssertionError()])
+def test_a_worker_without_its_device_says_so_in_a_line(monkeypatch, error):
+    worker = import_script("quickstart_worker")
+
+    def devices():
+        raise error
+
+    monkeypatch.setattr(worker.jax, "devices", devices)
+    monkeypatch.setenv("JAX_PLATFORMS", "cuda")
+    with pytest.raises(SystemExit, match=r"^JAX_PLATFORMS=cuda: no such device here; unset it"):
+        worker.check_device()
 
 
 def test_interrupted_it_ends_its_workers_and_says_what_goes_on(start, monkeypatch, capsys):
