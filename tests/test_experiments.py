@@ -129,6 +129,7 @@ def test_scripts_answer_bad_input_without_a_traceback(tmp_path):
     np.savez(mine, images=np.zeros((40, 8, 8), np.uint8), labels=np.arange(40) % 4)
     run = f"--workdir={tmp_path / 'run'}"
     commands = [
+        ("evaluate.py",),
         ("evaluate.py", f"--workdir={tmp_path}"),
         ("tables.py", str(tmp_path / "nothing")),
         ("tables.py", str(tmp_path)),
@@ -140,6 +141,7 @@ def test_scripts_answer_bad_input_without_a_traceback(tmp_path):
         assert code == 1, command
         assert err.startswith("error: "), err
         assert "Traceback" not in err
+    assert results[0][2].startswith("error: give --workdir=FOLDER or --pretrained=NAME or FILE; ")
     assert results[-1][2] == (
         "error: no test images: evaluate.py would have nothing to judge; add "
         "--config.dataset.test=0.2\n"
@@ -161,7 +163,6 @@ def test_a_wrong_command_line_is_answered_in_one_line(tmp_path):
             *train,
             "--config.train.lenght=5e",
         ): "unknown key of config.train 'lenght'; nearest: length",
-        ("evaluate.py",): "--workdir is needed: Folder of a trained run.",
         (
             "evaluate.py",
             "--workdir=x",
