@@ -43,6 +43,18 @@ CONFIG_HELP = (
     f"of NAME. Names: {', '.join(configs.names())}. Values are changed by "
     "--config.train.length=5e and so on."
 )
+PROGRESS_HELP = "Show a progress bar; by default only on a terminal."
+
+
+def shows_progress(asked: bool | None) -> bool:
+    """Whether a script shows its bar: as asked, or else where stderr is a terminal.
+
+    In a file, each renewal of a bar is a line of its own and hides what else is written.
+
+    Args:
+      asked: by --progress or --noprogress; None where neither is given.
+    """
+    return sys.stderr.isatty() if asked is None else asked
 
 
 def expand_config_flag(argv: Sequence[str]) -> list[str]:

@@ -51,7 +51,7 @@ RECORD = flags.DEFINE_string(
 )
 SAVE_IMAGES = flags.DEFINE_string("save_images", None, "Keep adversarial images in this folder.")
 EXAMPLES = flags.DEFINE_integer("examples", None, "Only the first so many test examples.")
-PROGRESS = flags.DEFINE_bool("progress", True, "Show a progress bar.")
+PROGRESS = flags.DEFINE_bool("progress", None, cli.PROGRESS_HELP)
 
 
 def find_run():
@@ -110,7 +110,7 @@ def main(argv):
     options = {
         "training": {"checkpoint": KIND.value, **meta},
         "examples": EXAMPLES.value,
-        "progress": PROGRESS.value,
+        "progress": cli.shows_progress(PROGRESS.value),
         "keep": keep_images if SAVE_IMAGES.value else None,
     }
     if PROTOCOL.value == "autoattack":

@@ -39,7 +39,9 @@ def render(paths, per_class=None, protected=False):
     """The accuracy table of records, one per class or metric I, and where they come from."""
     found = records.load_all(paths)
     if not found:
-        raise ValueError(f"no records in {', '.join(map(str, paths))}")
+        runs = [path for path in map(pathlib.Path, paths) if (path / "config.json").is_file()]
+        todo = f"; run experiments/evaluate.py --workdir={runs[0]} first" if runs else ""
+        raise ValueError(f"no records in {', '.join(map(str, paths))}{todo}")
     if per_class:
         table = tables.class_table(found, per_class)
     elif protected:

@@ -21,6 +21,7 @@ import cli
 from absl import flags
 from ml_collections import config_flags
 
+from jaxdefense import data
 from jaxdefense.train import train
 
 CONFIG = config_flags.DEFINE_config_file("config", None, cli.CONFIG_HELP)
@@ -29,7 +30,7 @@ INIT_FROM = flags.DEFINE_string("init_from", None, "Workdir of a run, or a file,
 CHECKPOINT = flags.DEFINE_enum("init_checkpoint", "best", ["best", "last"], "Which of its weights.")
 NEW_HEAD = flags.DEFINE_bool("new_head", False, "With --init_from: a new last layer.")
 FROZEN = flags.DEFINE_list("frozen", [], "Roles, or parts of them, that stay as they start.")
-PROGRESS = flags.DEFINE_bool("progress", True, "Show a progress bar.")
+PROGRESS = flags.DEFINE_bool("progress", None, cli.PROGRESS_HELP)
 flags.mark_flag_as_required("config")
 
 
@@ -47,7 +48,13 @@ def main(argv):
         raise ValueError("--new_head needs --init_from=WORKDIR")
     if FROZEN.value:
         config["train"]["frozen"] = FROZEN.value
-    summary = train(config, WORKDIR.value, progress=PROGRESS.value)
+    section = config.get("dataset")  # `train` says where it is missing
+    if section and not data.has_test(section):
+        # Said before the workdir is claimed: a run cannot be given other data afterwards.
+        raise ValueError(
+            "no test images: evaluate.py would have nothing to judge; add --config.dataset.test=0.2"
+        )
+    summary = train(config, WORKDIR.value, progress=cli.shows_progress(PROGRESS.value))
     best = {name: round(value, 2) for name, value in summary["best"].items()}
     print(f"{summary['steps']} steps in {summary['seconds']:.0f} s; best checkpoint: {best}")
 

@@ -7,6 +7,7 @@ import subprocess
 import sys
 
 import configs
+import numpy as np
 import pytest
 
 from jaxdefense.evaluation import records
@@ -99,7 +100,7 @@ def test_train_evaluate_and_tables(tmp_path, tfds_dir):
     """The three commands of the README on the debug variant, and an override."""
     result = script(
         "train.py", "--config=trades:digits_debug", f"--workdir={tmp_path}/run",
-        "--config.train.optimizer.lr=0.002", data=tfds_dir,
+        "--config.train.optimizer.lr=0.002", "--progress", data=tfds_dir,
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
     assert "best checkpoint" in result.stdout
@@ -108,8 +109,12 @@ def test_train_evaluate_and_tables(tmp_path, tfds_dir):
         json.loads((tmp_path / "run" / "config.json").read_text())["train"]["optimizer"]["lr"]
         == 0.002
     )
+    result = script("tables.py", str(tmp_path / "run"))
+    assert result.returncode == 1
+    assert f"run experiments/evaluate.py --workdir={tmp_path}/run first" in result.stderr
     result = script("evaluate.py", f"--workdir={tmp_path}/run", data=tfds_dir)
     assert result.returncode == 0, result.stderr
+    assert "image/s" not in result.stderr  # stderr is no terminal: no bar
     record = records.load(tmp_path / "run" / "configured.json")
     assert record["results"]["classifier"]["clean"]["n"] == 256
     assert f"{record['results']['classifier']['pgd20']['accuracy']:.2f}" in result.stdout
@@ -120,17 +125,29 @@ def test_train_evaluate_and_tables(tmp_path, tfds_dir):
 
 
 def test_scripts_answer_bad_input_without_a_traceback(tmp_path):
+    mine = tmp_path / "mine.npz"
+    np.savez(mine, images=np.zeros((40, 8, 8), np.uint8), labels=np.arange(40) % 4)
+    run = f"--workdir={tmp_path / 'run'}"
     commands = [
+        ("evaluate.py",),
         ("evaluate.py", f"--workdir={tmp_path}"),
         ("tables.py", str(tmp_path / "nothing")),
         ("tables.py", str(tmp_path)),
         ("train.py", "--config=pgd_at:digits", f"--workdir={tmp_path}", "surplus"),
+        ("train.py", "--config=trades:arrays_debug", run, f"--config.dataset.file={mine}"),
     ]
-    for command, (code, _, err) in zip(commands, scripts(tmp_path, commands), strict=True):
+    results = scripts(tmp_path, commands)
+    for command, (code, _, err) in zip(commands, results, strict=True):
         assert code == 1, command
         assert err.startswith("error: "), err
         assert "Traceback" not in err
+    assert results[0][2].startswith("error: give --workdir=FOLDER or --pretrained=NAME or FILE; ")
+    assert results[-1][2] == (
+        "error: no test images: evaluate.py would have nothing to judge; add "
+        "--config.dataset.test=0.2\n"
+    )
     assert not (tmp_path / "last").exists()
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_wrong_command_line_is_answered_in_one_line(tmp_path):
@@ -146,7 +163,6 @@ def test_a_wrong_command_line_is_answered_in_one_line(tmp_path):
             *train,
             "--config.train.lenght=5e",
         ): "unknown key of config.train 'lenght'; nearest: length",
-        ("evaluate.py",): "--workdir is needed: Folder of a trained run.",
         (
             "evaluate.py",
             "--workdir=x",
@@ -167,8 +183,9 @@ def test_a_wrong_command_line_is_answered_in_one_line(tmp_path):
 
 
 def test_help_is_readable(tmp_path):
-    names = ["benchmark", *(path.name for path in sorted((ROOT / "experiments").glob("*.py")))]
-    names.remove("cli.py")
+    files = sorted((ROOT / "experiments").glob("*.py"))
+    names = ["benchmark", *(file.name for file in files if "__main__" in file.read_text())]
+    names.remove("quickstart_worker.py")  # which quickstart.py starts, and no person
     names += ["papers/claf_literal.py", "papers/cost_sensitive.py"]
     results = scripts(tmp_path, [(name, "--help") for name in names])
     for name, (_, out, err) in zip(names, results, strict=True):

@@ -100,6 +100,28 @@ class TestFromArrays:
         assert np.array_equal(shifted.labels, LABELS[shifted.ids] + 1)
 
     @pytest.mark.parametrize(
+        ("changes", "note"),
+        [
+            (
+                {"labels": np.where(LABELS == 3, 9, LABELS), "num_classes": 17},
+                "classes 3 to 8 and 10 to 16 have no image",
+            ),
+            ({"labels": LABELS + (LABELS > 1)}, "class 2 has no image"),
+            (
+                {"test": (COLOUR, LABELS + 1)},
+                "the test images have classes that the training images lack: [4]; do the test "
+                "labels begin at 1?",
+            ),
+            (
+                {"test": (COLOUR, LABELS + (LABELS > 2))},
+                "the test images have classes that the training images lack: [4]",
+            ),
+        ],
+    )
+    def test_suspicious_labels_are_said(self, changes, note):
+        assert note in convert(**changes).train.notes
+
+    @pytest.mark.parametrize(
         ("changes", "message"),
         [
             (
@@ -172,6 +194,12 @@ class TestFromFolder:
                 assert ("cat", "dog")[labels[row]] == path.split("/")[1]
         assert found.train.label_names == ("cat", "dog")
         assert found.train.notes == ()
+
+    def test_hidden_files_are_left_out(self, tmp_path):
+        make_folder(tmp_path)
+        (tmp_path / "train" / "cat" / "._0.png").write_bytes(b"of macOS")
+        found = data.from_folder(tmp_path)
+        assert len(found.train) + len(found.validation) == 12
 
     def test_the_first_rows_are_a_fair_sample(self, tmp_path):
         make_folder(tmp_path, n=30)
@@ -491,6 +519,14 @@ class TestConfigs:
         assert by_file.arrays("test").label_names == ("cat", "dog")
         assert len(by_file.arrays("train")) + len(by_file.arrays("validation")) == 12
         assert len(made) == 24
+
+    def test_whether_there_are_test_images_is_known_without_reading_them(self, tmp_path):
+        make_folder(tmp_path / "two", n=1)
+        make_folder(tmp_path / "one", splits=["train"], n=1)
+        assert data.has_test({"folder": str(tmp_path / "two")})
+        section = {"folder": str(tmp_path / "one"), "test": None}
+        assert not data.has_test(section)
+        assert data.has_test({**section, "test": 0.5})
 
     @pytest.mark.parametrize(
         ("dataset", "message"),

@@ -123,12 +123,37 @@ def _convert(
     if (width := columns["train"]) and num_classes not in (None, width):
         raise ValueError(f"{name}: one-hot labels of {width} columns and num_classes={num_classes}")
     numbered, names = _number_labels(labels, width or num_classes, label_names, name, notes)
+    notes |= dict.fromkeys(_doubts(numbered, len(names)))
     found = {}
     for split, x in images.items():
         x.flags.writeable = False
         ids = np.arange(len(x), dtype=np.int32)
         found[split] = Arrays(x, numbered[split], ids, len(names), name, names, tuple(notes))
     return found
+
+
+def _doubts(labels: dict[str, np.ndarray], num_classes: int) -> list[str]:
+    """What is suspicious of labels from 0, by split, and yet may be meant so."""
+    notes = []
+    held = {split: set(x.tolist()) for split, x in labels.items()}
+    if missing := sorted(set(range(num_classes)) - set().union(*held.values())):
+        verb = "classes {} have" if len(missing) > 1 else "class {} has"
+        notes.append(f"{verb.format(_format_numbers(missing))} no image")
+    if "test" in held and (new := sorted(held["test"] - held["train"])):
+        shifted = 0 in held["train"] and min(held["test"]) == 1
+        question = "; do the test labels begin at 1?" if shifted else ""
+        notes.append(f"the test images have classes that the training images lack: {new}{question}")
+    return notes
+
+
+def _format_numbers(numbers: Sequence[int]) -> str:
+    """Sorted integers for a reader: "3 and 10 to 16"."""
+    breaks = np.flatnonzero(np.diff(numbers) > 1) + 1
+    parts: list[str] = []
+    for group in np.split(np.asarray(numbers), breaks):
+        inner = len(group) > 2
+        parts += [f"{group[0]} to {group[-1]}"] if inner else [str(number) for number in group]
+    return " and ".join([", ".join(parts[:-1]), parts[-1]] if len(parts) > 1 else parts)
 
 
 def _convert_images(values: Any, where: str) -> tuple[np.ndarray, list[str]]:

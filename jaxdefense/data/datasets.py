@@ -15,7 +15,7 @@ import inspect
 import os
 import pathlib
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 from jaxdefense import registry
 from jaxdefense.data import arrays as splits
@@ -72,10 +72,16 @@ def load(
       ValueError: unknown name or split, a data set that is not prepared or is no image
         classification, or a validation split that is empty or leaves nothing to train on.
     """
-    found = _open_prepared(name, prepare.default_data_dir(data_dir))
-    read = functools.partial(found.read, size=decoding.parse_size(size), in_memory=in_memory)
-    roles = splits.assign_roles(name, found.splits)
-    return splits.choose_split(split, roles, read, HoldOut(validation, test, seed))
+    stored = _open_set(
+        name,
+        data_dir=data_dir,
+        size=size,
+        validation=validation,
+        test=test,
+        seed=seed,
+        in_memory=in_memory,
+    )
+    return splits.choose_split(split, *stored)
 
 
 def load_section(section: Mapping[str, Any], split: str) -> Arrays:
@@ -93,52 +99,95 @@ def load_section(section: Mapping[str, Any], split: str) -> Arrays:
     Raises:
       ValueError: an unknown option, a missing path, or see `load`, `from_folder`, `from_arrays`.
     """
+    return splits.choose_split(split, *_open_section(section)).take(slice(section.get("limit")))
+
+
+def has_test(section: Mapping[str, Any]) -> bool:
+    """Whether the data of a config's section "dataset" have a split 'test'; no image is decoded.
+
+    Args:
+      section: see `load_section`.
+
+    Raises:
+      ValueError: an unknown option, a missing path, or data that cannot be read.
+
+    >>> from jaxdefense.data import datasets
+    >>> datasets.has_test({"name": "digits"})
+    True
+    """
+    stored = _open_section(section)
+    return stored.roles.test is not None or stored.hold_out.test is not None
+
+
+class _Stored(NamedTuple):
+    """What `arrays.choose_split` needs to know of a data set."""
+
+    roles: splits.Roles
+    read: Callable[[str], Arrays]
+    hold_out: HoldOut
+
+
+def _open_section(section: Mapping[str, Any]) -> _Stored:
     options = {key: value for key, value in section.items() if value is not None}
-    limit = options.pop("limit", None)
+    options.pop("limit", None)
     name = options.pop("name", "folder" if "folder" in options else None)
-    reader: Callable[..., Arrays] = _READERS.get(str(name), load)
-    known = [key for key in inspect.signature(reader).parameters if key not in ("split", "name")]
+    opener = _OPENERS.get(str(name), _open_set)
+    known = [key for key in inspect.signature(opener).parameters if key != "name"]
     registry.check_known("option of dataset", options, [*known, "name", "limit"])
-    if reader is load:
-        return load(name, split, **options).take(slice(limit))
+    if opener is _open_set:
+        return _open_set(name, **options)
     path = "folder" if name == "folder" else "file"
     if path not in options:
         raise ValueError(f"dataset {name!r} needs its path: --config.dataset.{path}=PATH")
-    return reader(split=split, **options).take(slice(limit))
+    return opener(**options)
 
 
-def _load_folder(
+def _open_set(
+    name: str,
+    *,
+    data_dir: str | os.PathLike | None = None,
+    size: int | tuple[int, int] | None = None,
+    validation: int | float | None = None,
+    test: int | float | None = None,
+    seed: int = 0,
+    in_memory: bool | None = None,
+) -> _Stored:
+    found = _open_prepared(name, prepare.default_data_dir(data_dir))
+    read = functools.partial(found.read, size=decoding.parse_size(size), in_memory=in_memory)
+    roles = splits.assign_roles(name, found.splits)
+    return _Stored(roles, read, HoldOut(validation, test, seed))
+
+
+def _open_folder(
     folder: str,
-    split: str,
     *,
     size: int | tuple[int, int] | None = None,
     validation: int | float | None = None,
     test: int | float | None = None,
     seed: int = 0,
     in_memory: bool | None = None,
-) -> Arrays:
+) -> _Stored:
     found = _folders.open_folder(folder, size=size)
     read = functools.partial(found.read, in_memory=in_memory)
-    return splits.choose_split(split, found.roles, read, HoldOut(validation, test, seed))
+    return _Stored(found.roles, read, HoldOut(validation, test, seed))
 
 
-def _load_file(
+def _open_file(
     file: str,
-    split: str,
     *,
     num_classes: int | None = None,
     validation: int | float | None = None,
     test: int | float | None = None,
     seed: int = 0,
-) -> Arrays:
+) -> _Stored:
     path = pathlib.Path(file).expanduser()
     changed = path.stat().st_mtime_ns if path.is_file() else 0
     stored = _read_file(file, changed, num_classes)
     roles = splits.assign_roles(file, stored)
-    return splits.choose_split(split, roles, stored.__getitem__, HoldOut(validation, test, seed))
+    return _Stored(roles, stored.__getitem__, HoldOut(validation, test, seed))
 
 
-_READERS: dict[str, Callable[..., Arrays]] = {"folder": _load_folder, "arrays": _load_file}
+_OPENERS: dict[str, Callable[..., _Stored]] = {"folder": _open_folder, "arrays": _open_file}
 
 
 @functools.lru_cache(maxsize=2)

@@ -208,10 +208,14 @@ def _subfolders(path: pathlib.Path) -> list[str]:
 
 
 def _classes(path: pathlib.Path) -> list[tuple[pathlib.Path, str]]:
-    """The image files of each class folder, which must have some."""
+    """The image files of each class folder, which must have some; hidden ones are left out.
+
+    macOS writes a hidden `._3.png`, which is no image, beside `3.png` on other file systems.
+    """
     files = []
     for label in _subfolders(path):
-        own = [file for file in (path / label).rglob("*") if file.suffix.lower() in _SUFFIXES]
+        seen = (file for file in (path / label).rglob("*") if not file.name.startswith("."))
+        own = [file for file in seen if file.suffix.lower() in _SUFFIXES]
         if not own:
             raise ValueError(f"{path / label} holds no .png, .jpg or .jpeg file")
         files += [(file, label) for file in sorted(own)]
