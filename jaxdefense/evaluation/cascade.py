@@ -91,6 +91,7 @@ def autoattack(
       rounding, `stop_gradient`, saturation; `attacks.bpda` and Square go past them.
     * loop in the forward pass: the model optimises when it is asked; attack what it optimises.
     * masked gradients: FAB or Square took what APGD had left; give Square more queries.
+    * no better than chance: labels are shifted, or the images are not the model's.
     * ties, one class, unconfirmed wins, few classes, own labels, small sample: what the
       evidence says.
 
