@@ -159,11 +159,8 @@ class TestAutoattack:
         ],
     )
     def test_forgotten_variables(self, model):
-        with pytest.raises(
-            ValueError, match=r"takes \(variables, images\): give variables="
-        ) as got:
+        with pytest.raises(ValueError, match=r"takes \(variables, images\): give v"):
             evaluation.autoattack(model, IMAGES, LABELS, BALL)
-        assert "\n" not in str(got.value)
 
     def test_other_arguments_than_the_models(self):
         with pytest.raises(ValueError, match="predict is a Flax module: give its apply"):

@@ -345,7 +345,7 @@ class TestBadInput:
             make(step=10)
 
     def test_options_without_their_name(self):
-        with pytest.raises(TypeError, match="attack pgd: too many positional.*by name: .*steps"):
+        with pytest.raises(TypeError, match=r"attack pgd: too many positional.*by name: .*steps"):
             attacks.pgd(threat.Linf(0.1), 10)
 
     def test_nan_logits(self):
