@@ -1,11 +1,14 @@
 """The cascade: survivors only, the same verdict for any batch size, order and device count."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from jaxdefense import attacks, evaluation, models, threat
+from jaxdefense.attacks import checks as attack_checks
 from jaxdefense.evaluation import Evaluator, cascade
 from jaxdefense.evaluation.cascade import Stage
 
@@ -145,6 +148,37 @@ class TestAutoattack:
         assert list(found.by_attack) == ["apgd-ce", "apgd-t"]
         assert found.clean.sum() == (LABELS[:20] == self.predict(IMAGES[:20]).argmax(-1)).sum()
         assert "few classes" in [flag.name for flag in found.flags]  # four have three targets
+
+    @pytest.mark.parametrize(
+        "model",
+        [
+            NET.apply,
+            jax.jit(NET.apply),
+            functools.partial(NET.apply, mutable=False),
+            lambda weights, x: NET.apply(weights, x),
+        ],
+    )
+    def test_forgotten_variables(self, model):
+        with pytest.raises(ValueError, match=r"takes \(variables, images\): give v"):
+            evaluation.autoattack(model, IMAGES, LABELS, BALL)
+
+    def test_other_arguments_than_the_models(self):
+        with pytest.raises(ValueError, match="predict is a Flax module: give its apply"):
+            evaluation.autoattack(NET, IMAGES, LABELS, BALL)
+        with pytest.raises(ValueError, match="leave out variables="):
+            evaluation.autoattack(self.predict, IMAGES, LABELS, BALL, variables=VARIABLES)
+        with pytest.raises(ValueError, match=r"random takes \(variables, key, images\)"):
+            evaluation.autoattack(None, IMAGES, LABELS, BALL, random=lambda w, key, x: x)
+
+    def test_signatures_that_say_little_pass(self):
+        @functools.wraps(NET.apply)
+        def wrapped(x):
+            return NET.apply(VARIABLES, x)
+
+        models = [wrapped, jax.jit(wrapped), lambda *given: given, NET.bind(VARIABLES)]
+        for model in [*models, functools.partial(NET.apply, VARIABLES)]:
+            attack_checks.check_takes("it", model, ("images",), variables=False, way="")
+        assert attack_checks.takes(max, 1) in (True, None)
 
     def test_errors(self):
         with pytest.raises(ValueError, match="nearest: standard"):

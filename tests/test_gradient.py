@@ -1,6 +1,7 @@
 """The gradient attacks: equal to Foolbox, exact on linear models, pure, compiled once."""
 
 import eagerpy
+import flax.linen as nn
 import foolbox
 import jax
 import jax.numpy as jnp
@@ -326,6 +327,26 @@ class TestBadInput:
         fast = attacks.jitted(self.attack, lambda v, x: jax.nn.softmax(apply(v, x)))
         with pytest.raises(ValueError, match="probabilities"):
             fast(WEIGHTS, KEY, IMAGES, LABELS)
+
+    def test_another_models_arguments(self):
+        net = nn.Dense(3)
+        with pytest.raises(ValueError, match="Flax module: give its apply"):
+            attacks.jitted(self.attack, net)
+        with pytest.raises(ValueError, match=r"apply takes \(images\).* lambda _, images: f"):
+            attacks.jitted(self.attack, lambda x: x)
+        with pytest.raises(ValueError, match="key is where the variables belong"):
+            attacks.jitted(self.attack, apply)(KEY, WEIGHTS, IMAGES, LABELS)
+
+    @pytest.mark.parametrize(
+        "make", [lambda **o: attacks.pgd(threat.Linf(0.1), **o), attacks.pgd(threat.L2(1)).replace]
+    )
+    def test_unknown_options_name_the_nearest(self, make):
+        with pytest.raises(TypeError, match="attack pgd 'step'; nearest: steps"):
+            make(step=10)
+
+    def test_options_without_their_name(self):
+        with pytest.raises(TypeError, match=r"attack pgd: too many positional.*by name: .*steps"):
+            attacks.pgd(threat.Linf(0.1), 10)
 
     def test_nan_logits(self):
         fast = attacks.jitted(self.attack, lambda v, x: apply(v, x) * jnp.nan)

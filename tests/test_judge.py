@@ -1464,6 +1464,7 @@ RAISED = {
     ),
     "ties": (flagged(lambda x: jnp.round(predict(x))), "error"),
     "one class": (flagged(lambda x: predict(x) + 99 * (jnp.arange(10) == 3)[None]), "error"),
+    "no better than chance": (flagged(predict, labels=(Y + 1) % 10), "error"),
     "masked gradients": (named_blind, "error"),
     "few classes": (
         lambda: AA(lambda x: apply(W[:, :3], x), X[:4], None, T, attacks=("fab-t",)).flags,
@@ -1487,6 +1488,35 @@ class TestFlags:
         assert found.severity == severity
         assert any(letter.isdigit() for letter in found.evidence) or len(found.evidence) > 20
         assert str(found) == f"{severity}: {name}: {found.evidence}"
+
+    def test_shifted_labels_are_told_with_their_shift(self):
+        _, evidence = named(judge(predict, WEAK, labels=(Y + 3) % 10))["no better than chance"]
+        assert "clean accuracy 0.0% of 64 images" in evidence
+        assert "gives 10.0%" in evidence
+        assert "(labels - 3) % 10 would give 100.0%" in evidence
+
+    @pytest.mark.parametrize(
+        ("classes", "n", "right", "told"),
+        [
+            (10, 19, 0, False),  # too few
+            (10, 20, 0, True),
+            (10, 30, 3, False),  # a weak model may have that luck
+            (10, 1000, 100, True),
+            (10, 1000, 101, False),
+            (100, 100, 1, True),
+            (2, 20, 10, False),
+            (2, 40, 20, True),
+            (2, 40, 21, False),
+        ],
+    )
+    def test_chance_is_told_where_it_is_no_accident(self, classes, n, right, told):
+        labels = np.arange(n) % classes
+        answers = np.where(np.arange(n) < right, labels, (labels + 1) % classes)
+        found = flags.chance_flags(np.eye(classes)[answers], labels)
+        assert [flag.severity for flag in found] == ["error"] * told
+
+    def test_images_of_one_class_have_no_chance(self):
+        assert flags.chance_flags(np.eye(10)[np.arange(40) % 9 + 1], np.zeros(40, int)) == []
 
     def test_a_fair_model_has_none(self):
         assert judge(predict, attacks.fgsm(T), images=LONG, labels=LONG_LABELS).flags == ()

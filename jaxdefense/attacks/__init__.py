@@ -138,6 +138,9 @@ def jitted(
       Bad images, labels and keys raise a ValueError at each call before compilation; an `apply`
       that returns probabilities or NaN does at the first call.
 
+    Raises:
+      ValueError: `apply` is a Flax module, or takes no variables.
+
     >>> import jax
     >>> import jax.numpy as jnp
     >>> from jaxdefense import attacks, threat
@@ -148,6 +151,10 @@ def jitted(
     """
     threat, keyed = getattr(attack, "threat", None), getattr(attack, "samples", None) is not None
     bounds = None if threat is None else threat.bounds
+    inputs = ("key", "images") if keyed else ("images",)
+    way = f"lambda _, {', '.join(inputs)}: f({', '.join(inputs)})"
+    way = f"variables come first; without any give {way}, and () for the variables"
+    checks.check_takes("apply", apply, inputs, variables=True, way=way)
 
     @functools.partial(jax.jit, static_argnums=0)
     def run(rest, variables, key, images, labels):
@@ -166,6 +173,10 @@ def jitted(
     classes: dict[tuple[int, ...], int] = {}  # by shape of images
 
     def call(variables: PyTree, key: Key, images: Images, labels: Labels) -> Images:
+        if checks.is_key(variables) and not checks.is_key(key):
+            raise ValueError(
+                "the key is where the variables belong: give (variables, key, images, labels)"
+            )
         images, labels = jnp.asarray(images), jnp.asarray(labels)
         arrays, rest = partition(variables)
         if not isinstance(images, jax.core.Tracer):

@@ -4,7 +4,10 @@ The checks look at values, so they run on concrete arrays only: inside a caller'
 are tracers and the caller's own code is trusted.
 """
 
+import functools
+import inspect
 import math
+import types
 from typing import Any
 
 import jax
@@ -50,6 +53,74 @@ def check_threat(attack: str, threat: Any) -> None:
         raise ValueError(
             f"{attack} needs a threat first, e.g. {attack}(threat.Linf(8 / 255)), got {threat!r}"
         )
+
+
+def _is_linen_module(model: Any) -> bool:
+    """Whether it is a Flax linen module; Flax, which is optional, is not imported for it."""
+    names = [(base.__module__, base.__name__) for base in type(model).__mro__]
+    return ("flax.linen.module", "Module") in names
+
+
+def takes(function: Any, count: int) -> bool | None:
+    """Whether `function` can be called with `count` positional arguments; None if nobody can tell.
+
+    Of a linen network's `apply`, whose signature takes any number, it is told as of
+    (variables, images).
+
+    Args:
+      function: any callable.
+      count: how many.
+    """
+    while isinstance(function, jax.stages.Wrapped) and hasattr(function, "__wrapped__"):
+        function = function.__wrapped__
+    inner = function
+    while isinstance(inner, functools.partial) and not inner.args:
+        inner = inner.func
+    is_apply = isinstance(inner, types.MethodType) and inner.__name__ == "apply"
+    if is_apply and _is_linen_module(inner.__self__) and count < 2:
+        return False
+    try:  # a wrapper's own signature: it may fill in arguments of what it wraps
+        signature = inspect.signature(function, follow_wrapped=False)
+    except (TypeError, ValueError):
+        return None
+    try:
+        signature.bind(*range(count))
+    except TypeError:
+        return False
+    return True
+
+
+def check_takes(
+    role: str, function: Any, inputs: tuple[str, ...], *, variables: bool, way: str
+) -> None:
+    """Checks by its signature, if there is one, whether a model takes variables before its inputs.
+
+    Args:
+      role: the argument's name, for the message.
+      function: what was given.
+      inputs: ("images",), or ("key", "images") for a randomised model.
+      variables: whether it will be given variables first.
+      way: what to give instead if it is of the other kind.
+
+    Raises:
+      ValueError: it is a linen module without its variables, or takes variables where none will
+        be given, or none where they will be.
+    """
+    if _is_linen_module(function) and function.scope is None:
+        raise ValueError(f"{role} is a Flax module: give its apply (net.apply), and its variables")
+    both = ("variables", *inputs)
+    wanted, other = (both, inputs) if variables else (inputs, both)
+    if takes(function, len(wanted)) is False and takes(function, len(other)):
+        raise ValueError(f"{role} takes ({', '.join(other)}): {way}")
+
+
+def is_key(value: Any) -> bool:
+    """Whether it is a typed key, or several.
+
+    Args:
+      value: anything.
+    """
+    return isinstance(value, jax.Array) and jnp.issubdtype(value.dtype, jax.dtypes.prng_key)
 
 
 def check_keys(key: Any, batch: int) -> None:

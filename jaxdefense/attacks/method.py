@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxdefense import registry
 from jaxdefense.attacks import checks
 from jaxdefense.conv import explicit_gradients
 from jaxdefense.rewrite import fast_convolutions, is_forward_mode
@@ -117,7 +118,11 @@ class Method:
 
         Args:
           **arguments: of the factory, by name.
+
+        Raises:
+          TypeError: an option that it does not have.
         """
+        _check_options(self.factory, inspect.signature(self.factory), arguments)
         if "threat" in arguments and "threat" not in self.arguments:
             ball = arguments.pop("threat")
 
@@ -235,7 +240,13 @@ def attack_factory(
 
         @functools.wraps(factory)
         def make(*args: P.args, **kwargs: P.kwargs) -> Method:
-            bound = signature.bind(*args, **kwargs)
+            _check_options(factory, signature, kwargs)
+            try:
+                bound = signature.bind(*args, **kwargs)
+            except TypeError as error:
+                known = ", ".join(signature.parameters)
+                message = f"attack {factory.__name__}: {error}; options go by name: {known}"
+                raise TypeError(message) from None
             bound.apply_defaults()
             for name, value in bound.arguments.items():
                 if isinstance(value, list) and value and isinstance(value[0], int | float):
@@ -247,6 +258,19 @@ def attack_factory(
         return make
 
     return decorate
+
+
+def _check_options(
+    factory: Callable[..., Attack], signature: inspect.Signature, given: Mapping[str, Any]
+) -> None:
+    """Raises a TypeError that names the attack and its nearest option for one that it lacks."""
+    known = [name for name in signature.parameters if name != "threat"]
+    try:
+        registry.check_known(
+            f"option of attack {factory.__name__}", [n for n in given if n != "threat"], known
+        )
+    except ValueError as error:
+        raise TypeError(str(error)) from None
 
 
 def run_attack(

@@ -91,6 +91,7 @@ def autoattack(
       rounding, `stop_gradient`, saturation; `attacks.bpda` and Square go past them.
     * loop in the forward pass: the model optimises when it is asked; attack what it optimises.
     * masked gradients: FAB or Square took what APGD had left; give Square more queries.
+    * no better than chance: labels are shifted, or the images are not the model's.
     * ties, one class, unconfirmed wins, few classes, own labels, small sample: what the
       evidence says.
 
@@ -124,7 +125,8 @@ def autoattack(
 
     Raises:
       ValueError: bad images, labels or targets, probabilities or NaN instead of logits, a random
-        model without `random`, BatchNorm in train mode, unknown names, or a folder of another
+        model without `random`, BatchNorm in train mode, a model of (variables, images) without
+        `variables`, unknown names, or a folder of another
         evaluation.
 
     >>> import jax
@@ -151,7 +153,15 @@ def autoattack(
         version = "rand"
     elif targets is not None:
         version = "targeted"
-    apply = _with_variables(predict or random, with_variables=variables is not None)
+    with_variables = variables is not None
+    role, model = ("random", random) if predict is None else ("predict", predict)
+    inputs = ("images",) if random is None else ("key", "images")
+    given = ", ".join(inputs)
+    way = f"give variables=..., or a function of ({given}) alone"
+    if with_variables:
+        way = f"leave out variables=, or give a function of (variables, {given})"
+    checks.check_takes(role, model, inputs, variables=with_variables, way=way)
+    apply = _with_variables(model, with_variables=with_variables)
     evaluator = Evaluator(apply, threat, batch_size=batch_size, grid=grid)
     images = evaluator.check_images(images)
     classes = checks.count_classes(

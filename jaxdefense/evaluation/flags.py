@@ -6,6 +6,7 @@ asks the same ones and says pass or FAIL. docs/flags.md tells what each means an
 
 import dataclasses
 import itertools
+import math
 import re
 from collections.abc import Callable
 from typing import Any
@@ -59,6 +60,7 @@ NAMES = (
     "loop in the forward pass",
     "ties",
     "one class",
+    "no better than chance",
     "masked gradients",
     "unconfirmed wins",
     "few classes",
@@ -282,6 +284,9 @@ def gradient_shares(predict: Predict, images: Images, labels: Labels, threat: Th
     return jnp.stack([zero.astype(jnp.float32), share, lower.astype(jnp.float32)], -1)
 
 
+_FEWEST_FOR_CHANCE = 20  # images of which an accuracy of chance says something
+_ACCIDENT = 0.02  # probability below which it is no accident
+
 TOO_MANY_ZERO = 0.05  # share of images whose gradients may be zero by chance (saturation)
 
 
@@ -333,8 +338,41 @@ def answer_flags(logits: np.ndarray, examples: int, where: str) -> list[Flag]:
     return raised
 
 
+def chance_flags(logits: np.ndarray, labels: np.ndarray) -> list[Flag]:
+    """The flag of a clean accuracy that guessing reaches: labels or images do not fit the model.
+
+    It is raised where so few right answers would be an accident even for a weak model.
+
+    Args:
+      logits: (N, K), clean.
+      labels: (N,).
+    """
+    n, classes = logits.shape
+    answers = logits.argmax(-1)
+    accuracy, chance = float((answers == labels).mean()) if n else 1.0, 1 / classes
+    if n < _FEWEST_FOR_CHANCE or accuracy > chance or len(np.unique(labels)) == 1:
+        return []
+    # Chernoff's bound on how likely a model of accuracy `weak` is to be right no more often.
+    weak = min(max(2 * chance, 0.2), (1 + chance) / 2)
+    far = (1 - accuracy) * math.log((1 - accuracy) / (1 - weak))
+    if accuracy > 0:
+        far += accuracy * math.log(accuracy / weak)
+    if math.exp(-n * far) > _ACCIDENT:
+        return []
+    evidence = (
+        f"clean accuracy {accuracy:.1%} of {n} images, guessing among {classes} classes gives "
+        f"{chance:.1%}: labels are probably shifted or in another order, or the images are not "
+        f"what the model was trained on"
+    )
+    shifts = np.bincount((labels.astype(int) - answers) % classes, minlength=classes) / n
+    shift = int(shifts.argmax())
+    if classes > 2 and shifts[shift] >= 0.5:
+        evidence += f"; (labels - {shift}) % {classes} would give {shifts[shift]:.1%}"
+    return [Flag("no better than chance", "error", evidence)]
+
+
 def logit_flags(logits: np.ndarray, labels: np.ndarray) -> list[Flag]:
-    """The flags of clean logits: ties, and a model that answers one class.
+    """The flags of clean logits: ties, one class alone, an accuracy of chance, few images.
 
     Args:
       logits: (N, K).
@@ -344,6 +382,8 @@ def logit_flags(logits: np.ndarray, labels: np.ndarray) -> list[Flag]:
     answers = np.unique(logits.argmax(-1))
     if len(answers) == 1 and len(np.unique(labels)) > 1:
         raised.append(Flag("one class", "error", f"every image is class {answers[0]} to the model"))
+    else:
+        raised += chance_flags(logits, labels)
     if len(labels) < 100:
         error = 100 / np.sqrt(max(len(labels), 1))
         evidence = f"{len(labels)} images: accuracies are known to ± {error:.0f} points"
