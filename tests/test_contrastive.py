@@ -321,7 +321,6 @@ class TestClaf:
             ({"temperature": 0.0}, "temperature"),
             ({"projection": 0}, "projection"),
             ({"steps": 0}, "steps"),
-            ({"dataset": "digit"}, "nearest: digits"),
         ],
     )
     def test_errors(self, options, match):
