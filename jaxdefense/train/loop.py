@@ -154,11 +154,12 @@ class Trainer:
             "best": checkpoint.Store(workdir / "best"),
         }
         self.start: start.Start | None = None
-        shapes = jax.eval_shape(run.init, self.example_image)
-        if options["init_from"] and not self.stores["last"].steps():
-            self.start = start.load_start(options["init_from"])
-            self.start.apply(*shapes)  # refuses what does not fit
-        start.check_frozen(options["frozen"], shapes[0])
+        if options["init_from"] or options["frozen"]:
+            shapes = jax.eval_shape(run.init, self.example_image)
+            if options["init_from"] and not self.stores["last"].steps():
+                self.start = start.load_start(options["init_from"])
+                self.start.apply(*shapes)  # refuses what does not fit
+            start.check_frozen(options["frozen"], shapes[0])
         self.best: dict[str, Any] = {}
         self.pretrained_scores: dict[str, Any] = {}
         self.seconds = 0.0
