@@ -82,6 +82,7 @@ def test_pgd_times_each_peer_or_says_that_it_is_missing(monkeypatch):
     assert timed["ratio"] == pytest.approx(timed["peer_ms"] / timed["ours_ms"])
 
 
+@pytest.mark.slow
 def test_a_network_of_each_library_is_timed_beside_itself(monkeypatch):
     """The networks have one set of weights; their logits are compared before they are timed."""
     monkeypatch.setattr(rewritten, "PGD_STEPS", 1)

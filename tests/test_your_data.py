@@ -566,6 +566,7 @@ class TestConfigs:
             data.load_section({"name": "arrays", "file": str(path)}, "train")
 
 
+@pytest.mark.slow
 def test_photographs_of_224_pixels_run_through_train_autoattack_and_audit(
     tmp_path, capsys, monkeypatch
 ):
