@@ -157,33 +157,22 @@ def _tiny_imagenet() -> dict[str, Any]:
     return recipe
 
 
-def _folder() -> dict[str, Any]:
-    """A folder of images: --config.dataset.folder=PATH, and .size where they differ in size.
-
-    Otherwise as CIFAR-10: eps, network and length are for you to choose.
-    """
+def _own_images(name: str, **keys: Any) -> dict[str, Any]:
+    """Images of the user's, otherwise as CIFAR-10: eps, network and length are theirs to choose."""
     recipe = _cifar10()
-    recipe["dataset"] = dict(
-        name="folder",
-        folder=placeholder(str),
-        size=placeholder(object),
-        test=placeholder(object),
-        validation=placeholder(object),
-    )
+    held_out = dict(test=placeholder(object), validation=placeholder(object))
+    recipe["dataset"] = dict(name=name, **keys, **held_out)
     return recipe
+
+
+def _folder() -> dict[str, Any]:
+    """A folder of images: --config.dataset.folder=PATH, and .size where they differ in size."""
+    return _own_images("folder", folder=placeholder(str), size=placeholder(object))
 
 
 def _arrays() -> dict[str, Any]:
-    """An .npz file of arrays: --config.dataset.file=PATH; otherwise as a folder."""
-    recipe = _folder()
-    recipe["dataset"] = dict(
-        name="arrays",
-        file=placeholder(str),
-        num_classes=placeholder(object),
-        test=placeholder(object),
-        validation=placeholder(object),
-    )
-    return recipe
+    """An .npz file of arrays: --config.dataset.file=PATH."""
+    return _own_images("arrays", file=placeholder(str), num_classes=placeholder(object))
 
 
 _RECIPES = {

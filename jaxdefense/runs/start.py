@@ -86,9 +86,9 @@ class Start:
         got, wanted = _shapes(found), _shapes(own)
         if got != wanted:
             paths = sorted(p for p in {**got, **wanted} if got.get(p) != wanted.get(p))
-            told = f"{role}{paths[0]} is {got.get(paths[0], 'absent')} there"
+            told = f"{role}/{paths[0]} is {got.get(paths[0], 'absent')} there"
             way = ""
-            if all("head" in path for path in [role + p for p in paths]):
+            if all("head" in f"{role}/{path}" for path in paths):
                 way = "; train.init_from.new_head=true starts with a new head"
             raise ValueError(
                 f"{self.source} does not fit this run: {told}, here "
@@ -144,7 +144,7 @@ def is_frozen(frozen: Sequence[str], role: str, path: Sequence[Any]) -> bool:
       role: of the array.
       path: its path inside the role, of `jax.tree_util`.
     """
-    whole = "/".join((role, *(str(getattr(key, "key", key)) for key in path))) + "/"
+    whole = f"{role}/{jax.tree_util.keystr(tuple(path), simple=True, separator='/')}/"
     return any(whole.startswith(f"{name}/") for name in frozen)
 
 
@@ -184,8 +184,4 @@ def _in_roles(
 
 
 def _shapes(tree: PyTree) -> dict[str, tuple[int, ...]]:
-    leaves = jax.tree_util.tree_leaves_with_path(tree)
-    return {
-        "".join(f"/{getattr(key, 'key', key)}" for key in path): tuple(np.shape(leaf))
-        for path, leaf in leaves
-    }
+    return {name: tuple(np.shape(leaf)) for name, leaf in zoo.leaves_by_path(tree).items()}
