@@ -109,7 +109,14 @@ def run_steps(defense, phase, start=None, n=2, view=lambda key, x: {"image": x})
     return params, state, metrics
 
 
-@pytest.mark.parametrize("name", defenses.names())
+# Rivals whose contract takes longest to compile; files of their own test their losses.
+LONG = ("acl", "adaad", "ape_gan", "ard", "hgd", "iad", "rocl")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(n, marks=[pytest.mark.slow] if n in LONG else []) for n in defenses.names()],
+)
 def test_contract(name):
     """init, every phase's step, finite metrics, moved parameters, working predictors.
 

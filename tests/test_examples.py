@@ -33,6 +33,7 @@ def test_attack_my_model(run):
     assert found["accuracy"](found["x_adv"]) < 0.4
 
 
+@pytest.mark.slow
 def test_audit_a_purifier(run):
     """What looks robust to who does not know of it falls to who does."""
     found, made = run("audit_a_purifier")
@@ -43,6 +44,7 @@ def test_audit_a_purifier(run):
     assert tiers["worst case"] <= min(v for name, v in tiers.items() if not name.startswith("T0"))
 
 
+@pytest.mark.slow
 def test_write_a_defence(run):
     found, made = run("write_a_defence")
     assert made == {"defence.png"}

@@ -75,6 +75,7 @@ def test_the_wheel_holds_the_library_the_scripts_and_nothing_else(built, files):
     assert names == {"absl-py", "chex", "jax", "numpy", "optax", "tqdm"}
 
 
+@pytest.mark.slow
 def test_the_sdist_s_tests_run(built, tmp_path):
     (path,) = built.glob("*.tar.gz")
     with tarfile.open(path) as archive:

@@ -18,30 +18,37 @@ def test_the_package_says_that_it_is_typed():
     assert (PACKAGE / "py.typed").exists()
 
 
-@pytest.mark.parametrize(
-    ("source", "error"),
-    [
-        (RIGHT, None),
-        (RIGHT.replace("steps=10", 'steps="ten"'), 'Argument "steps" to "pgd"'),
-        (RIGHT.replace("steps=10", "step=10"), 'Unexpected keyword argument "step"'),
-        (RIGHT.replace("threat.Linf(0.1)", "0.1"), 'Argument 1 to "pgd"'),
-    ],
-    ids=["right", "steps", "name", "threat"],
-)
-def test_mypy_reads_the_package_types(source, error, tmp_path):
-    path = tmp_path / "mine.py"
-    path.write_text(source)
-    command = [sys.executable, "-m", "mypy", "--ignore-missing-imports", "--cache-dir"]
+CASES = {
+    "right": (RIGHT, None),
+    "steps": (RIGHT.replace("steps=10", 'steps="ten"'), 'Argument "steps" to "pgd"'),
+    "name": (RIGHT.replace("steps=10", "step=10"), 'Unexpected keyword argument "step"'),
+    "threat": (RIGHT.replace("threat.Linf(0.1)", "0.1"), 'Argument 1 to "pgd"'),
+}
+
+
+@pytest.fixture(scope="module")
+def told(tmp_path_factory):
+    """What mypy says of all the users' files, in one process."""
+    folder = tmp_path_factory.mktemp("typing")
+    for name, (source, _) in CASES.items():
+        (folder / f"{name}.py").write_text(source)
+    command = [sys.executable, "-m", "mypy", "--ignore-missing-imports", "--cache-dir=cache"]
     found = subprocess.run(
-        [*command, str(tmp_path.parent / "mypy"), str(path)],
+        [*command, *(f"{name}.py" for name in CASES)],
         capture_output=True,
         text=True,
-        cwd=tmp_path,
+        cwd=folder,
         env={**os.environ, "MYPYPATH": str(PACKAGE.parent)},  # mypy finds no editable install
         check=False,
     )
-    mine = [line for line in found.stdout.splitlines() if line.startswith("mine.py")]
+    return found.stdout + found.stderr
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_mypy_reads_the_package_types(name, told):
+    mine = [line for line in told.splitlines() if line.startswith(f"{name}.py")]
+    error = CASES[name][1]
     if error is None:
-        assert mine == []
+        assert mine == [], told
     else:
-        assert error in "\n".join(mine), found.stdout + found.stderr
+        assert error in "\n".join(mine), told
