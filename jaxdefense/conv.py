@@ -40,8 +40,9 @@ Nobody has measured this on a GPU or TPU yet: there autodiff's form stays the de
 
 import contextlib
 import contextvars
+import operator
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial
+from functools import partial, reduce
 from typing import Any
 
 import jax
@@ -218,7 +219,8 @@ def _depthwise(x: Array, w: Array, strides: Pair, pads: Pads) -> Array:
     wide = jnp.promote_types(x.dtype, jnp.float32)
     taps = _taps(x.astype(wide), w.shape[:2], strides, pads)
     kernel = w.astype(wide).reshape(-1, 1, 1, 1, w.shape[3])
-    return sum(tap * k for tap, k in zip(taps, kernel)).astype(x.dtype)
+    products = (tap * k for tap, k in zip(taps, kernel))
+    return reduce(operator.add, products).astype(x.dtype)
 
 
 def _depthwise_forward(x: Array, w: Array, strides: Pair, pads: Pads) -> tuple:

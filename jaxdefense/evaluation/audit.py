@@ -445,7 +445,7 @@ def _fresh_draws(
     clean, under = (draws.share("audit", x).mean() for x in (examples.images, survey.x_adv))
     return Check(
         "the mean's verdict holds for fresh draws",
-        abs(under - worst.mean()) <= 0.05,
+        bool(abs(under - worst.mean()) <= 0.05),
         f"over {_FRESH} fresh draws clean {clean:.1%}, on the worst images found {under:.1%}; the "
         f"mean of {samples} draws {worst.mean():.1%}",
     )

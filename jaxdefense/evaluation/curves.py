@@ -76,9 +76,9 @@ def survival_over_eps(
 
     data = np.asarray(jax.random.key_data(attack_keys(seed, "curve", ids)))
     for pack in evaluator.split_rows(pairs):
-        radius, row = np.divmod(pack, n)
-        arrays = (data[row], images[row], labels[row], radii[radius])
-        survives[radius, row] = evaluator.dispatch(("curve", attack), run, variables, *arrays)
+        at, row = np.divmod(pack, n)
+        arrays = (data[row], images[row], labels[row], radii[at])
+        survives[at, row] = evaluator.dispatch(("curve", attack), run, variables, *arrays)
     return survives
 
 

@@ -97,7 +97,8 @@ def count_parameters(apply: Apply, variables: PyTree, images: HostArray) -> int:
         live |= set(map(id, equation.invars))
         for variable in equation.invars:
             part = equation.outvars[0] if equation.primitive.name == "slice" else variable
-            read[id(variable)] = max(read.get(id(variable), 0), math.prod(part.aval.shape))
+            used = math.prod(part.aval.shape)  # type: ignore[attr-defined]
+            read[id(variable)] = max(read.get(id(variable), 0), used)
     leaves = jax.tree_util.tree_leaves_with_path(variables)
     count = 0
     for (path, _), variable in zip(leaves, program.invars, strict=False):  # the images come last
