@@ -13,7 +13,7 @@ import pytest
 import safetensors.numpy
 from PIL import Image
 
-from jaxdefense import evaluation, models, runs, threat
+from jaxdefense import data, evaluation, models, runs, threat
 from jaxdefense.evaluation import records
 from jaxdefense.models import zoo
 from jaxdefense.runs import sources
@@ -133,6 +133,18 @@ def test_a_pretrained_network_classifies():
         labels = golden["labels"][: len(images)]
     clean = np.asarray(jax.jit(net.predict)(images)).argmax(-1) == labels
     assert 100 * clean.mean() > net.meta["record"]["results"]["classifier"]["clean"]["accuracy"] - 1
+
+
+@pytest.mark.parametrize("name", ["pgd_at-digits-linf", "ipg-digits-linf"])
+def test_a_pretrained_run_classifies_as_its_record_says(name, tfds_dir, monkeypatch):
+    monkeypatch.setenv("TFDS_DATA_DIR", tfds_dir)
+    path = zoo.pretrained_path(name)
+    run, variables, _ = runs.restore(path)
+    test, primary = run.arrays("test"), run.defense.primary
+    said = records.load(path.with_suffix(".json"))["results"][primary]["clean"]
+    logits = run.apply(primary)(variables, data.to_float(test.images[:64]))
+    right = np.asarray(logits).argmax(-1) == test.labels[:64]
+    assert np.sum(right != records.unpack_bits(said["bits"], said["n"])[:64]) <= 1  # by rounding
 
 
 def config(tfds_dir, **defense):
