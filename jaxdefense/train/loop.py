@@ -31,6 +31,7 @@ from jaxdefense.attacks import checks
 from jaxdefense.data import Arrays, Encoded, OnDevice, Streaming, make_augment, to_float
 from jaxdefense.defenses import base
 from jaxdefense.defenses.base import Metrics
+from jaxdefense.evaluation import memory
 from jaxdefense.evaluation.evaluator import Evaluator
 from jaxdefense.runs import checkpoint, sources, start
 from jaxdefense.runs.run import Run, build, read_log, read_model
@@ -43,7 +44,7 @@ from jaxdefense.train.step import (
     replicate,
     unreplicate,
 )
-from jaxdefense.types import Images, Key, Logits, PyTree
+from jaxdefense.types import Images, Logits, PyTree
 
 __all__ = ["Diverged", "Interrupted", "Trainer", "train"]
 
@@ -143,8 +144,14 @@ class Trainer:
             self.interval(name)  # refuses what is no length
         self.example_image = to_float(arrays.images[:1])
         self.held_out = run.arrays("validation")
-        self.augment = make_augment(options["augment"])
+        augment = make_augment(options["augment"])
+        # Not a method: what is compiled should not refer to the trainer and its data.
+        self.augment_view: base.View = lambda key, images: {"image": augment(key, images)}
         self.judged = run.judging_batch(arrays.images.shape)  # images at once
+        if jax.default_backend() != "cpu":  # where memory may be short of it
+            self.judged = min(
+                self.judged, run.config["evaluation"].get("batch_size") or self.judged
+            )
         self.evaluator = Evaluator(
             run.apply(run.defense.primary), run.threat, batch_size=self.judged
         )
@@ -322,9 +329,18 @@ class Trainer:
     ) -> tuple[State, Metrics]:
         """The replicated state after the steps step..end-1, and their metrics' sums."""
         items = self._padded_items(step, end - step)
-        chunk = self.compiled_steps(segment)
-        state, sums, bad = chunk(state, self.batches.resident, items, jnp.int32(end - step))
-        if (at := int(bad[0])) >= 0:
+        chunk, resident, before = self.compiled_steps(segment), self.batches.resident, state
+        devices = jax.device_count()
+        with memory.explain_out_of_memory(
+            "a step of training",
+            self.batches.batch_size,
+            lambda batch: chunk.lower(before, resident, items, batch // devices),
+            multiple=devices,
+            advice="--config.train.batch_size={batch}; training's results change with it",
+        ):
+            state, sums, bad = chunk(state, resident, items, jnp.int32(end - step))
+            at = int(bad[0])
+        if at >= 0:
             good = {kind: store.steps() for kind, store in self.stores.items()}
             raise Diverged(
                 f"the loss was not finite at step {at} (epoch {at / self.per_epoch:.2f}); "
@@ -360,14 +376,10 @@ class Trainer:
             self._compiled[name] = compile_steps(step, self.batches.gather)
         return self._compiled[name]
 
-    def augment_view(self, key: Key, images: Images) -> dict[str, Images]:
-        """The run's augmentation, for phases without a view of their own.
-
-        Args:
-          key: one typed key.
-          images: (B, H, W, C) in [0, 1].
-        """
-        return {"image": self.augment(key, images)}
+    def release(self) -> None:
+        """Frees the compiled steps, which JAX would keep as long as the process lives."""
+        while self._compiled:
+            self._compiled.popitem()[1].release()
 
     # Validation.
 
@@ -531,5 +543,6 @@ def train(
             sources.copy_sources(run.sources, workdir)
         return trainer.run_to_end(progress=progress)
     finally:
+        trainer.release()
         for store in trainer.stores.values():
             store.close()
