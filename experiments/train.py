@@ -56,7 +56,11 @@ def main(argv):
         )
     summary = train(config, WORKDIR.value, progress=cli.shows_progress(PROGRESS.value))
     best = {name: round(value, 2) for name, value in summary["best"].items()}
-    print(f"{summary['steps']} steps in {summary['seconds']:.0f} s; best checkpoint: {best}")
+    told = f"{summary['steps']} steps in {summary['seconds']:.0f} s; best checkpoint: {best}"
+    if warnings := summary["warnings"]:
+        names = ", ".join(dict.fromkeys(warned["name"] for warned in warnings))
+        told += f"; {len(warnings)} warnings, see docs/flags.md: {names}"
+    print(told)
 
 
 if __name__ == "__main__":

@@ -445,8 +445,9 @@ class Restored(NamedTuple):
     Attributes:
       run: what its config describes.
       variables: {"params", "carry"} of a checkpoint.
-      meta: the checkpoint's metadata with its "step", and the "validation" curve where the
-        workdir holds the run's log: [[epoch, clean, robust]], percent.
+      meta: the checkpoint's metadata with its "step", and where the workdir holds the run's log,
+        the "validation" curve [[epoch, clean, robust]], percent, and the "warnings" of training,
+        [{"step", "epoch", "name", "evidence"}].
     """
 
     run: Run
@@ -492,11 +493,15 @@ def restore(
     store = checkpoint.Store(workdir / kind)
     try:
         meta = store.meta()
+        meta.pop("watch", None)  # what only a resumed training needs
         params, carry = jax.eval_shape(run.init, run.arrays("validation").images)
         model = read_model(store, run.defense, params, carry)
     finally:
         store.close()
-    curve = _read_validation(workdir / "metrics.jsonl")
+    lines = read_log(workdir / "metrics.jsonl")
+    if warnings := _read_warnings(lines):
+        meta["warnings"] = warnings
+    curve = _read_validation(lines)
     return Restored(run, model, {**meta, "validation": curve} if curve else meta)
 
 
@@ -518,9 +523,16 @@ def read_log(path: pathlib.Path) -> list[dict[str, Any]]:
     return lines
 
 
-def _read_validation(path: pathlib.Path) -> list[list[float]]:
+def _read_warnings(lines: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The warnings in a run's log, as `train` returns them."""
+    keys = {"step": "step", "epoch": "epoch", "name": "warning", "evidence": "evidence"}
+    return [
+        {name: line.get(key) for name, key in keys.items()} for line in lines if "warning" in line
+    ]
+
+
+def _read_validation(lines: Sequence[Mapping[str, Any]]) -> list[list[float]]:
     """The validations in a run's log, thinned evenly where they are many; the last one stays."""
-    lines = read_log(path)
     keys = ("epoch", "validation_clean", "validation_robust")
     curve = [[round(line[key], 4) for key in keys] for line in lines if keys[1] in line]
     if not curve:

@@ -35,7 +35,7 @@ from jaxdefense.evaluation import memory
 from jaxdefense.evaluation.evaluator import Evaluator
 from jaxdefense.runs import checkpoint, sources, start
 from jaxdefense.runs.run import Run, build, read_log, read_model
-from jaxdefense.train import optim, plan
+from jaxdefense.train import collapse, optim, plan
 from jaxdefense.train.step import (
     RunSteps,
     State,
@@ -168,6 +168,8 @@ class Trainer:
                 self.start.apply(*shapes)  # refuses what does not fit
             start.check_frozen(options["frozen"], shapes[0])
         self.best: dict[str, Any] = {}
+        self.watch = collapse.Watch(len(self.held_out), arrays.num_classes)
+        self.one_class: int | None = None  # that the last network validated answers
         self.pretrained_scores: dict[str, Any] = {}
         self.seconds = 0.0
 
@@ -195,7 +197,12 @@ class Trainer:
             for segment in self.segments:
                 if segment.end > int(state.step):
                     state = self._run_segment(segment, state, log, bar, received)
-        summary = {"steps": self.total, "seconds": self.seconds, "best": self.best}
+        summary = {
+            "steps": self.total,
+            "seconds": self.seconds,
+            "best": self.best,
+            "warnings": self.watch.told(),
+        }
         return {**summary, "given": self.pretrained_scores} if self.pretrained_scores else summary
 
     def _run_segment(
@@ -267,6 +274,7 @@ class Trainer:
         meta = last.meta()
         self.best, self.seconds = meta["best"], meta["seconds"]
         self.pretrained_scores = meta.get("given", {})
+        self.watch.restore(meta.get("watch", {}))
 
         def state_at_checkpoint() -> State:
             """Only its structure is used: which roles have optimisers depends on past segments."""
@@ -296,6 +304,8 @@ class Trainer:
         if kind == "last":
             items["optimizer"] = host.opt
         meta = {"best": self.best, "seconds": self.seconds}
+        if kind == "last":
+            meta["watch"] = self.watch.state()
         if self.pretrained_scores:
             meta["given"] = self.pretrained_scores
         self.stores[kind].save(int(host.step), items, meta)
@@ -411,6 +421,7 @@ class Trainer:
             {"robust": self.run.validation},
             seed=self.run.seed,
         )
+        self.one_class = collapse.constant_answer(bits["clean"], arrays.labels)
         return {f"validation_{name}": 100 * float(b.mean()) for name, b in bits.items()}
 
     def score_pretrained(self) -> dict[str, dict[str, Any]]:
@@ -457,14 +468,25 @@ class Trainer:
         bar.write(f"epoch {epoch:.4g}: {_format_scores(scores)}")
         # What earlier phases have is not yet the defence.
         is_last = segment.phase is self.segments[-1].phase
-        if is_last and self.update_best(scores, step):
-            self.save_checkpoint("best", state)
+        if is_last:
+            self._warn_of_collapse(step, scores, log)
+            if self.update_best(scores, step):
+                self.save_checkpoint("best", state)
+
+    def _warn_of_collapse(self, step: int, scores: Mapping[str, float], log: Log) -> None:
+        """Logs, and writes to stderr, what a validation of the last phase shows to be wrong."""
+        end = step == self.total
+        for warned in self.watch.add(step, step / self.per_epoch, scores, self.one_class, end):
+            told = {"warning": warned.name, "evidence": warned.evidence}
+            log.write(step, {}, epoch=warned.epoch, **told)
+            tqdm.write(str(warned), file=sys.stderr)
 
     # What a reader sees.
 
     def _report(self, log: Log, bar: tqdm, segment: plan.Segment, step: int, sums: Metrics) -> None:
         """Logs and shows the means of a dispatch's metrics."""
         values = {n: float(s[0]) / max(float(c[0]), 1e-12) for n, (s, c) in sums.items()}
+        self.watch.note_metrics(values)
         log.write(step, values, epoch=step / self.per_epoch, phase=segment.phase.name)
         bar.set_postfix_str(
             segment.phase.name + " " + " ".join(f"{n} {v:.3f}" for n, v in values.items())
@@ -521,9 +543,9 @@ def train(
       progress: show a bar with rate and time left.
 
     Returns:
-      {"steps", "seconds", "best": {"step", "validation_clean", "validation_robust"}}, and where the
-      config names pretrained networks, "given": {role: {"source", "validation_clean",
-      "validation_robust"}}.
+      {"steps", "seconds", "best": {"step", "validation_clean", "validation_robust"}, "warnings":
+      [{"step", "epoch", "name", "evidence"}] of `collapse`}, and where the config names pretrained
+      networks, "given": {role: {"source", "validation_clean", "validation_robust"}}.
 
     Raises:
       ValueError: a wrong config, or a workdir of another config; before any compilation.
