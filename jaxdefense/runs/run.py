@@ -40,6 +40,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxdefense import attacks, defenses, models, registry, threat
+from jaxdefense.attacks import checks
 from jaxdefense.data import Arrays, load_section, to_float
 from jaxdefense.defenses import base
 from jaxdefense.models import adapt, zoo
@@ -54,6 +55,7 @@ TRAIN_DEFAULTS: dict[str, Any] = {
     "optimizer": None,
     "augment": "none",
     "select": "robust",
+    "select_with": {},
     "validate_every": "1e",
     "checkpoint_every": "1e",
     "steps_per_dispatch": 50,
@@ -90,6 +92,8 @@ class Run:
       validation: the attack on the validation split.
       attacks: the evaluation's attacks by name.
       sources: the trained runs that the section "defense" names, by the option's path with dots.
+      second_attack: `train.select_with`, which chooses `best` among the best few checkpoints; None
+        where the validation attack alone does.
       splits: {"train", "validation", "test"} of images that were given; empty where the config's
         section "dataset" says what they are.
     """
@@ -103,6 +107,7 @@ class Run:
     validation: Attack
     attacks: dict[str, Attack]
     sources: dict[str, Source]
+    second_attack: Attack | None = None
     splits: Mapping[str, Arrays] = dataclasses.field(default_factory=dict)
 
     @property
@@ -402,6 +407,7 @@ def build(
         validation=validation,
         attacks=named_attacks,
         sources=named_runs,
+        second_attack=_make_second_attack(train, ball),
         splits=splits,
     )
 
@@ -423,6 +429,34 @@ def _train_options(config: Mapping[str, Any]) -> dict[str, Any]:
     if isinstance(frozen, str) or not all(isinstance(name, str) for name in frozen):
         raise ValueError(f"train.frozen must be a list of names, got {frozen!r}")
     return options
+
+
+def _make_second_attack(train: Mapping[str, Any], ball: Threat) -> Attack | None:
+    """The attack of `train.select_with`, {"name": ..., options, "best_of": 3}; None where empty."""
+    spec = train["select_with"]
+    if not isinstance(spec, Mapping):
+        raise ValueError(
+            f"train.select_with must be a mapping such as {{'name': 'apgd', 'best_of': 3}}, got "
+            f"{spec!r}"
+        )
+    if not spec:
+        return None
+    if train["select"] != "robust":
+        raise ValueError(
+            f"train.select_with chooses by robust accuracy, and train.select is {train['select']!r}"
+        )
+    options = {key: value for key, value in spec.items() if key != "best_of"}
+    checks.check_count("train.select_with.best_of", best_of(train))
+    return _make_attacks({"train.select_with": options}, ball)["train.select_with"]
+
+
+def best_of(train: Mapping[str, Any]) -> int:
+    """How many checkpoints the second attack compares.
+
+    Args:
+      train: the section "train" with its defaults.
+    """
+    return train["select_with"].get("best_of", 3)
 
 
 def _make_attacks(specs: Mapping[str, Mapping[str, Any]], ball: Threat) -> dict[str, Attack]:

@@ -23,6 +23,7 @@ OVERFITTING = "catastrophic overfitting"
 ONE_CLASS = "one class"
 ROBUST_ABOVE_CLEAN = "robust above clean"
 CHANCE = "no better than chance"
+NO_ROBUSTNESS = "no robust accuracy"
 
 # What to do, in one line; docs/flags.md has more.
 ADVICE = {
@@ -33,6 +34,7 @@ ADVICE = {
     ONE_CLASS: "lower the learning rate, warm it up, or let eps grow from 0 (ramp_epochs)",
     ROBUST_ABOVE_CLEAN: "give the attack in training more steps, or a random start",
     CHANCE: "train longer, lower the learning rate, or let eps grow from 0 (ramp_epochs)",
+    NO_ROBUSTNESS: "train longer, let eps grow from 0 (ramp_epochs), or defend a smaller eps",
 }
 NAMES = tuple(ADVICE)
 
@@ -181,7 +183,7 @@ def find_warnings(
             says = f"{at}: clean accuracy {now.clean:.1f} %, guessing gives {chance:.1f} %"
             raised.append((CHANCE, says))
     else:
-        raised += _overfitting(now, before, learned, at, chance, n, is_end)
+        raised += _robustness_lost(now, before, learned, at, chance, n, is_end)
         crafted, plain = now.crafted, now.plain
         if crafted is not None and plain is not None:
             noise = max(_noise(plain, n), _noise(crafted, n))
@@ -192,7 +194,7 @@ def find_warnings(
     return [Warned(now.step, now.epoch, name, evidence) for name, evidence in raised]
 
 
-def _overfitting(
+def _robustness_lost(
     now: Validation,
     before: Sequence[Validation],
     learned: Sequence[Validation],
@@ -201,7 +203,7 @@ def _overfitting(
     n: int,
     is_end: bool,
 ) -> list[tuple[str, str]]:
-    """Catastrophic overfitting of a model whose clean accuracy is above chance."""
+    """Robust accuracy that fell or never was, of a model whose clean accuracy is above chance."""
     near = [v for v in before if v is before[-1] or v.epoch >= now.epoch - 1]
     candidates = [v for v in near if v in learned and _exceeds_chance(v.robust, chance, n)]
     if candidates:
@@ -213,10 +215,12 @@ def _overfitting(
             says += f"to {now.robust:.1f} %, clean is {now.clean:.1f} %"
             return [(OVERFITTING, says)]
     crafted = now.crafted if is_end and now.robust <= chance else None
-    if crafted is not None and crafted > max(2 * now.robust, chance) + _noise(crafted, n):
-        says = f"{at}: {crafted:.1f} % of the images crafted in training are classified "
-        return [(OVERFITTING, f"{says}rightly, under the validation attack {now.robust:.1f} %")]
-    return []
+    if crafted is None:
+        return []
+    says = f"{at}: {now.robust:.1f} % under the validation attack, guessing gives {chance:.1f} %; "
+    says += f"{crafted:.1f} % on the images crafted in training, {now.clean:.1f} % on clean ones"
+    fooled = crafted > max(2 * now.robust, chance) + _noise(crafted, n)
+    return [(OVERFITTING if fooled else NO_ROBUSTNESS, says)]
 
 
 class Watch:

@@ -34,8 +34,9 @@ from jaxdefense.defenses.base import Metrics
 from jaxdefense.evaluation import memory
 from jaxdefense.evaluation.evaluator import Evaluator
 from jaxdefense.runs import checkpoint, sources, start
-from jaxdefense.runs.run import Run, build, read_log, read_model
+from jaxdefense.runs.run import Run, best_of, build, read_log, read_model
 from jaxdefense.train import collapse, optim, plan
+from jaxdefense.train.candidates import Candidates, choose_best
 from jaxdefense.train.step import (
     RunSteps,
     State,
@@ -44,7 +45,7 @@ from jaxdefense.train.step import (
     replicate,
     unreplicate,
 )
-from jaxdefense.types import Images, Logits, PyTree
+from jaxdefense.types import Attack, Images, Logits, PyTree
 
 __all__ = ["Diverged", "Interrupted", "Trainer", "train"]
 
@@ -168,6 +169,9 @@ class Trainer:
                 self.start.apply(*shapes)  # refuses what does not fit
             start.check_frozen(options["frozen"], shapes[0])
         self.best: dict[str, Any] = {}
+        self.candidates: Candidates | None = None
+        if run.second_attack is not None:
+            self.candidates = Candidates(workdir / "candidates", keep=best_of(options))
         self.watch = collapse.Watch(len(self.held_out), arrays.num_classes)
         self.one_class: int | None = None  # that the last network validated answers
         self.pretrained_scores: dict[str, Any] = {}
@@ -197,6 +201,8 @@ class Trainer:
             for segment in self.segments:
                 if segment.end > int(state.step):
                     state = self._run_segment(segment, state, log, bar, received)
+        if self.candidates is not None and self.run.second_attack is not None:
+            self.choose_candidate(self.candidates, self.run.second_attack)
         summary = {
             "steps": self.total,
             "seconds": self.seconds,
@@ -275,6 +281,8 @@ class Trainer:
         self.best, self.seconds = meta["best"], meta["seconds"]
         self.pretrained_scores = meta.get("given", {})
         self.watch.restore(meta.get("watch", {}))
+        if self.candidates is not None:
+            self.candidates.scores = meta["candidates"]
 
         def state_at_checkpoint() -> State:
             """Only its structure is used: which roles have optimisers depends on past segments."""
@@ -306,9 +314,13 @@ class Trainer:
         meta = {"best": self.best, "seconds": self.seconds}
         if kind == "last":
             meta["watch"] = self.watch.state()
+            if self.candidates is not None:
+                meta["candidates"] = self.candidates.scores
         if self.pretrained_scores:
             meta["given"] = self.pretrained_scores
         self.stores[kind].save(int(host.step), items, meta)
+        if kind == "last" and self.candidates is not None:
+            self.candidates.prune()
 
     # Steps.
 
@@ -402,15 +414,21 @@ class Trainer:
         host = unreplicate(state)
         return self.score_network(self.evaluator, {"params": host.params, "carry": host.carry})
 
-    def score_network(self, evaluator: Evaluator, variables: PyTree) -> dict[str, float]:
+    def score_network(
+        self,
+        evaluator: Evaluator,
+        variables: PyTree,
+        attacks: Mapping[str, Attack] | None = None,
+    ) -> dict[str, float]:
         """Any network's clean and robust accuracy on the validation split, percent.
 
         Args:
           evaluator: of the network.
           variables: its weights.
+          attacks: by name; default the config's validation attack, "robust".
 
         Returns:
-          {"validation_clean", "validation_robust"}.
+          {"validation_clean", "validation_robust"}, or of other attacks the names.
         """
         arrays = self.held_out
         bits = evaluator.bits(
@@ -418,7 +436,7 @@ class Trainer:
             to_float(arrays.images),
             arrays.labels,
             arrays.ids,
-            {"robust": self.run.validation},
+            attacks or {"robust": self.run.validation},
             seed=self.run.seed,
         )
         self.one_class = collapse.constant_answer(bits["clean"], arrays.labels)
@@ -470,8 +488,55 @@ class Trainer:
         is_last = segment.phase is self.segments[-1].phase
         if is_last:
             self._warn_of_collapse(step, scores, log)
-            if self.update_best(scores, step):
+            is_best = self.update_best(scores, step)
+            if self.candidates is not None:
+                self._offer_candidate(self.candidates, step, scores, state)
+            elif is_best:
                 self.save_checkpoint("best", state)
+
+    def _offer_candidate(
+        self, candidates: Candidates, step: int, scores: Mapping[str, float], state: State
+    ) -> None:
+        """Keeps a state until the run's end where it is one of the best few."""
+        if candidates.takes(step, scores) and jax.process_index() == 0:
+            host = unreplicate(state)
+            own = self.run.defense.without_pretrained
+            candidates.save(step, {"params": own(host.params), "carry": own(host.carry)})
+
+    def choose_candidate(self, candidates: Candidates, attack: Attack) -> None:
+        """Scores the best few states by the second attack; the winner becomes `best`.
+
+        Where `best` is there already, a run that had ended is asked again. A process that is killed
+        before it is written scores all again, with the same bits.
+
+        Args:
+          candidates: all that the run has kept.
+          attack: the second one.
+        """
+        store = self.stores["best"]
+        if not store.steps():
+            params, carry = jax.eval_shape(self.run.init, self.example_image)
+            second = {"second": attack}
+            compared = []
+            for step, scores in candidates.in_order():
+                with contextlib.closing(candidates.store(step)) as kept:
+                    model = read_model(kept, self.run.defense, params, carry)
+                found = self.score_network(self.evaluator, model, second)
+                compared.append({"step": step, **scores, **found})
+            best = choose_best(compared)
+            meta = {"best": best, "candidates": compared, "seconds": self.seconds}
+            if self.pretrained_scores:
+                meta["given"] = self.pretrained_scores
+            with contextlib.closing(candidates.store(best["step"])) as kept:
+                model = kept.restore_as_saved("model")
+            if jax.process_index() == 0:
+                store.save(best["step"], {"model": model}, meta)
+        self.best = store.meta()["best"]
+        scores = {name: v for name, v in self.best.items() if name != "step"}
+        line = f"chosen by {attack!r}: step {self.best['step']}, {_format_scores(scores)}"
+        tqdm.write(line, file=sys.stderr)
+        if jax.process_index() == 0:
+            candidates.clear()
 
     def _warn_of_collapse(self, step: int, scores: Mapping[str, float], log: Log) -> None:
         """Logs, and writes to stderr, what a validation of the last phase shows to be wrong."""
