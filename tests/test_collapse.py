@@ -2,13 +2,15 @@
 
 import json
 
+import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from test_train import config
 
 from jaxdefense import data, runs, train
 from jaxdefense.evaluation.report import rows
-from jaxdefense.train import collapse
+from jaxdefense.train import candidates, collapse, loop
 
 
 def names(*accuracies, n=1000, end=False, every=1.0, **last):
@@ -144,29 +146,107 @@ def toy_images(n, seed):
     return np.rint(255 * images).astype(np.uint8), labels
 
 
+def toy_init(key, images):
+    return {"w": jnp.array([0.5, 0.0])}
+
+
+def toy_apply(params, images):
+    pixels = (images[:, 0, :, 0] - 0.5) * jnp.array([[1.0, 50.0]])
+    lead = pixels @ params["w"]
+    return jnp.stack([-lead, lead], -1)
+
+
+def toy_train(workdir, **select_with):
+    """The network leans on pixel 0 at first, and in the end on pixel 1, which eps .1 can turn.
+
+    The validation attack sees nothing of that: its step is too short.
+    """
+    values = config("", **{"train.length": "12s", "train.validate_every": "2s"})
+    del values["model"], values["dataset"]
+    values["defense"] = {"name": "standard"}
+    values["validation"] = {"name": "fgsm", "step_size": 1e-6}
+    values["train"]["optimizer"] = {"name": "sgd", "lr": 0.01, "momentum": 0.9}
+    values["train"]["checkpoint_every"] = "4s"
+    if select_with:
+        values["train"]["select_with"] = select_with
+    splits = data.from_arrays(*toy_images(400, 0), test=100, validation=100)
+    model = (toy_init, toy_apply)
+    summary = train.train(values, workdir, model=model, data=splits, progress=False)
+    return summary, runs.restore(workdir, model=model, data=splits)
+
+
 class TestSecondAttack:
-    """The network leans on pixel 0 at first and on pixel 1, which eps .1 hides, in the end."""
+    pgd = {"name": "pgd", "steps": 3, "best_of": 6}  # noqa: RUF012
+    apgd = {"name": "apgd", "steps": 3, "best_of": 3}  # noqa: RUF012
 
-    def init(self, key, images):
-        return {"w": jnp.array([0.5, 0.0])}
+    @pytest.fixture(scope="class")
+    def whole(self, tmp_path_factory):
+        """A run that nobody killed: its folder, summary and what is restored from it."""
+        folder = tmp_path_factory.mktemp("whole")
+        return folder, *toy_train(folder, **self.apgd)
 
-    def apply(self, variables, images):
-        pixels = (images[:, 0, :, 0] - 0.5) * jnp.array([1.0, 50.0])
-        lead = pixels @ variables["w"]
-        return jnp.stack([-lead, lead], -1)
+    def test_it_turns_down_what_the_first_attack_prefers(self, tmp_path, capsys):
+        first, _ = toy_train(tmp_path / "first")
+        assert first["best"]["step"] == 12
+        assert first["best"]["validation_robust"] == 100.0
+        second, (_, variables, meta) = toy_train(tmp_path / "second", **self.pgd)
+        best = second["best"]
+        assert best["step"] < 12
+        told = {one["step"]: one["validation_second"] for one in meta["candidates"]}
+        assert sorted(told) == [2, 4, 6, 8, 10, 12]
+        assert told[12] < 10 < 60 < told[best["step"]] == max(told.values())
+        assert meta["best"] == best
+        assert meta["step"] == best["step"]
+        assert float(variables["params"]["classifier"]["w"][1]) < 0.2
+        assert f"step {best['step']}" in capsys.readouterr().err
+        assert not (tmp_path / "second" / "candidates").exists()
 
-    def train(self, workdir, tmp_path, **select_with):
-        values = config("", **{"train.length": "12s", "train.validate_every": "2s"})
-        del values["model"], values["dataset"]
-        values["defense"] = {"name": "standard"}
-        # A first attack that sees nothing: its step is too short.
-        values["validation"] = {"name": "fgsm", "step_size": 1e-6}
-        values["train"]["optimizer"] = {"name": "sgd", "lr": 0.1}
-        values["train"]["checkpoint_every"] = "4s"
-        if select_with:
-            values["train"]["select_with"] = select_with
-        sets = [data.from_arrays(*toy_images(n, i), name="toy") for i, n in enumerate((256, 100))]
-        splits = (sets[0][0], sets[1][0], sets[1][0])
-        return train.train(
-            values, workdir, model=(self.init, self.apply), data=splits, progress=False
-        )
+    @pytest.mark.parametrize(
+        ("owner", "method", "call"),
+        [
+            (candidates.Candidates, "save", 3),  # in training
+            (loop.Trainer, "score_network", 9),  # the candidates are being scored
+            (candidates.Candidates, "clear", 1),  # the winner is written
+        ],
+    )
+    def test_killed_anywhere_it_ends_with_the_same_bits(
+        self, tmp_path, monkeypatch, whole, owner, method, call
+    ):
+        folder, summary, (_, variables, meta) = whole
+        original, calls = getattr(owner, method), []
+
+        def killed(self, *args, **kwargs):
+            calls.append(1)
+            if len(calls) == call:
+                raise KeyboardInterrupt
+            return original(self, *args, **kwargs)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(owner, method, killed)
+            with pytest.raises(KeyboardInterrupt):
+                toy_train(tmp_path, **self.apgd)
+        again, (_, resumed, meta_again) = toy_train(tmp_path, **self.apgd)
+        assert again["best"] == summary["best"]
+        assert meta_again["candidates"] == meta["candidates"]
+        assert len(meta["candidates"]) == 3
+        for a, b in zip(jax.tree.leaves(variables), jax.tree.leaves(resumed), strict=True):
+            np.testing.assert_array_equal(a, b)
+        logs = [(path / "metrics.jsonl").read_text() for path in (folder, tmp_path)]
+        assert logs[0] == logs[1]
+        assert not (tmp_path / "candidates").exists()
+
+    @pytest.mark.parametrize(
+        ("change", "match"),
+        [
+            ({"select_with": {"name": "apgdd"}}, "nearest: apgd"),
+            ({"select_with": {"name": "apgd", "best_of": 0}}, "best_of"),
+            ({"select_with": {"name": "apgd", "step": 3}}, "nearest: steps"),
+            ({"select_with": "apgd"}, "mapping such as"),
+            ({"select_with": {"name": "apgd"}, "select": "clean"}, "select is 'clean'"),
+        ],
+    )
+    def test_wrong_options(self, tfds_dir, change, match):
+        values = config(tfds_dir)
+        values["train"] |= change
+        with pytest.raises(ValueError, match=match):
+            runs.run.build(values)
