@@ -98,7 +98,8 @@ class TestParts:
         scores = [{"validation_clean": 80.0, "validation_robust": r} for r in (45.0, 1.0)]
         watches[0].note_metrics({"robust_accuracy": 0.5})
         watches[0].add(100, 1.0, scores[0], None, False)
-        watches[1].restore(json.loads(json.dumps(watches[0].state())))
+        meta = {"watch": watches[0].state(), "warnings": watches[0].told()}
+        watches[1].restore(json.loads(json.dumps(meta)))
         for watch in watches:
             assert len(watch.add(200, 2.0, scores[1], None, False)) == 1
         assert watches[0].state() == watches[1].state()
@@ -175,15 +176,18 @@ def toy_train(workdir, **select_with):
     return summary, runs.restore(workdir, model=model, data=splits)
 
 
+APGD = {"name": "apgd", "steps": 3, "best_of": 3}
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """A run that nobody killed: its folder, summary and what is restored from it."""
+    folder = tmp_path_factory.mktemp("whole")
+    return folder, *toy_train(folder, **APGD)
+
+
 class TestSecondAttack:
     pgd = {"name": "pgd", "steps": 3, "best_of": 6}  # noqa: RUF012
-    apgd = {"name": "apgd", "steps": 3, "best_of": 3}  # noqa: RUF012
-
-    @pytest.fixture(scope="class")
-    def whole(self, tmp_path_factory):
-        """A run that nobody killed: its folder, summary and what is restored from it."""
-        folder = tmp_path_factory.mktemp("whole")
-        return folder, *toy_train(folder, **self.apgd)
 
     def test_it_turns_down_what_the_first_attack_prefers(self, tmp_path, capsys):
         first, _ = toy_train(tmp_path / "first")
@@ -224,8 +228,8 @@ class TestSecondAttack:
         with monkeypatch.context() as patch:
             patch.setattr(owner, method, killed)
             with pytest.raises(KeyboardInterrupt):
-                toy_train(tmp_path, **self.apgd)
-        again, (_, resumed, meta_again) = toy_train(tmp_path, **self.apgd)
+                toy_train(tmp_path, **APGD)
+        again, (_, resumed, meta_again) = toy_train(tmp_path, **APGD)
         assert again["best"] == summary["best"]
         assert meta_again["candidates"] == meta["candidates"]
         assert len(meta["candidates"]) == 3

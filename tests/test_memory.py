@@ -64,7 +64,7 @@ class TestFreed:
             return images.reshape(len(images), -1) @ weights
 
         evaluator = Evaluator(apply, ball, batch_size=8)
-        evaluator.bits(weights, x, np.zeros(4, int), np.arange(3), {"fgsm": attacks.fgsm(ball)})
+        evaluator.bits(weights, x, np.zeros(4, int), np.arange(4), {"fgsm": attacks.fgsm(ball)})
         attack = attacks.jitted(attacks.fgsm(ball), apply)
         attack(weights, jax.random.key(0), x, np.zeros(4, int))
         refs = [weakref.ref(evaluator), weakref.ref(attack), weakref.ref(apply)]

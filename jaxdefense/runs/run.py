@@ -527,7 +527,7 @@ def restore(
     store = checkpoint.Store(workdir / kind)
     try:
         meta = store.meta()
-        meta.pop("watch", None)  # what only a resumed training needs
+        meta = {k: v for k, v in meta.items() if k not in ("watch", "kept")}  # for a resumed run
         params, carry = jax.eval_shape(run.init, run.arrays("validation").images)
         model = read_model(store, run.defense, params, carry)
     finally:

@@ -268,16 +268,17 @@ class Watch:
         return [dataclasses.asdict(warned) for warned in self.warnings]
 
     def state(self) -> dict[str, Any]:
-        """Plain values that `restore` takes."""
+        """Plain values that `restore` takes beside the warnings."""
         history = [dataclasses.asdict(validation) for validation in self._history]
-        return {"history": history, "warnings": self.told(), "recent": self._recent}
+        return {"history": history, "recent": self._recent}
 
-    def restore(self, state: Mapping[str, Any]) -> None:
-        """Goes on where a checkpoint was; one without a state of ours starts anew.
+    def restore(self, meta: Mapping[str, Any]) -> None:
+        """Goes on where a checkpoint was; one of before there were warnings starts anew.
 
         Args:
-          state: of `state`, or {}.
+          meta: of the checkpoint, with its "watch" of `state` and its "warnings" of `told`.
         """
+        state = meta.get("watch", {})
         self._history = [Validation(**found) for found in state.get("history", ())]
-        self.warnings = [Warned(**found) for found in state.get("warnings", ())]
         self._recent = dict(state.get("recent", {}))
+        self.warnings = [Warned(**found) for found in meta.get("warnings", ())]

@@ -149,10 +149,9 @@ class Trainer:
         # Not a method: what is compiled should not refer to the trainer and its data.
         self.augment_view: base.View = lambda key, images: {"image": augment(key, images)}
         self.judged = run.judging_batch(arrays.images.shape)  # images at once
-        if jax.default_backend() != "cpu":  # where memory may be short of it
-            self.judged = min(
-                self.judged, run.config["evaluation"].get("batch_size") or self.judged
-            )
+        asked = run.config["evaluation"].get("batch_size")
+        if asked and jax.default_backend() != "cpu":  # where memory may be too short for so many
+            self.judged = min(self.judged, asked)
         self.evaluator = Evaluator(
             run.apply(run.defense.primary), run.threat, batch_size=self.judged
         )
@@ -280,9 +279,9 @@ class Trainer:
         meta = last.meta()
         self.best, self.seconds = meta["best"], meta["seconds"]
         self.pretrained_scores = meta.get("given", {})
-        self.watch.restore(meta.get("watch", {}))
+        self.watch.restore(meta)
         if self.candidates is not None:
-            self.candidates.scores = meta["candidates"]
+            self.candidates.scores = meta["kept"]
 
         def state_at_checkpoint() -> State:
             """Only its structure is used: which roles have optimisers depends on past segments."""
@@ -311,11 +310,11 @@ class Trainer:
         items = {"model": {"params": own(host.params), "carry": own(host.carry)}}
         if kind == "last":
             items["optimizer"] = host.opt
-        meta = {"best": self.best, "seconds": self.seconds}
+        meta = {"best": self.best, "seconds": self.seconds, "warnings": self.watch.told()}
         if kind == "last":
             meta["watch"] = self.watch.state()
             if self.candidates is not None:
-                meta["candidates"] = self.candidates.scores
+                meta["kept"] = self.candidates.scores
         if self.pretrained_scores:
             meta["given"] = self.pretrained_scores
         self.stores[kind].save(int(host.step), items, meta)
@@ -524,7 +523,8 @@ class Trainer:
                 found = self.score_network(self.evaluator, model, second)
                 compared.append({"step": step, **scores, **found})
             best = choose_best(compared)
-            meta = {"best": best, "candidates": compared, "seconds": self.seconds}
+            meta = {"best": best, "seconds": self.seconds, "warnings": self.watch.told()}
+            meta["candidates"] = compared
             if self.pretrained_scores:
                 meta["given"] = self.pretrained_scores
             with contextlib.closing(candidates.store(best["step"])) as kept:
