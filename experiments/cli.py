@@ -30,6 +30,7 @@ def needed(extra: str) -> Iterator[None]:
 with needed("train"):
     import configs
 
+    from jaxdefense.evaluation.memory import OutOfMemory
     from jaxdefense.train.loop import Diverged, Interrupted
 
 HERE = pathlib.Path(__file__).parent
@@ -189,7 +190,7 @@ def run(main: Callable[[Sequence[str]], None], *, spread: bool = False) -> None:
             logging.set_verbosity(logging.WARNING)  # orbax logs every file that it writes
         try:
             main(argv)
-        except (ValueError, Diverged, extras.MissingExtra) as error:
+        except (ValueError, Diverged, OutOfMemory, extras.MissingExtra) as error:
             sys.exit(f"error: {error}")
         except Interrupted as error:
             print(error, file=sys.stderr)

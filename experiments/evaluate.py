@@ -135,6 +135,8 @@ def main(argv):
         print(tables.accuracy_table([record]), "\n")
         for flag in record.get("cascade", {}).get("flags", ()):
             print("{severity}: {predictor}: {name}: {evidence}".format(**flag))
+    for warned in record["training"].get("warnings", ()):
+        print("in training: {name}: {evidence}".format(**warned))
     print(f"record: {path}")
 
 

@@ -8,7 +8,8 @@
 
 The last starts from the weights of another run; the schedule and the optimiser are the new run's,
 from its first step. --new_head leaves out its last layer, for other classes; --frozen names what
-stays as it starts, e.g. classifier/conv1.
+stays as it starts, e.g. classifier/conv1. --select_with=apgd lets a second attack choose `best`
+among the best few checkpoints; what training warns of is explained in docs/flags.md.
 
 The workdir then holds config.json, metrics.jsonl, TensorBoard events and the checkpoints `last`
 and `best`; experiments/evaluate.py reads it.
@@ -30,6 +31,9 @@ INIT_FROM = flags.DEFINE_string("init_from", None, "Workdir of a run, or a file,
 CHECKPOINT = flags.DEFINE_enum("init_checkpoint", "best", ["best", "last"], "Which of its weights.")
 NEW_HEAD = flags.DEFINE_bool("new_head", False, "With --init_from: a new last layer.")
 FROZEN = flags.DEFINE_list("frozen", [], "Roles, or parts of them, that stay as they start.")
+SELECT_WITH = flags.DEFINE_string(
+    "select_with", None, "A second attack that chooses `best` among the best three checkpoints."
+)
 PROGRESS = flags.DEFINE_bool("progress", None, cli.PROGRESS_HELP)
 flags.mark_flag_as_required("config")
 
@@ -48,6 +52,9 @@ def main(argv):
         raise ValueError("--new_head needs --init_from=WORKDIR")
     if FROZEN.value:
         config["train"]["frozen"] = FROZEN.value
+    if SELECT_WITH.value:
+        given = config["train"].get("select_with", {})
+        config["train"]["select_with"] = {**given, "name": SELECT_WITH.value}
     section = config.get("dataset")  # `train` says where it is missing
     if section and not data.has_test(section):
         # Said before the workdir is claimed: a run cannot be given other data afterwards.
@@ -56,7 +63,11 @@ def main(argv):
         )
     summary = train(config, WORKDIR.value, progress=cli.shows_progress(PROGRESS.value))
     best = {name: round(value, 2) for name, value in summary["best"].items()}
-    print(f"{summary['steps']} steps in {summary['seconds']:.0f} s; best checkpoint: {best}")
+    told = f"{summary['steps']} steps in {summary['seconds']:.0f} s; best checkpoint: {best}"
+    if warnings := summary["warnings"]:
+        names = ", ".join(dict.fromkeys(warned["name"] for warned in warnings))
+        told += f"; {len(warnings)} warnings, see docs/flags.md: {names}"
+    print(told)
 
 
 if __name__ == "__main__":

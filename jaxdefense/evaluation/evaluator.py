@@ -22,7 +22,7 @@ from tqdm import tqdm
 from jaxdefense.attacks import checks
 from jaxdefense.attacks.method import takes_targets
 from jaxdefense.attacks.outcome import success_margin
-from jaxdefense.evaluation import flags, records
+from jaxdefense.evaluation import flags, memory, records
 from jaxdefense.evaluation.checks import (
     check_attack,
     check_grid,
@@ -203,6 +203,9 @@ class Evaluator:
 
         Returns:
           The function's result as NumPy arrays of n rows.
+
+        Raises:
+          OutOfMemory: a device's memory is full; the message names the batch size that would fit.
         """
         weights, rest = partition(variables)
         if (key, rest) not in self._compiled:
@@ -221,9 +224,25 @@ class Evaluator:
                 )
             )
         n = len(arrays[0])
-        batched = [jax.device_put(self._padded(array), self._split) for array in arrays]
-        result = self._compiled[key, rest](weights, *batched)
-        return jax.tree.map(lambda leaf: np.asarray(leaf)[:n], result)
+        padded = [self._padded(array) for array in arrays]
+        compiled: Any = self._compiled[key, rest]
+
+        def lower(batch: int) -> Any:
+            shapes = [
+                jax.ShapeDtypeStruct((batch, *a.shape[1:]), a.dtype, sharding=self._split)
+                for a in padded
+            ]
+            return compiled.lower(weights, *shapes)
+
+        with memory.explain_out_of_memory(
+            "an evaluation",
+            len(padded[0]),
+            lower,
+            multiple=self._split.mesh.size,
+            advice="--config.evaluation.batch_size={batch}, in Python batch_size={batch}",
+        ):
+            result = compiled(weights, *(jax.device_put(array, self._split) for array in padded))
+            return jax.tree.map(lambda leaf: np.asarray(leaf)[:n], result)
 
     def map_rows(
         self, key: Hashable, function: Callable, variables: PyTree, *arrays: np.ndarray

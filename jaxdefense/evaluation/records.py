@@ -9,7 +9,8 @@ Optional keys describe the measurement: "attacks": {attack: how it was built}, "
 "eps", "note"} where the attacks were allowed something else than the config's threat, "parameters":
 {predictor: how many numbers it computes with, without BatchNorm's statistics}, "command": [lines
 that train and evaluate it], and "examples": a few images that the hardest attack fooled. "training"
-may hold "validation": [[epoch, clean, robust]], percent.
+may hold "validation": [[epoch, clean, robust]], percent, and "warnings": [{"step", "epoch", "name",
+"evidence"}] of the run.
 Bits are one per example in the order of the test set, base64 of NumPy's packbits.
 """
 

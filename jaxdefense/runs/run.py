@@ -40,6 +40,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxdefense import attacks, defenses, models, registry, threat
+from jaxdefense.attacks import checks
 from jaxdefense.data import Arrays, load_section, to_float
 from jaxdefense.defenses import base
 from jaxdefense.models import adapt, zoo
@@ -54,6 +55,7 @@ TRAIN_DEFAULTS: dict[str, Any] = {
     "optimizer": None,
     "augment": "none",
     "select": "robust",
+    "select_with": {},
     "validate_every": "1e",
     "checkpoint_every": "1e",
     "steps_per_dispatch": 50,
@@ -90,6 +92,8 @@ class Run:
       validation: the attack on the validation split.
       attacks: the evaluation's attacks by name.
       sources: the trained runs that the section "defense" names, by the option's path with dots.
+      second_attack: `train.select_with`, which chooses `best` among the best few checkpoints; None
+        where the validation attack alone does.
       splits: {"train", "validation", "test"} of images that were given; empty where the config's
         section "dataset" says what they are.
     """
@@ -103,6 +107,7 @@ class Run:
     validation: Attack
     attacks: dict[str, Attack]
     sources: dict[str, Source]
+    second_attack: Attack | None = None
     splits: Mapping[str, Arrays] = dataclasses.field(default_factory=dict)
 
     @property
@@ -402,6 +407,7 @@ def build(
         validation=validation,
         attacks=named_attacks,
         sources=named_runs,
+        second_attack=_make_second_attack(train, ball),
         splits=splits,
     )
 
@@ -425,6 +431,34 @@ def _train_options(config: Mapping[str, Any]) -> dict[str, Any]:
     return options
 
 
+def _make_second_attack(train: Mapping[str, Any], ball: Threat) -> Attack | None:
+    """The attack of `train.select_with`, {"name": ..., options, "best_of": 3}; None where empty."""
+    spec = train["select_with"]
+    if not isinstance(spec, Mapping):
+        raise ValueError(
+            f"train.select_with must be a mapping such as {{'name': 'apgd', 'best_of': 3}}, got "
+            f"{spec!r}"
+        )
+    if not spec:
+        return None
+    if train["select"] != "robust":
+        raise ValueError(
+            f"train.select_with chooses by robust accuracy, and train.select is {train['select']!r}"
+        )
+    options = {key: value for key, value in spec.items() if key != "best_of"}
+    checks.check_count("train.select_with.best_of", best_of(train))
+    return _make_attacks({"train.select_with": options}, ball)["train.select_with"]
+
+
+def best_of(train: Mapping[str, Any]) -> int:
+    """How many checkpoints the second attack compares.
+
+    Args:
+      train: the section "train" with its defaults.
+    """
+    return train["select_with"].get("best_of", 3)
+
+
 def _make_attacks(specs: Mapping[str, Mapping[str, Any]], ball: Threat) -> dict[str, Attack]:
     """The attacks that a config specifies as {"name": ..., options}, by the config's names."""
     made: dict[str, Attack] = {}
@@ -445,8 +479,9 @@ class Restored(NamedTuple):
     Attributes:
       run: what its config describes.
       variables: {"params", "carry"} of a checkpoint.
-      meta: the checkpoint's metadata with its "step", and the "validation" curve where the
-        workdir holds the run's log: [[epoch, clean, robust]], percent.
+      meta: the checkpoint's metadata with its "step", and where the workdir holds the run's log,
+        the "validation" curve [[epoch, clean, robust]], percent, and the "warnings" of training,
+        [{"step", "epoch", "name", "evidence"}].
     """
 
     run: Run
@@ -492,11 +527,15 @@ def restore(
     store = checkpoint.Store(workdir / kind)
     try:
         meta = store.meta()
+        meta = {k: v for k, v in meta.items() if k not in ("watch", "kept")}  # for a resumed run
         params, carry = jax.eval_shape(run.init, run.arrays("validation").images)
         model = read_model(store, run.defense, params, carry)
     finally:
         store.close()
-    curve = _read_validation(workdir / "metrics.jsonl")
+    lines = read_log(workdir / "metrics.jsonl")
+    if warnings := _read_warnings(lines):
+        meta["warnings"] = warnings
+    curve = _read_validation(lines)
     return Restored(run, model, {**meta, "validation": curve} if curve else meta)
 
 
@@ -518,9 +557,16 @@ def read_log(path: pathlib.Path) -> list[dict[str, Any]]:
     return lines
 
 
-def _read_validation(path: pathlib.Path) -> list[list[float]]:
+def _read_warnings(lines: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The warnings in a run's log, as `train` returns them."""
+    keys = {"step": "step", "epoch": "epoch", "name": "warning", "evidence": "evidence"}
+    return [
+        {name: line.get(key) for name, key in keys.items()} for line in lines if "warning" in line
+    ]
+
+
+def _read_validation(lines: Sequence[Mapping[str, Any]]) -> list[list[float]]:
     """The validations in a run's log, thinned evenly where they are many; the last one stays."""
-    lines = read_log(path)
     keys = ("epoch", "validation_clean", "validation_robust")
     curve = [[round(line[key], 4) for key in keys] for line in lines if keys[1] in line]
     if not curve:

@@ -31,10 +31,12 @@ from jaxdefense.attacks import checks
 from jaxdefense.data import Arrays, Encoded, OnDevice, Streaming, make_augment, to_float
 from jaxdefense.defenses import base
 from jaxdefense.defenses.base import Metrics
+from jaxdefense.evaluation import memory
 from jaxdefense.evaluation.evaluator import Evaluator
 from jaxdefense.runs import checkpoint, sources, start
-from jaxdefense.runs.run import Run, build, read_log, read_model
-from jaxdefense.train import optim, plan
+from jaxdefense.runs.run import Run, best_of, build, read_log, read_model
+from jaxdefense.train import collapse, optim, plan
+from jaxdefense.train.candidates import Candidates, choose_best
 from jaxdefense.train.step import (
     RunSteps,
     State,
@@ -43,7 +45,7 @@ from jaxdefense.train.step import (
     replicate,
     unreplicate,
 )
-from jaxdefense.types import Images, Key, Logits, PyTree
+from jaxdefense.types import Attack, Images, Logits, PyTree
 
 __all__ = ["Diverged", "Interrupted", "Trainer", "train"]
 
@@ -143,8 +145,13 @@ class Trainer:
             self.interval(name)  # refuses what is no length
         self.example_image = to_float(arrays.images[:1])
         self.held_out = run.arrays("validation")
-        self.augment = make_augment(options["augment"])
+        augment = make_augment(options["augment"])
+        # Not a method: what is compiled should not refer to the trainer and its data.
+        self.augment_view: base.View = lambda key, images: {"image": augment(key, images)}
         self.judged = run.judging_batch(arrays.images.shape)  # images at once
+        asked = run.config["evaluation"].get("batch_size")
+        if asked and jax.default_backend() != "cpu":  # where memory may be too short for so many
+            self.judged = min(self.judged, asked)
         self.evaluator = Evaluator(
             run.apply(run.defense.primary), run.threat, batch_size=self.judged
         )
@@ -161,6 +168,11 @@ class Trainer:
                 self.start.apply(*shapes)  # refuses what does not fit
             start.check_frozen(options["frozen"], shapes[0])
         self.best: dict[str, Any] = {}
+        self.candidates: Candidates | None = None
+        if run.second_attack is not None:
+            self.candidates = Candidates(workdir / "candidates", keep=best_of(options))
+        self.watch = collapse.Watch(len(self.held_out), arrays.num_classes)
+        self.one_class: int | None = None  # that the last network validated answers
         self.pretrained_scores: dict[str, Any] = {}
         self.seconds = 0.0
 
@@ -188,7 +200,14 @@ class Trainer:
             for segment in self.segments:
                 if segment.end > int(state.step):
                     state = self._run_segment(segment, state, log, bar, received)
-        summary = {"steps": self.total, "seconds": self.seconds, "best": self.best}
+        if self.candidates is not None and self.run.second_attack is not None:
+            self.choose_candidate(self.candidates, self.run.second_attack)
+        summary = {
+            "steps": self.total,
+            "seconds": self.seconds,
+            "best": self.best,
+            "warnings": self.watch.told(),
+        }
         return {**summary, "given": self.pretrained_scores} if self.pretrained_scores else summary
 
     def _run_segment(
@@ -260,6 +279,9 @@ class Trainer:
         meta = last.meta()
         self.best, self.seconds = meta["best"], meta["seconds"]
         self.pretrained_scores = meta.get("given", {})
+        self.watch.restore(meta)
+        if self.candidates is not None:
+            self.candidates.scores = meta["kept"]
 
         def state_at_checkpoint() -> State:
             """Only its structure is used: which roles have optimisers depends on past segments."""
@@ -288,10 +310,16 @@ class Trainer:
         items = {"model": {"params": own(host.params), "carry": own(host.carry)}}
         if kind == "last":
             items["optimizer"] = host.opt
-        meta = {"best": self.best, "seconds": self.seconds}
+        meta = {"best": self.best, "seconds": self.seconds, "warnings": self.watch.told()}
+        if kind == "last":
+            meta["watch"] = self.watch.state()
+            if self.candidates is not None:
+                meta["kept"] = self.candidates.scores
         if self.pretrained_scores:
             meta["given"] = self.pretrained_scores
         self.stores[kind].save(int(host.step), items, meta)
+        if kind == "last" and self.candidates is not None:
+            self.candidates.prune()
 
     # Steps.
 
@@ -322,9 +350,18 @@ class Trainer:
     ) -> tuple[State, Metrics]:
         """The replicated state after the steps step..end-1, and their metrics' sums."""
         items = self._padded_items(step, end - step)
-        chunk = self.compiled_steps(segment)
-        state, sums, bad = chunk(state, self.batches.resident, items, jnp.int32(end - step))
-        if (at := int(bad[0])) >= 0:
+        chunk, resident, before = self.compiled_steps(segment), self.batches.resident, state
+        devices = jax.device_count()
+        with memory.explain_out_of_memory(
+            "a step of training",
+            self.batches.batch_size,
+            lambda batch: chunk.lower(before, resident, items, batch // devices),
+            multiple=devices,
+            advice="--config.train.batch_size={batch}; training's results change with it",
+        ):
+            state, sums, bad = chunk(state, resident, items, jnp.int32(end - step))
+            at = int(bad[0])
+        if at >= 0:
             good = {kind: store.steps() for kind, store in self.stores.items()}
             raise Diverged(
                 f"the loss was not finite at step {at} (epoch {at / self.per_epoch:.2f}); "
@@ -360,14 +397,10 @@ class Trainer:
             self._compiled[name] = compile_steps(step, self.batches.gather)
         return self._compiled[name]
 
-    def augment_view(self, key: Key, images: Images) -> dict[str, Images]:
-        """The run's augmentation, for phases without a view of their own.
-
-        Args:
-          key: one typed key.
-          images: (B, H, W, C) in [0, 1].
-        """
-        return {"image": self.augment(key, images)}
+    def release(self) -> None:
+        """Frees the compiled steps, which JAX would keep as long as the process lives."""
+        while self._compiled:
+            self._compiled.popitem()[1].release()
 
     # Validation.
 
@@ -380,15 +413,21 @@ class Trainer:
         host = unreplicate(state)
         return self.score_network(self.evaluator, {"params": host.params, "carry": host.carry})
 
-    def score_network(self, evaluator: Evaluator, variables: PyTree) -> dict[str, float]:
+    def score_network(
+        self,
+        evaluator: Evaluator,
+        variables: PyTree,
+        attacks: Mapping[str, Attack] | None = None,
+    ) -> dict[str, float]:
         """Any network's clean and robust accuracy on the validation split, percent.
 
         Args:
           evaluator: of the network.
           variables: its weights.
+          attacks: by name; default the config's validation attack, "robust".
 
         Returns:
-          {"validation_clean", "validation_robust"}.
+          {"validation_clean", "validation_robust"}, or of other attacks the names.
         """
         arrays = self.held_out
         bits = evaluator.bits(
@@ -396,9 +435,10 @@ class Trainer:
             to_float(arrays.images),
             arrays.labels,
             arrays.ids,
-            {"robust": self.run.validation},
+            attacks or {"robust": self.run.validation},
             seed=self.run.seed,
         )
+        self.one_class = collapse.constant_answer(bits["clean"], arrays.labels)
         return {f"validation_{name}": 100 * float(b.mean()) for name, b in bits.items()}
 
     def score_pretrained(self) -> dict[str, dict[str, Any]]:
@@ -445,14 +485,73 @@ class Trainer:
         bar.write(f"epoch {epoch:.4g}: {_format_scores(scores)}")
         # What earlier phases have is not yet the defence.
         is_last = segment.phase is self.segments[-1].phase
-        if is_last and self.update_best(scores, step):
-            self.save_checkpoint("best", state)
+        if is_last:
+            self._warn_of_collapse(step, scores, log)
+            is_best = self.update_best(scores, step)
+            if self.candidates is not None:
+                self._offer_candidate(self.candidates, step, scores, state)
+            elif is_best:
+                self.save_checkpoint("best", state)
+
+    def _offer_candidate(
+        self, candidates: Candidates, step: int, scores: Mapping[str, float], state: State
+    ) -> None:
+        """Keeps a state until the run's end where it is one of the best few."""
+        if candidates.takes(step, scores) and jax.process_index() == 0:
+            host = unreplicate(state)
+            own = self.run.defense.without_pretrained
+            candidates.save(step, {"params": own(host.params), "carry": own(host.carry)})
+
+    def choose_candidate(self, candidates: Candidates, attack: Attack) -> None:
+        """Scores the best few states by the second attack; the winner becomes `best`.
+
+        Where `best` is there already, a run that had ended is asked again. A process that is killed
+        before it is written scores all again, with the same bits.
+
+        Args:
+          candidates: all that the run has kept.
+          attack: the second one.
+        """
+        store = self.stores["best"]
+        if not store.steps():
+            params, carry = jax.eval_shape(self.run.init, self.example_image)
+            second = {"second": attack}
+            compared = []
+            for step, scores in candidates.in_order():
+                with contextlib.closing(candidates.store(step)) as kept:
+                    model = read_model(kept, self.run.defense, params, carry)
+                found = self.score_network(self.evaluator, model, second)
+                compared.append({"step": step, **scores, **found})
+            best = choose_best(compared)
+            meta = {"best": best, "seconds": self.seconds, "warnings": self.watch.told()}
+            meta["candidates"] = compared
+            if self.pretrained_scores:
+                meta["given"] = self.pretrained_scores
+            with contextlib.closing(candidates.store(best["step"])) as kept:
+                model = kept.restore_as_saved("model")
+            if jax.process_index() == 0:
+                store.save(best["step"], {"model": model}, meta)
+        self.best = store.meta()["best"]
+        scores = {name: v for name, v in self.best.items() if name != "step"}
+        line = f"chosen by {attack!r}: step {self.best['step']}, {_format_scores(scores)}"
+        tqdm.write(line, file=sys.stderr)
+        if jax.process_index() == 0:
+            candidates.clear()
+
+    def _warn_of_collapse(self, step: int, scores: Mapping[str, float], log: Log) -> None:
+        """Logs, and writes to stderr, what a validation of the last phase shows to be wrong."""
+        end = step == self.total
+        for warned in self.watch.add(step, step / self.per_epoch, scores, self.one_class, end):
+            told = {"warning": warned.name, "evidence": warned.evidence}
+            log.write(step, {}, epoch=warned.epoch, **told)
+            tqdm.write(str(warned), file=sys.stderr)
 
     # What a reader sees.
 
     def _report(self, log: Log, bar: tqdm, segment: plan.Segment, step: int, sums: Metrics) -> None:
         """Logs and shows the means of a dispatch's metrics."""
         values = {n: float(s[0]) / max(float(c[0]), 1e-12) for n, (s, c) in sums.items()}
+        self.watch.note_metrics(values)
         log.write(step, values, epoch=step / self.per_epoch, phase=segment.phase.name)
         bar.set_postfix_str(
             segment.phase.name + " " + " ".join(f"{n} {v:.3f}" for n, v in values.items())
@@ -509,9 +608,9 @@ def train(
       progress: show a bar with rate and time left.
 
     Returns:
-      {"steps", "seconds", "best": {"step", "validation_clean", "validation_robust"}}, and where the
-      config names pretrained networks, "given": {role: {"source", "validation_clean",
-      "validation_robust"}}.
+      {"steps", "seconds", "best": {"step", "validation_clean", "validation_robust"}, "warnings":
+      [{"step", "epoch", "name", "evidence"}] of `collapse`}, and where the config names pretrained
+      networks, "given": {role: {"source", "validation_clean", "validation_robust"}}.
 
     Raises:
       ValueError: a wrong config, or a workdir of another config; before any compilation.
@@ -531,5 +630,6 @@ def train(
             sources.copy_sources(run.sources, workdir)
         return trainer.run_to_end(progress=progress)
     finally:
+        trainer.release()
         for store in trainer.stores.values():
             store.close()

@@ -1,7 +1,10 @@
 """The train step: written once, mapped over the devices in exactly one place."""
 
+import contextlib
+import importlib
+import weakref
 from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import flax.jax_utils
 import jax
@@ -48,8 +51,76 @@ def unreplicate(state: State) -> State:
     return jax.tree.map(lambda leaf: np.asarray(leaf.addressable_shards[0].data)[0], state)
 
 
-# (state, resident data, items (n, ...), how many of them) -> (state, metric sums, first bad step)
-RunSteps = Callable[[State, PyTree, PyTree, Array], tuple[State, Metrics, Array]]
+class RunSteps:
+    """Several steps in one compiled dispatch, mapped over the local devices, the state donated.
+
+    JAX keeps what `pmap` has traced as long as the process lives: the entry of its cache refers to
+    the function that is its key. So what is mapped here is a small function that only looks up the
+    steps. Both are taken out again by `release`, or when this object is no longer used.
+
+    Args:
+      run: (state, resident data, items (n, ...), how many of them) -> (state, metric sums, first
+        bad step or -1), of one device.
+    """
+
+    def __init__(self, run: Callable[[State, PyTree, PyTree, Array], tuple[State, Metrics, Array]]):
+        steps = {"run": run}
+
+        def look_up(*args: Any) -> Any:
+            return steps["run"](*args)
+
+        self._mapped: Any = jax.pmap(
+            look_up, axis_name=AXIS, in_axes=(0, 0, 0, None), donate_argnums=0
+        )
+        self._free = weakref.finalize(self, _free_mapped, steps, look_up)
+
+    def __call__(
+        self, state: State, resident: PyTree, items: PyTree, count: Array
+    ) -> tuple[State, Metrics, Array]:
+        """Runs the first `count` of the items.
+
+        Args:
+          state: replicated; its arrays are taken for the result.
+          resident: of `data.Batches`.
+          items: of `data.Batches.chunk`.
+          count: () int32, how many steps.
+
+        Returns:
+          The state, the metrics' sums, and the first step whose loss was not finite, or -1.
+        """
+        return self._mapped(state, resident, items, count)
+
+    def lower(self, state: State, resident: PyTree, items: PyTree, batch: int) -> Any:
+        """The program for another batch size, not compiled: `compile()` tells what memory it takes.
+
+        Args:
+          state: as of a call; shapes count, so that its arrays may be gone.
+          resident: likewise.
+          items: likewise.
+          batch: images of a step on one device.
+        """
+
+        shapes = jax.tree.map(
+            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), (state, resident, items)
+        )
+        resized = jax.tree.map(
+            lambda leaf: leaf.update(shape=(*leaf.shape[:2], batch, *leaf.shape[3:])), shapes[2]
+        )
+        return self._mapped.lower(*shapes[:2], resized, jax.ShapeDtypeStruct((), jnp.int32))
+
+    def release(self) -> None:
+        """Frees the compiled program and all that the steps refer to; it cannot be called again."""
+        self._free()
+
+
+def _free_mapped(steps: dict[str, Any], mapped: Callable[..., Any]) -> None:
+    """Takes out what `RunSteps` mapped, and JAX's entry of it."""
+    steps.clear()
+    # JAX has no public call for one function's entry. Where a version has it under another name,
+    # the program stays until the process ends, but nothing else of the run does.
+    with contextlib.suppress(ImportError, AttributeError):
+        cache: Any = importlib.import_module("jax._src.pmap")
+        cache._cached_shard_map.evict_function(mapped)
 
 
 def _average(old: PyTree, new: PyTree) -> PyTree:
@@ -184,4 +255,4 @@ def compile_steps(
         _, state, sums, bad = jax.lax.while_loop(go_on, body, start)
         return state, sums, bad
 
-    return jax.pmap(run, axis_name=AXIS, in_axes=(0, 0, 0, None), donate_argnums=0)
+    return RunSteps(run)

@@ -293,8 +293,18 @@ class Row:
 
     @property
     def flags(self) -> list[str]:
-        """What AutoAttack's run warns of, a sentence each."""
-        return [said for _, said in self._told_flags]
+        """What AutoAttack's run and training warn of, a sentence each."""
+        return [*(said for _, said in self._told_flags), *self._training_warnings]
+
+    @property
+    def _training_warnings(self) -> list[str]:
+        """What training warned of, once for each seed, whatever the protocols."""
+        found = [
+            f"seed {_seed(record)}, in training: {warned['name']}: {warned['evidence']}"
+            for record in self.records
+            for warned in record.get("training", {}).get("warnings", ())
+        ]
+        return list(dict.fromkeys(found))
 
     @property
     def severities(self) -> set[str]:
