@@ -1,8 +1,8 @@
 """Damage to files: the kinds that disks and killed processes make, for tests and soak runs.
 
-    rng = random.Random(0)
-    path = rng.choice(files_in("runs/trades-mnist"))
-    print(damage(path, rng.choice(KINDS), rng))  # runs/.../config.json: bit 3 of byte 17 flipped
+rng = random.Random(0)
+path = rng.choice(files_in("runs/trades-mnist"))
+print(damage(path, rng.choice(KINDS), rng))  # runs/.../config.json: bit 3 of byte 17 flipped
 """
 
 import os

@@ -56,7 +56,8 @@ def main(argv):
         )
     summary = train(config, WORKDIR.value, progress=cli.shows_progress(PROGRESS.value))
     best = {name: round(value, 2) for name, value in summary["best"].items()}
-    print(f"{summary['steps']} steps in {summary['seconds']:.0f} s; best checkpoint: {best}")
+    told = best or "lost, evaluate with --checkpoint=last"
+    print(f"{summary['steps']} steps in {summary['seconds']:.0f} s; best checkpoint: {told}")
 
 
 if __name__ == "__main__":
