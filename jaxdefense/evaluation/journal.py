@@ -5,8 +5,8 @@ logits, and FOLDER/STAGE-00000.npz what one dispatch found. Each file is written
 all. A folder of another evaluation is refused. Nothing depends on how many images a dispatch has,
 so a killed evaluation may go on with other devices and in other batches.
 
-Each file tells whose it is, and has a checksum. What is damaged is said, removed and computed again:
-that gives the same bits, and costs a dispatch.
+Each file tells whose it is, and has a checksum. What is damaged is said, removed and computed
+again: that gives the same bits, and costs a dispatch.
 """
 
 import hashlib
@@ -186,19 +186,22 @@ class Journal:
             with path.open("rb") as raw, np.load(raw) as file:
                 found = dict(file)
         except Exception as error:  # zipfile, zlib, pickle and OSError all mean the same here
-            return self._discard(path, f"is damaged ({checksums.shorten(error)})")
+            self._discard(path, f"is damaged ({checksums.shorten(error)})")
+            return None
         owner = found.pop(_OWNER, None)
         if owner is None and self._is_known:  # of an older version, in a folder of this evaluation
             return found
         if owner is None or str(owner) != self._own:
-            return self._discard(path, "is of another evaluation")
+            self._discard(path, "is of another evaluation")
+            return None
         return found
 
     def _read_json(self, path: pathlib.Path) -> dict[str, Any] | None:
         try:
             return checksums.unseal(checksums.read_object(path))
         except ValueError as error:
-            return self._discard(path, f"is damaged ({error})")
+            self._discard(path, f"is damaged ({error})")
+            return None
 
     def _discard(self, path: pathlib.Path, why: str) -> None:
         tqdm.write(f"note: {path} {why}: computed again", file=sys.stderr)

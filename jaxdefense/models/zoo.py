@@ -161,7 +161,7 @@ def load_pretrained(name: str) -> Loaded:
     """
     path = pretrained_path(name)
     module, variables, meta = load(path)
-    record = json.loads(path.with_suffix(".json").read_text())
+    record = checksums.unseal(checksums.read_object(path.with_suffix(".json")))
     return Loaded(module, variables, {**meta, "record": record})
 
 
