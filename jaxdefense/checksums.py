@@ -88,6 +88,20 @@ def list_text(name: str, text: str) -> str:
     return f"{hashlib.sha256(text.encode()).hexdigest()}  {name}\n"
 
 
+def read_listing(listing: pathlib.Path) -> dict[str, str]:
+    """{name: SHA-256} of a listing; none of one that is not there.
+
+    Args:
+      listing: of `list_files`.
+    """
+    text = listing.read_bytes().decode(errors="replace") if listing.exists() else ""
+    return {
+        name: digest
+        for digest, _, name in (line.partition("  ") for line in text.split("\n"))
+        if name
+    }
+
+
 def check_file(path: pathlib.Path, listing: pathlib.Path, way_out: str) -> None:
     """Refuses a file that is not what its listing says; one without a listing passes.
 
@@ -101,9 +115,9 @@ def check_file(path: pathlib.Path, listing: pathlib.Path, way_out: str) -> None:
     """
     if not listing.exists():
         return
-    lines = listing.read_bytes().decode(errors="replace").splitlines()
-    sums = {name: digest for digest, _, name in (line.partition("  ") for line in lines)}
-    if sums.get(path.name) != _hash_file(path):
+    if not path.is_file():
+        raise ValueError(f"{path} is missing, and {listing.name} lists it; {way_out}")
+    if read_listing(listing).get(path.name) != _hash_file(path):
         raise ValueError(
             f"{path} is damaged or was edited: its SHA-256 is not the one in {listing.name}; "
             f"{way_out}"
