@@ -270,7 +270,7 @@ class _Records:
 
     def _complain(self, error: Exception, row: int) -> ValueError:
         """The error of a shard that cannot be read."""
-        if isinstance(error, ValueError) and "is damaged" in str(error):
+        if isinstance(error, _DamagedFile):
             told = str(error)
         else:
             info = self._prepared.builder.info.splits[self._split]
@@ -285,6 +285,10 @@ class _Records:
     def describe(self, row: int) -> str:
         """Where an image is."""
         return f"{self._prepared.name}: image {row} of split {self._split!r}"
+
+
+class _DamagedFile(ValueError):
+    """A TFRecord file that is damaged; names it."""
 
 
 class _TFRecords:
@@ -308,9 +312,9 @@ class _TFRecords:
                 position = end + 4
             if (bad := _find_damaged(lengths)) is not None:
                 begin = self._places[bad - len(lengths)][1] - 12
-                raise ValueError(f"{path} is damaged at byte {begin}")
+                raise _DamagedFile(f"{path} is damaged at byte {begin}")
             if position != len(file):
-                raise ValueError(f"{path} is cut short: it has {len(file)} bytes")
+                raise _DamagedFile(f"{path} is cut short: it has {len(file)} bytes")
 
     def __len__(self) -> int:
         return len(self._places)
@@ -322,7 +326,7 @@ class _TFRecords:
           rows: of the records.
 
         Raises:
-          ValueError: a damaged record.
+          _DamagedFile: a damaged record.
         """
         places = [self._places[row] for row in rows]
         found = [
@@ -331,7 +335,7 @@ class _TFRecords:
         ]
         if (bad := _find_damaged(found)) is not None:
             i, begin, _ = places[bad]
-            raise ValueError(f"{self._files[i].filename} is damaged at byte {begin}")
+            raise _DamagedFile(f"{self._files[i].filename} is damaged at byte {begin}")
         return [content for content, _ in found]
 
 
