@@ -274,9 +274,10 @@ def test_any_file_of_a_workdir(workdir, trained, seed):
     """Of what is computed from the log, the validation curve, a changed digit stays unnoticed."""
     rng = random.Random(seed)
     told = damages.damage(rng.choice(damages.files_in(workdir)), rng.choice(damages.KINDS), rng)
-    error, found = outcome(lambda: runs.restore(workdir, kind=rng.choice(["best", "last"])))
+    kind = rng.choice(["best", "last"])
+    error, found = outcome(lambda: runs.restore(workdir, kind=kind))
     if error is None:
-        good = runs.restore(trained[0])
+        good = runs.restore(trained[0], kind=kind)
         assert found.run.config == good.run.config, told
         assert_equal(found.variables, good.variables)
         assert {**found.meta, "validation": None} == {**good.meta, "validation": None}, told
@@ -289,7 +290,10 @@ def judge(folder, seed=0):
     logits = np.eye(10, dtype=np.float32)
     description = {"threat": "linf", "seed": seed}
     kept = journal.Journal(folder, description, logits)
-    packs = functools.partial(np.array_split, indices_or_sections=5)
+
+    def packs(rows):
+        return (rows[i : i + 10] for i in range(0, len(rows), 10))
+
     found = kept.replay_and_run("pgd", np.arange(50), packs, lambda rows: {"bits": rows % 3 == 0})
     bits = np.zeros(50, bool)
     for done in found:
@@ -337,7 +341,7 @@ def test_any_damage_to_a_record(tmp_path, kind):
         told = damages.damage(path, kind, rng)
         error, found = outcome(lambda: records.load(path))
         if error is None:
-            assert {**made, **found} == made, told  # or its key is not "sha256" any more
+            assert {key: found[key] for key in made} == made, told
         else:
             assert str(path) in error, told
     assert outcome(lambda: records.load_all([path]))[0]
@@ -405,7 +409,8 @@ def test_any_file_of_a_prepared_set(prepared_digits, tfds_dir, tmp_path, kind):
         told = damages.damage(data_dir / "digits" / "1.0.0" / file.name, kind, rng)
         for split in ("train", "test"):
             good = data.load("digits", split, data_dir=tfds_dir)
-            error, found = outcome(lambda: data.load("digits", split, data_dir=data_dir))
+            load = functools.partial(data.load, "digits", split, data_dir=data_dir)
+            error, found = outcome(load)
             if error is None:
                 np.testing.assert_array_equal(found.images, good.images, err_msg=told)
                 np.testing.assert_array_equal(found.labels, good.labels, err_msg=told)
@@ -430,7 +435,7 @@ def test_any_image_of_a_folder(tmp_path, kind):
         # Bytes of a file whose time is the same are not read again in one process.
         told = damages.damage(path, kind, rng)
         os.utime(path.parent if kind == "delete" else path)
-        error, found = outcome(lambda: data.from_folder(root, test=0.2))
+        error, found = outcome(functools.partial(data.from_folder, root, test=0.2))
         if error is None and kind != "delete":
             np.testing.assert_array_equal(found.train.images, good.train.images, err_msg=told)
             np.testing.assert_array_equal(found.test.images, good.test.images, err_msg=told)
