@@ -172,6 +172,18 @@ def _check_overrides(argv: Sequence[str]) -> None:
                 section, done = section[key], f"{done}.{key}"
 
 
+def _hide_closed_loops() -> None:
+    """Leaves out what arrays that were still being read say when one of them could not be: each
+    reports to an event loop that Orbax has closed, with a traceback."""
+    before = sys.unraisablehook
+
+    def hook(unraisable: "sys.UnraisableHookArgs") -> None:
+        if str(unraisable.exc_value) != "Event loop is closed":
+            before(unraisable)
+
+    sys.unraisablehook = hook
+
+
 def run(main: Callable[[Sequence[str]], None], *, spread: bool = False) -> None:
     """absl's app.run; a ValueError is an answer to the user, not a traceback or a page of usage.
 
@@ -184,6 +196,7 @@ def run(main: Callable[[Sequence[str]], None], *, spread: bool = False) -> None:
 
     def guarded(argv):
         enable_cache()
+        _hide_closed_loops()
         if spread:
             spread_over_cores()
         if not flags.FLAGS["verbosity"].present:

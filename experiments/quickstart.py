@@ -28,7 +28,7 @@ from typing import Any
 
 from absl import app, flags
 
-from jaxdefense import extras, files
+from jaxdefense import checksums, extras, files
 
 try:
     import fcntl
@@ -500,6 +500,7 @@ def read_object(path: pathlib.Path, keys: Sequence[str] = ()) -> dict[str, Any]:
         found = json.loads(path.read_text())
         if not isinstance(found, dict):
             raise ValueError("not a JSON object")
+        found = checksums.unseal(found)
         if lacking := [key for key in keys if key not in found]:
             raise ValueError(f"lacks {', '.join(lacking)}")
     except (OSError, ValueError) as error:

@@ -63,7 +63,8 @@ def main(argv):
         )
     summary = train(config, WORKDIR.value, progress=cli.shows_progress(PROGRESS.value))
     best = {name: round(value, 2) for name, value in summary["best"].items()}
-    told = f"{summary['steps']} steps in {summary['seconds']:.0f} s; best checkpoint: {best}"
+    told = f"{summary['steps']} steps in {summary['seconds']:.0f} s; best checkpoint: "
+    told += str(best or "lost, evaluate with --checkpoint=last")
     if warnings := summary["warnings"]:
         names = ", ".join(dict.fromkeys(warned["name"] for warned in warnings))
         told += f"; {len(warnings)} warnings, see docs/flags.md: {names}"

@@ -6,6 +6,7 @@ answer is to be known by hand.
 
 import dataclasses
 import functools
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -1209,19 +1210,25 @@ class TestJournal:
         with pytest.raises(ValueError, match=r"threat was .*Linf\(eps=0\.1.* is .*Linf\(eps=0\.2"):
             cascade.run_stages(Evaluator(apply, ball), W, LONG, LONG_LABELS, stages, folder=folder)
 
-    def test_a_damaged_file_is_named(self, killed):
+    @pytest.mark.parametrize("name", ["pgd-00001.npz", "clean.npz", "journal.json"])
+    def test_a_damaged_file_is_computed_again(self, killed, capsys, whole, name):
         folder, _ = killed
-        (path,) = folder.glob("pgd-*1.npz")
+        path = folder / name
         path.write_bytes(path.read_bytes()[:100])
-        with pytest.raises(ValueError, match=f"^{path} is damaged .*remove it to go on$"):
-            long_run(folder=folder)
-        path = folder / "journal.json"
-        path.write_text(path.read_text()[:20])
-        with pytest.raises(ValueError, match=f"^{path} is damaged .*remove its folder$"):
-            long_run(folder=folder)
-        path.write_text("[]")
-        with pytest.raises(ValueError, match="is damaged"):
-            long_run(folder=folder)
+        found = long_run(folder=folder)
+        for stage, left in whole.by_attack.items():
+            np.testing.assert_array_equal(found.by_attack[stage], left)
+        (told,) = capsys.readouterr().err.splitlines()
+        assert told.startswith(f"note: {path} is damaged (")
+        assert told.endswith("): computed again")
+
+    def test_a_file_of_another_evaluation_is_computed_again(self, killed, tmp_path, capsys):
+        folder, _ = killed
+        long_run(folder=tmp_path / "other", seed=1)
+        (path,) = folder.glob("pgd-*1.npz")
+        shutil.copy(tmp_path / "other" / path.name, path)
+        long_run(folder=folder)
+        assert f"note: {path} is of another evaluation: computed again" in capsys.readouterr().err
 
     def test_a_journal_needs_attacks_that_it_can_tell_apart(self, tmp_path):
         class Bare:

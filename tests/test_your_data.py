@@ -10,7 +10,7 @@ import tensorflow_datasets as tfds
 from PIL import Image
 
 from jaxdefense import attacks, data, runs
-from jaxdefense.data import arrays, datasets, decoding, prepared
+from jaxdefense.data import arrays, crc32c, datasets, decoding, prepared
 from jaxdefense.evaluation import cascade, protocols
 from jaxdefense.train import train
 
@@ -389,7 +389,7 @@ def as_tfrecord(folder):
             for record in records:
                 length = struct.pack("<Q", len(record))
                 for part in (length, record):
-                    file.write(part + prepared._masked_crc32c(part))
+                    file.write(part + crc32c.masked([part]).tobytes())
         path.unlink()
     info = folder / "dataset_info.json"
     info.write_text(info.read_text().replace('"array_record"', '"tfrecord"'))
@@ -417,18 +417,36 @@ class TestPrepared:
         # CRC-32C of 32 zero bytes is 8a9136aa (RFC 3720), which TFRecord rotates and shifts.
         crc = 0x8A9136AA
         masked = (((crc >> 15) | (crc << 17)) + 0xA282EAD8) & 0xFFFFFFFF
-        assert prepared._masked_crc32c(bytes(32)) == struct.pack("<I", masked)
+        assert crc32c.masked([bytes(32)]).tolist() == [masked]
+
+    @pytest.mark.parametrize("lengths", [(4, 9, 511, 512, 513, 2000), (4,), (600, 4)])
+    def test_checksums_of_many_are_those_of_each_byte_by_byte(self, lengths, monkeypatch):
+        monkeypatch.setattr(crc32c, "_AT_ONCE", 3000)  # some are divided
+        rng = np.random.default_rng(0)
+        contents = [rng.bytes(length) for length in lengths]
+        for content, found in zip(contents, crc32c.masked(contents).tolist(), strict=True):
+            crc = 0xFFFFFFFF
+            for byte in content:
+                crc ^= byte
+                for _ in range(8):
+                    crc = (crc >> 1) ^ (0x82F63B78 if crc & 1 else 0)
+            crc ^= 0xFFFFFFFF
+            assert found == (((crc >> 15) | (crc << 17)) + 0xA282EAD8) & 0xFFFFFFFF
 
     @pytest.mark.parametrize(
         ("damage", "message"),
-        [(lambda x: x[:-6], "is cut short"), (lambda x: b"\x05" + x[1:], "is damaged at byte 0")],
+        [
+            (lambda x: x[:-6], "is cut short"),
+            (lambda x: b"\x05" + x[1:], "is damaged at byte 0"),
+            (lambda x: x[:20] + bytes([x[20] ^ 1]) + x[21:], "is damaged at byte 12"),
+        ],
     )
     def test_damaged_tfrecords_are_named(self, damage, message, tmp_path):
         folder = write_tfds(tmp_path, splits={"train": examples(8)[0]})
         as_tfrecord(folder)
         (path,) = folder.glob("*.tfrecord*")
         path.write_bytes(damage(path.read_bytes()))
-        with pytest.raises(ValueError, match=f"{path} {message}"):
+        with pytest.raises(ValueError, match=f"{path} {message}.*; remove {folder}, and"):
             data.load("my_set", "train", data_dir=tmp_path, size=6)
 
     def test_versions_configs_and_names(self, tmp_path):

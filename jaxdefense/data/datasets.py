@@ -200,9 +200,9 @@ def _read_file(file: str, changed: int, num_classes: int | None) -> dict[str, Ar
 @functools.cache
 def _open_prepared(name: str, data_dir: pathlib.Path) -> prepared.Prepared:
     """The set of a name that is prepared in `data_dir`; others raise."""
-    if name == "digits":
-        prepare.prepare_digits(data_dir)
     path = prepared.find_folder(name, data_dir) if isinstance(name, str) else None
+    if name == "digits" and path is None:
+        path = prepare.prepare_digits(data_dir)
     if path is None:
         if not prepare.is_known(name):
             registry.raise_unknown("data set", name, names(data_dir))

@@ -17,9 +17,10 @@ from typing import Any
 
 import numpy as np
 import tensorflow_datasets as tfds
+from google.protobuf import json_format
 
-from jaxdefense import registry
-from jaxdefense.data import order
+from jaxdefense import checksums, registry
+from jaxdefense.data import order, prepared
 from jaxdefense.data.originals import ORIGINALS, Keyed, download, png, read_class_names
 
 FORMAT = "array_record"
@@ -193,7 +194,7 @@ def prepare(
         if source is not None or not is_known(name):
             registry.raise_unknown("data set with original files", name, ORIGINALS)
         return _prepare_by_tfds(name, folder)
-    if _is_written(final := _builder(ours, folder)):
+    if _is_written(final := _open_builder(lambda where: _builder(ours, where), folder)):
         return pathlib.Path(final.data_path)
     with contextlib.ExitStack() as stack:
         if source is None:
@@ -253,6 +254,19 @@ def _builder(
     return FromOriginals(data_dir=data_dir, file_format=FORMAT, **options)
 
 
+def _open_builder(
+    make_builder: Callable[[str | os.PathLike], tfds.core.DatasetBuilder], data_dir: pathlib.Path
+) -> tfds.core.DatasetBuilder:
+    """A builder, which reads what is prepared already."""
+    try:
+        return make_builder(data_dir)
+    except json_format.ParseError as error:
+        raise ValueError(
+            f"a dataset_info.json in {data_dir} is damaged ({checksums.shorten(error)}); remove "
+            f"its folder and prepare the set again"
+        ) from error
+
+
 def _is_written(builder: tfds.core.DatasetBuilder) -> bool:
     return (pathlib.Path(builder.data_path) / "dataset_info.json").is_file()
 
@@ -261,7 +275,7 @@ def _write(
     make_builder: Callable[[str | os.PathLike], tfds.core.DatasetBuilder], data_dir: pathlib.Path
 ) -> pathlib.Path:
     """Prepares a builder's data set in a temporary folder and renames it: whole or not there."""
-    final = make_builder(data_dir)
+    final = _open_builder(make_builder, data_dir)
     target = pathlib.Path(final.data_path)
     if _is_written(final):
         return target
@@ -271,10 +285,16 @@ def _write(
         # TFDS announces a download on stdout, and there is none.
         with contextlib.redirect_stdout(io.StringIO()):
             builder.download_and_prepare()
+        written = pathlib.Path(builder.data_path)
+        small = sorted(path for path in written.iterdir() if path.suffix in (".json", ".txt"))
+        (written / prepared.LISTING).write_text(checksums.list_files(small))
         try:
-            os.rename(builder.data_path, target)
-        except OSError:
+            os.rename(written, target)
+        except OSError as error:
             # Another process may have prepared the same set in the meantime.
             if not _is_written(final):
-                raise
+                raise ValueError(
+                    f"{target} is damaged: it has no dataset_info.json; "
+                    f"{prepared.explain_repair(final.name, target)}"
+                ) from error
     return target

@@ -22,10 +22,13 @@ from absl import logging
 from tensorflow_datasets.core import decode as tfds_decode
 from tensorflow_datasets.proto import tf_example_pb2
 
-from jaxdefense.data import decoding
+from jaxdefense import checksums
+from jaxdefense.data import crc32c, decoding
 from jaxdefense.data.arrays import IN_MEMORY, Arrays, Encoded
 
 _INFO = "dataset_info.json"
+# Of the small files that `prepare` wrote; shards hold checksums of their own.
+LISTING = "SHA256SUMS"
 
 
 class Features(NamedTuple):
@@ -100,11 +103,13 @@ class Prepared:
       name: as asked for.
       builder: TFDS's reader of its folder.
       features: what is read of each example.
+      way_out: what to do where a file is damaged.
     """
 
     name: str
     builder: Any
     features: Features
+    way_out: str
 
     @property
     def splits(self) -> list[str]:
@@ -148,12 +153,32 @@ def open_folder(name: str, folder: pathlib.Path) -> Prepared:
     Raises:
       ValueError: TFDS cannot read the folder, or the set holds something else.
     """
+    way_out = explain_repair(name, folder)
+    for listed in checksums.read_listing(folder / LISTING):
+        checksums.check_file(folder / listed, folder / LISTING, way_out)
     try:
         builder = tfds.builder_from_directory(folder)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise ValueError(f"{name}: TFDS cannot read {folder}: {reason}") from error
-    return Prepared(name, builder, _read_features(name, builder))
+    except Exception as error:  # of TFDS, protobuf or a feature's own reader
+        reason = checksums.shorten(error)
+        raise ValueError(f"{name}: TFDS cannot read {folder} ({reason}); {way_out}") from error
+    return Prepared(name, builder, _read_features(name, builder), way_out)
+
+
+def explain_repair(name: str, folder: pathlib.Path) -> str:
+    """What to do about a damaged data set.
+
+    Args:
+      name: of the set, perhaps with :VERSION.
+      folder: of the set in one version.
+    """
+    base = name.partition(":")[0]
+    if base == "digits":
+        return f"remove {folder}, and it is prepared anew when it is next read"
+    data_dir = folder.parents[base.count("/") + 1]
+    return (
+        f"remove {folder}, and prepare the set again as it was, or by python "
+        f"experiments/prepare_data.py --data_dir {data_dir} {base}"
+    )
 
 
 def _read_features(name: str, builder: Any) -> Features:
@@ -196,29 +221,62 @@ class _Records:
     """The examples of a split, as TFDS's tf.train.Example messages."""
 
     def __init__(self, prepared: Prepared, split: str) -> None:
-        info = prepared.builder.info
-        self._name, self._split = prepared.name, split
+        self._prepared, self._split = prepared, split
         self._image = prepared.features.image
-        kind = info.file_format.file_suffix
-        if kind == "array_record":
-            raw = tfds_decode.DeserializeMethod.RAW_BYTES
-            self._raw = prepared.builder.as_data_source(split, deserialize_method=raw)
-        elif kind == "tfrecord":
-            self._raw = _TFRecords(info.splits[split].filepaths)
-        else:
+        kind = prepared.builder.info.file_format.file_suffix
+        if kind not in ("array_record", "tfrecord"):
             raise ValueError(
                 f"{prepared.name} is prepared as {kind}; array_record and TFRecord can be read"
             )
+        raw = tfds_decode.DeserializeMethod.RAW_BYTES
+        try:
+            if kind == "tfrecord":
+                self._raw: Any = _TFRecords(prepared.builder.info.splits[split].filepaths)
+            else:
+                self._raw = prepared.builder.as_data_source(split, deserialize_method=raw)
+                self._raw.__getitems__([0])  # the shards are opened here
+        except Exception as error:  # array_record raises RuntimeError, of which not all have names
+            raise self._complain(error, 0) from error
 
     def __len__(self) -> int:
         return len(self._raw)
 
     def examples(self, rows: np.ndarray) -> Iterator[Any]:
-        """The feature maps of `rows`, read some hundreds at a time."""
+        """The feature maps of `rows`, read some hundreds at a time.
+
+        Args:
+          rows: integers.
+
+        Raises:
+          ValueError: a damaged shard; names it.
+        """
         for start in range(0, len(rows), 512):
             chunk = [int(row) for row in rows[start : start + 512]]
-            for message in self._raw.__getitems__(chunk):
+            try:
+                messages = self._raw.__getitems__(chunk)
+            except Exception as error:
+                raise self._complain(error, self._find_unreadable(chunk)) from error
+            for message in messages:
                 yield tf_example_pb2.Example.FromString(message).features.feature
+
+    def _find_unreadable(self, rows: Iterable[int]) -> int:
+        """The first row that cannot be read alone."""
+        for row in rows:
+            try:
+                self._raw.__getitems__([row])
+            except Exception:  # the error of all rows is the one that is told
+                return row
+        return 0
+
+    def _complain(self, error: Exception, row: int) -> ValueError:
+        """The error of a shard that cannot be read."""
+        if isinstance(error, _DamagedFile):
+            told = str(error)
+        else:
+            info = self._prepared.builder.info.splits[self._split]
+            shard = int(np.searchsorted(np.cumsum(info.shard_lengths), row, side="right"))
+            told = f"{info.filepaths[shard]} is damaged ({checksums.shorten(error)})"
+        return ValueError(f"{self._prepared.name}: {told}; {self._prepared.way_out}")
 
     def read(self, rows: np.ndarray) -> Iterable[bytes]:
         """The encoded images of `rows`."""
@@ -226,60 +284,66 @@ class _Records:
 
     def describe(self, row: int) -> str:
         """Where an image is."""
-        return f"{self._name}: image {row} of split {self._split!r}"
+        return f"{self._prepared.name}: image {row} of split {self._split!r}"
+
+
+class _DamagedFile(ValueError):
+    """A TFRecord file that is damaged; names it."""
 
 
 class _TFRecords:
     """Random access to TFRecord files, which are mapped into memory and whose index is built once.
 
     A record is its length (8 bytes), that length's checksum (4), its content and the content's
-    checksum (4). The first checksum is compared, so that a damaged or cut file is found; that of
-    the content is not, which Python would take minutes for.
+    checksum (4). Those of lengths are compared when the index is built, the others when a record
+    is read.
     """
 
     def __init__(self, paths: Sequence[os.PathLike]) -> None:
         self._files = [np.memmap(path, np.uint8, "r") for path in paths if os.path.getsize(path)]
         self._places: list[tuple[int, int, int]] = []  # file, first byte, end
         for i, file in enumerate(self._files):
-            position, path = 0, file.filename
-            while position < len(file):
+            position, path, lengths = 0, file.filename, []
+            while position + 12 <= len(file):
                 header = bytes(file[position : position + 12])
-                if len(header) < 12 or _masked_crc32c(header[:8]) != header[8:]:
-                    raise ValueError(f"{path} is damaged at byte {position}")
-                begin = position + 12
-                end = begin + struct.unpack("<Q", header[:8])[0]
-                if end + 4 > len(file):
-                    raise ValueError(f"{path} is cut short: a record ends at byte {end + 4}")
+                begin, end = position + 12, position + 12 + struct.unpack("<Q", header[:8])[0]
+                lengths.append((header[:8], header[8:]))
                 self._places.append((i, begin, end))
                 position = end + 4
+            if (bad := _find_damaged(lengths)) is not None:
+                begin = self._places[bad - len(lengths)][1] - 12
+                raise _DamagedFile(f"{path} is damaged at byte {begin}")
+            if position != len(file):
+                raise _DamagedFile(f"{path} is cut short: it has {len(file)} bytes")
 
     def __len__(self) -> int:
         return len(self._places)
 
     def __getitems__(self, rows: Iterable[int]) -> list[bytes]:
-        places = (self._places[row] for row in rows)
-        return [bytes(self._files[i][begin:end]) for i, begin, end in places]
+        """The contents of records.
+
+        Args:
+          rows: of the records.
+
+        Raises:
+          _DamagedFile: a damaged record.
+        """
+        places = [self._places[row] for row in rows]
+        found = [
+            (bytes(self._files[i][begin:end]), bytes(self._files[i][end : end + 4]))
+            for i, begin, end in places
+        ]
+        if (bad := _find_damaged(found)) is not None:
+            i, begin, _ = places[bad]
+            raise _DamagedFile(f"{self._files[i].filename} is damaged at byte {begin}")
+        return [content for content, _ in found]
 
 
-def _crc32c_table() -> list[int]:
-    table = []
-    for byte in range(256):
-        for _ in range(8):
-            byte = (byte >> 1) ^ (0x82F63B78 if byte & 1 else 0)
-        table.append(byte)
-    return table
-
-
-_CRC32C = _crc32c_table()
-
-
-def _masked_crc32c(data: bytes) -> bytes:
-    """TFRecord's checksum: CRC-32C, rotated by 15 bits and shifted, in four bytes."""
-    crc = 0xFFFFFFFF
-    for byte in data:
-        crc = _CRC32C[(crc ^ byte) & 0xFF] ^ (crc >> 8)
-    crc ^= 0xFFFFFFFF
-    return struct.pack("<I", (((crc >> 15) | (crc << 17)) + 0xA282EAD8) & 0xFFFFFFFF)
+def _find_damaged(sums: Sequence[tuple[bytes, bytes]]) -> int | None:
+    """The first of the byte strings whose checksum, beside it, is another."""
+    stored = np.frombuffer(b"".join(digest for _, digest in sums), "<u4")
+    differ = crc32c.masked([content for content, _ in sums]) != stored
+    return int(differ.argmax()) if differ.any() else None
 
 
 @functools.cache

@@ -4,24 +4,30 @@ FOLDER/journal.json tells what is judged, and by what attacks; FOLDER/clean.npz 
 logits, and FOLDER/STAGE-00000.npz what one dispatch found. Each file is written whole or not at
 all. A folder of another evaluation is refused. Nothing depends on how many images a dispatch has,
 so a killed evaluation may go on with other devices and in other batches.
+
+Each file tells whose it is, and has a checksum. What is damaged is said, removed and computed
+again: that gives the same bits, and costs a dispatch.
 """
 
 import hashlib
 import json
 import pathlib
 import re
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from tqdm import tqdm
 
-from jaxdefense import files
+from jaxdefense import checksums, files
 from jaxdefense.attacks.ensemble import Stage
 from jaxdefense.attacks.method import describe
 from jaxdefense.evaluation.flags import logit_difference
 from jaxdefense.types import Threat
 
 FORMAT = 2
+_OWNER = "of"  # the array of a file that tells whose it is
 
 
 def hash_arrays(*arrays: np.ndarray | bytes) -> str:
@@ -95,15 +101,18 @@ class Journal:
                     f"functions with a name ({text})"
                 )
         folder.mkdir(parents=True, exist_ok=True)
-        path, clean = folder / "journal.json", folder / "clean.npz"
+        path = folder / "journal.json"
         if (folder / "cascade.json").exists():
             raise ValueError(f"{folder} holds an evaluation by an older version; remove it")
-        if path.exists():
-            self._compare(_read_json(path), {"format": FORMAT, **description})
-            self._compare_logits(clean, logits)
-        else:
-            files.write_arrays(clean, logits=logits)
-            files.write_text(path, json.dumps({"format": FORMAT, **description}, indent=1) + "\n")
+        now = {"format": FORMAT, **description}
+        self._own = hash_arrays(json.dumps(now, sort_keys=True).encode())
+        before = self._read_json(path) if path.exists() else None
+        if before is not None:
+            self._compare(before, now)
+        self._is_known = before is not None  # else only files that tell whose they are count
+        self._compare_logits(folder / "clean.npz", logits)
+        if before is None:
+            files.write_text(path, json.dumps(checksums.seal(now), indent=1) + "\n")
 
     def _compare(self, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
         differ = [name for name in {**before, **now} if before.get(name) != now.get(name)]
@@ -116,8 +125,12 @@ class Journal:
 
     def _compare_logits(self, path: pathlib.Path, logits: np.ndarray) -> None:
         """The same model, but for the rounding of other devices and batch sizes."""
-        before = self._load(path)["logits"]
-        if before.shape != logits.shape or logit_difference(before, logits) > 0.02:
+        before = self._load(path) if path.exists() else None
+        if before is None:
+            self._write(path, logits=logits)
+            return
+        old = before["logits"]
+        if old.shape != logits.shape or logit_difference(old, logits) > 0.02:
             raise ValueError(
                 f"{self.folder} holds an evaluation of another model (its clean logits differ); "
                 f"choose another folder, or remove it"
@@ -140,21 +153,19 @@ class Journal:
 
         Yields:
           A dispatch's arrays, and its rows under "asked".
-
-        Raises:
-          ValueError: a damaged file.
         """
         asked = [np.zeros(0, int)]
         number = 0
         for path in self._files(stage):
-            done = self._load(path)
-            asked.append(done["asked"])
             number = int(path.stem[-5:]) + 1
+            if (done := self._load(path)) is None:
+                continue
+            asked.append(done["asked"])
             yield done
         for pack in packs(np.setdiff1d(rows, np.concatenate(asked))):
             done = {"asked": pack, **dispatch(pack)}
             if self.folder is not None:
-                files.write_arrays(self.folder / f"{stage}-{number:05d}.npz", **done)
+                self._write(self.folder / f"{stage}-{number:05d}.npz", **done)
                 number += 1
             yield done
 
@@ -165,19 +176,33 @@ class Journal:
         name = re.compile(re.escape(stage) + r"-\d{5}\.npz")
         return sorted(path for path in self.folder.iterdir() if name.fullmatch(path.name))
 
-    def _load(self, path: pathlib.Path) -> dict[str, np.ndarray]:
+    def _write(self, path: pathlib.Path, **arrays: np.ndarray) -> None:
+        files.write_arrays(path, **arrays, **{_OWNER: np.array(self._own)})
+
+    def _load(self, path: pathlib.Path) -> dict[str, np.ndarray] | None:
+        """A file's arrays; None where they have to be computed again, and the file is removed."""
         try:
+            # zip compares a CRC-32 of each array that is read.
             with path.open("rb") as raw, np.load(raw) as file:
-                return dict(file)
+                found = dict(file)
         except Exception as error:  # zipfile, zlib, pickle and OSError all mean the same here
-            raise ValueError(f"{path} is damaged ({error}): remove it to go on") from error
+            self._discard(path, f"is damaged ({checksums.shorten(error)})")
+            return None
+        owner = found.pop(_OWNER, None)
+        if owner is None and self._is_known:  # of an older version, in a folder of this evaluation
+            return found
+        if owner is None or str(owner) != self._own:
+            self._discard(path, "is of another evaluation")
+            return None
+        return found
 
+    def _read_json(self, path: pathlib.Path) -> dict[str, Any] | None:
+        try:
+            return checksums.unseal(checksums.read_object(path))
+        except ValueError as error:
+            self._discard(path, f"is damaged ({error})")
+            return None
 
-def _read_json(path: pathlib.Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{path} is damaged ({error}): remove its folder") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} is damaged (not a mapping): remove its folder")
-    return content
+    def _discard(self, path: pathlib.Path, why: str) -> None:
+        tqdm.write(f"note: {path} {why}: computed again", file=sys.stderr)
+        path.unlink(missing_ok=True)

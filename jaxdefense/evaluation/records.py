@@ -30,7 +30,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxdefense import files
+from jaxdefense import checksums, files
 
 FORMAT = 1
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "tensorflow-datasets", "numpy")
@@ -160,7 +160,7 @@ def make(
 
 
 def save(record: Record, path: str | os.PathLike) -> None:
-    """Writes a record, whole or not at all.
+    """Writes a record with its checksum, whole or not at all.
 
     Args:
       record: plain values of `make`.
@@ -174,7 +174,7 @@ def save(record: Record, path: str | os.PathLike) -> None:
     ...     records.load(f"{folder}/trades.json") == record
     True
     """
-    files.write_text(path, json.dumps(record, indent=1) + "\n")
+    files.write_text(path, json.dumps(checksums.seal(record), indent=1) + "\n")
 
 
 # Older records' names of the protocols.
@@ -188,14 +188,23 @@ def load(path: str | os.PathLike) -> Record:
       path: of the JSON file.
 
     Raises:
-      ValueError: not a record, or one of another format.
+      ValueError: not a record, one of another format, or one that is damaged or was edited.
     """
     try:
-        record = json.loads(pathlib.Path(path).read_text())
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{path} is not a record: {error}") from error
-    if not isinstance(record, dict) or record.get("format") != FORMAT:
+        sealed = checksums.read_object(pathlib.Path(path))
+    except ValueError as error:
+        raise ValueError(f"{path} is not a record: {error}; evaluate again") from error
+    if sealed.get("format") != FORMAT:
         raise ValueError(f"{path} is not a record of format {FORMAT}")
+    try:
+        record = checksums.unseal(sealed)
+    except ValueError as error:
+        raise ValueError(
+            f"{path} is damaged or was edited: {error}; evaluate again, or, if it was you who "
+            f'edited it, remove its "sha256"'
+        ) from error
+    if lacking := [key for key in ("name", "seed", "results") if key not in record]:
+        raise ValueError(f"{path} is damaged: it has no {', no '.join(lacking)}; evaluate again")
     if (protocol := record.get("protocol")) in _RENAMED:
         record["protocol"] = _RENAMED[protocol]
     return record
@@ -217,7 +226,7 @@ def load_all(paths: Iterable[str | os.PathLike]) -> list[Record]:
         if not path.exists():
             raise ValueError(f"no such file or folder: {path}")
         if path.is_dir():
-            chosen += [p for p in sorted(path.rglob("*.json")) if '"format"' in p.read_text()]
+            chosen += [p for p in sorted(path.rglob("*.json")) if b'"format"' in p.read_bytes()]
         else:
             chosen.append(path)
     return [load(path) for path in chosen]

@@ -9,7 +9,8 @@ The header's metadata holds one text, "jaxdefense": a JSON object behind its own
      "sha256": {"params/conv1/kernel": "...", ...}}          # of each array's bytes
 
 A classifier's arrays are called params/... and batch_stats/..., as in its Flax variables. The
-networks that come with the package lie in jaxdefense/zoo, each with its record beside it.
+networks that come with the package lie in jaxdefense/zoo, each with its record beside it; their
+SHA-256 are in SHA256SUMS there (`sha256sum *.json *.safetensors > SHA256SUMS` writes it).
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxdefense import extras, files, models, registry
+from jaxdefense import checksums, extras, files, models, registry
 from jaxdefense.types import Images, Logits, PyTree
 
 if TYPE_CHECKING:
@@ -126,10 +127,15 @@ def pretrained_path(name: str) -> pathlib.Path:
       name: one of `pretrained()`.
 
     Raises:
-      ValueError: unknown name; the nearest are named.
+      ValueError: unknown name, the nearest are named; or a damaged file.
     """
     registry.check_known("pretrained network", [name], pretrained())
-    return FOLDER / f"{name}.safetensors"
+    path = FOLDER / f"{name}.safetensors"
+    for file in (path, path.with_suffix(".json")):
+        if not file.is_file():
+            raise ValueError(f"{file} is missing; install jaxdefense again")
+        checksums.check_file(file, FOLDER / "SHA256SUMS", "install jaxdefense again")
+    return path
 
 
 def load_pretrained(name: str) -> Loaded:
@@ -155,7 +161,7 @@ def load_pretrained(name: str) -> Loaded:
     """
     path = pretrained_path(name)
     module, variables, meta = load(path)
-    record = json.loads(path.with_suffix(".json").read_text())
+    record = checksums.unseal(checksums.read_object(path.with_suffix(".json")))
     return Loaded(module, variables, {**meta, "record": record})
 
 

@@ -2,20 +2,40 @@
 
 A run has two stores, `last` to go on from and `best` to deploy. Orbax writes to a temporary name
 and renames, so a killed process leaves the previous checkpoint whole. A checkpoint is named trees
-of arrays and "meta", plain values in JSON. `Store.restore` refuses damaged files and other shapes;
-a checksum of the arrays would be taken in `Store.save`, kept in "meta", and compared there.
+of arrays and a JSON object that holds
+
+    {"step": 12, "meta": {plain values}, "arrays": {tree: {path: "DTYPE SHAPE SHA-256"}},
+     "sha256": of all that}
+
+which is compared with what is read: one flipped bit is an error. Checkpoints of older versions
+hold the plain values alone, and are read without.
 """
 
 import json
 import pathlib
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
+from jaxdefense import checksums
+from jaxdefense.models import zoo
 from jaxdefense.types import PyTree
+
+_KEYS = {"step", "meta", "arrays", checksums.KEY}
+
+
+class Damaged(ValueError):
+    """A checkpoint that is not there any more, cannot be read, or holds other bits than saved."""
+
+
+class _Header(NamedTuple):
+    """What a checkpoint says of itself; `arrays` is None in those of older versions."""
+
+    meta: dict[str, Any]
+    arrays: dict[str, dict[str, str]] | None
 
 
 class Store:
@@ -40,34 +60,39 @@ class Store:
     def save(self, step: int, items: Mapping[str, PyTree], meta: Mapping[str, Any]) -> None:
         """Writes named trees of arrays, and metadata, under `step`.
 
-        A resumed run comes by a step again with the same bits: what stands there is kept, since
-        replacing it would leave a moment without any.
+        A resumed run comes by a step again with the same bits: what stands there is kept if it is
+        whole, since replacing it would leave a moment without any. Later steps than this one, which
+        the run had reached before it was killed, are removed.
 
         Args:
           step: of the run.
           items: {name: tree of arrays}.
           meta: plain values.
         """
-        if step in self._manager.all_steps():
-            return
-        saved = {
-            name: ocp.args.StandardSave(jax.tree.map(np.asarray, tree))
-            for name, tree in items.items()
-        }
-        meta = json.loads(json.dumps(meta))
-        args = ocp.args.Composite(**saved, meta=ocp.args.JsonSave(meta))
+        if step in self.steps():
+            if self._is_whole(step):
+                return
+            self._manager.delete(step)
+        trees = {name: jax.tree.map(np.asarray, tree) for name, tree in items.items()}
+        arrays = {name: _describe(tree) for name, tree in trees.items()}
+        header = checksums.seal(
+            {"step": step, "meta": json.loads(json.dumps(meta)), "arrays": arrays}
+        )
+        saved = {name: ocp.args.StandardSave(tree) for name, tree in trees.items()}
+        args = ocp.args.Composite(**saved, meta=ocp.args.JsonSave(header))
         self._manager.save(step, args=args, force=True)
         self._manager.wait_until_finished()
+        for later in [other for other in self.steps() if other > step]:
+            self._manager.delete(later)
 
     def meta(self) -> dict[str, Any]:
         """The newest checkpoint's metadata, and its "step".
 
         Raises:
-          ValueError: no checkpoint.
+          Damaged: no checkpoint, or metadata that are not those that were saved.
         """
         step = self._newest()
-        args = ocp.args.Composite(meta=ocp.args.JsonRestore())
-        return {**self._manager.restore(step, args=args)["meta"], "step": step}
+        return {**self._header(step).meta, "step": step}
 
     def restore(self, name: str, like: PyTree) -> PyTree:
         """The newest checkpoint's tree `name`, on the host.
@@ -77,27 +102,16 @@ class Store:
           like: a tree of the same structure, shapes and dtypes.
 
         Raises:
-          ValueError: no checkpoint, a damaged one, or one of another structure or shapes.
+          ValueError: one of another structure, shapes or dtypes.
+          Damaged: no checkpoint, or arrays that are not those that were saved.
         """
         step = self._newest()
         like = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), like)
         where = f"the checkpoint {self.folder / str(step)}"
-        try:
-            args = ocp.args.Composite(**{name: ocp.args.StandardRestore(like)})
-            tree = self._manager.restore(step, args=args)[name]
-        except Exception as error:
-            raise ValueError(
-                f"cannot read {where}: it is damaged or of another model "
-                f"({type(error).__name__}: {error})"
-            ) from error
-        wanted = jax.tree_util.tree_leaves_with_path(like)
-        for (path, want), got in zip(wanted, jax.tree.leaves(tree), strict=True):
-            if np.shape(got) != want.shape:
-                raise ValueError(
-                    f"{where} is of another model: {jax.tree_util.keystr(path)} has shape "
-                    f"{np.shape(got)}, not {want.shape}"
-                )
-        return tree
+        arrays = self._header(step).arrays
+        if arrays is not None:
+            _check_model(arrays.get(name, {}), like, f"{where} is of another model: {name}")
+        return self._read(step, name, like)
 
     def restore_as_saved(self, name: str) -> PyTree:
         """The newest checkpoint's tree `name` on the host, whatever its structure.
@@ -106,17 +120,60 @@ class Store:
           name: as given to `save`.
 
         Raises:
-          ValueError: no checkpoint, or a damaged one.
+          Damaged: no checkpoint, or arrays that are not those that were saved.
+        """
+        return self._read(self._newest(), name, None)
+
+    def check(self) -> int:
+        """The newest checkpoint's step, when all of its arrays have been read and compared.
+
+        Raises:
+          Damaged: no checkpoint, or one whose bits are not those that were saved.
         """
         step = self._newest()
-        args = ocp.args.Composite(**{name: ocp.args.StandardRestore()})
+        self._check(step)
+        return step
+
+    def _header(self, step: int) -> _Header:
+        where = self.folder / str(step)
         try:
-            return jax.tree.map(np.asarray, self._manager.restore(step, args=args)[name])
-        except Exception as error:
-            raise ValueError(
-                f"cannot read the checkpoint {self.folder / str(step)}: it is damaged "
-                f"({type(error).__name__}: {error})"
-            ) from error
+            args = ocp.args.Composite(meta=ocp.args.JsonRestore())
+            content = self._manager.restore(step, args=args)["meta"]
+            if _KEYS.isdisjoint(content):
+                return _Header(content, None)
+            if set(content) != _KEYS:
+                raise ValueError(f"it has the keys {', '.join(content)}")
+            header = checksums.unseal(content)
+        except Exception as error:  # whatever reader meets the damage
+            raise Damaged(f"{where / 'meta'} is damaged ({checksums.shorten(error)})") from error
+        if header["step"] != step:
+            raise Damaged(
+                f"{where} is the checkpoint of step {header['step']} under another name: rename it"
+            )
+        return _Header(header["meta"], header["arrays"])
+
+    def _read(self, step: int, name: str, like: PyTree | None) -> PyTree:
+        """A tree, in the structure of `like` where there is one; compared with its checksums."""
+        where = f"the checkpoint {self.folder / str(step)}"
+        header = self._header(step)
+        if header.arrays is not None and name not in header.arrays:
+            raise ValueError(f"{where} holds no {name!r}, only {', '.join(header.arrays)}")
+        args = ocp.args.StandardRestore() if like is None else ocp.args.StandardRestore(like)
+        try:
+            found = self._manager.restore(step, args=ocp.args.Composite(**{name: args}))[name]
+            tree = jax.tree.map(np.asarray, found)
+        except Exception as error:  # whatever reader meets the damage
+            foreign = " or of another model" if header.arrays is None and like is not None else ""
+            raise Damaged(f"{where} is damaged{foreign} ({checksums.shorten(error)})") from error
+        if header.arrays is None:
+            return _check_shapes(tree, like, where)
+        saved, read = header.arrays[name], _describe(tree)
+        if differ := [path for path in {**saved, **read} if saved.get(path) != read.get(path)]:
+            raise Damaged(
+                f"{where} is damaged: the checksum of {name}/{differ[0]} differs "
+                f"({len(differ)} of {len(saved)} arrays)"
+            )
+        return tree
 
     def close(self) -> None:
         """Releases the manager's threads."""
@@ -125,5 +182,65 @@ class Store:
     def _newest(self) -> int:
         steps = self.steps()
         if not steps:
-            raise ValueError(f"no checkpoint in {self.folder}")
+            raise Damaged(f"there is no checkpoint in {self.folder}")
         return steps[-1]
+
+    def _check(self, step: int) -> None:
+        for name in self._header(step).arrays or ("model",):
+            self._read(step, name, None)
+
+    def _is_whole(self, step: int) -> bool:
+        try:
+            self._check(step)
+        except Damaged:
+            return False
+        return True
+
+
+def find_other(workdir: pathlib.Path, kind: str) -> tuple[str, int] | None:
+    """The other checkpoint of a workdir, and its step, if there is one and it is whole.
+
+    Args:
+      workdir: of a run.
+      kind: "best" or "last", the one that is damaged.
+    """
+    other = {"best": "last", "last": "best"}[kind]
+    if not (workdir / other).is_dir():
+        return None
+    store = Store(workdir / other)
+    try:
+        return other, store.check()
+    except Damaged:
+        return None
+    finally:
+        store.close()
+
+
+def _describe(tree: PyTree) -> dict[str, str]:
+    """Each array of a tree by its path, see `checksums.describe_array`."""
+    leaves = zoo.leaves_by_path(tree).items()
+    return {path: checksums.describe_array(np.asarray(leaf)) for path, leaf in leaves}
+
+
+def _check_model(saved: Mapping[str, str], like: PyTree, where: str) -> None:
+    """Refuses arrays of other names, shapes or dtypes than those of `like`."""
+    there = {path: text.rpartition(" ")[0] for path, text in saved.items()}
+    here = {path: f"{x.dtype} {x.shape}" for path, x in zoo.leaves_by_path(like).items()}
+    differ = [path for path in {**here, **there} if there.get(path) != here.get(path)]
+    if differ:
+        told, asked = (arrays.get(differ[0], "absent") for arrays in (there, here))
+        raise ValueError(
+            f"{where}/{differ[0]} is {told} there, here {asked} ({len(differ)} arrays differ)"
+        )
+
+
+def _check_shapes(tree: PyTree, like: PyTree | None, where: str) -> PyTree:
+    """The tree, if its shapes are those of `like`: all that is known of older checkpoints."""
+    wanted = jax.tree_util.tree_leaves_with_path(tree if like is None else like)
+    for (path, want), got in zip(wanted, jax.tree.leaves(tree), strict=True):
+        if np.shape(got) != want.shape:
+            raise ValueError(
+                f"{where} is of another model: {jax.tree_util.keystr(path)} has shape "
+                f"{np.shape(got)}, not {want.shape}"
+            )
+    return tree

@@ -44,7 +44,7 @@ from jaxdefense.attacks import checks
 from jaxdefense.data import Arrays, load_section, to_float
 from jaxdefense.defenses import base
 from jaxdefense.models import adapt, zoo
-from jaxdefense.runs import checkpoint, sources
+from jaxdefense.runs import checkpoint, config_file, sources
 from jaxdefense.runs.sources import Source
 from jaxdefense.types import Attack, HostArray, Images, Logits, PyTree, Threat
 
@@ -180,6 +180,7 @@ def _make_threat(options: Mapping[str, Any]) -> Threat:
 
 def _load_source(option: str, source: Source, arrays: Arrays) -> base.Trained:
     """The network of a source, if it fits the run's data."""
+    refused = f"defense.{option} ({source}) cannot be used"
     try:
         network, name = _read_source(source)
         if name not in (None, arrays.name):
@@ -190,8 +191,24 @@ def _load_source(option: str, source: Source, arrays: Arrays) -> base.Trained:
         if logits.shape != (1, arrays.num_classes):
             raise ValueError(f"it has {logits.shape[-1]} classes, not {arrays.num_classes}")
     except (ValueError, TypeError, flax.errors.FlaxError) as error:
-        raise ValueError(f"defense.{option} ({source}) cannot be used: {error}") from error
+        way = _replace_source(option, source, isinstance(error, checkpoint.Damaged))
+        raise ValueError(f"{refused}: {error}{way}") from error
     return network
+
+
+def _replace_source(option: str, source: Source, damaged: bool) -> str:
+    """What can take the place of a source that cannot be used: its original, or its other
+    checkpoint where one is damaged."""
+    if source.original is not None:
+        try:
+            _read_source(Source(source.original, source.checkpoint))
+        except ValueError:
+            return ""
+        return f"; remove {source.path}, and {source.original} is copied again"
+    other = checkpoint.find_other(source.path, source.checkpoint) if damaged else None
+    if other is None:
+        return ""
+    return f"; its checkpoint of step {other[1]} is whole: defense.{option}.checkpoint={other[0]}"
 
 
 def _read_source(source: Source) -> tuple[base.Trained, str | None]:
@@ -202,7 +219,10 @@ def _read_source(source: Source) -> tuple[base.Trained, str | None]:
             module, variables["params"], variables.get("batch_stats", {}), str(source)
         )
         return network, meta.get("config", {}).get("dataset", {}).get("name")
-    run, model, _ = restore(source.path, kind=source.checkpoint)
+    if source.path.is_dir():
+        run, model, _ = _restore_workdir(source.path, source.checkpoint)
+    else:
+        run, model, _ = restore(source.path)
     params, carry = run.defense.deployed(model["params"], model["carry"])
     if "classifier" not in params:
         raise ValueError(f"it has no network called classifier, only {sorted(params)}")
@@ -223,7 +243,11 @@ def load_classifier(workdir: str | os.PathLike, *, kind: str = "best") -> base.T
     Raises:
       ValueError: no run there, no checkpoint, a damaged one, or no such network.
     """
-    return _read_source(Source(pathlib.Path(workdir), kind))[0]
+    source = Source(pathlib.Path(workdir), kind)
+    try:
+        return _read_source(source)[0]
+    except checkpoint.Damaged as error:
+        raise ValueError(f"{error}; {_offer_other(source.path, kind)}") from error
 
 
 OWN = "own"
@@ -518,12 +542,19 @@ def restore(
         return _restore_file(workdir)
     if workdir.suffix == ".safetensors":
         raise ValueError(f"no such file: {workdir}")
-    path = workdir / "config.json"
-    if not path.exists():
-        raise ValueError(f"{workdir} holds no run: there is no {path.name}")
-    run = build(json.loads(path.read_text()), workdir=workdir, model=model, data=data)
+    try:
+        return _restore_workdir(workdir, kind, model=model, data=data)
+    except checkpoint.Damaged as error:
+        raise ValueError(f"{error}; {_offer_other(workdir, kind)}") from error
+
+
+def _restore_workdir(
+    workdir: pathlib.Path, kind: str, *, model: Any = None, data: Sequence[Arrays] | None = None
+) -> Restored:
+    config = config_file.read(workdir)
     if not (workdir / kind).is_dir():
-        raise ValueError(f"{workdir} has no checkpoint {kind!r}")
+        raise checkpoint.Damaged(f"{workdir} has no checkpoint {kind!r}")
+    run = build(config, workdir=workdir, model=model, data=data)
     store = checkpoint.Store(workdir / kind)
     try:
         meta = store.meta()
@@ -539,7 +570,17 @@ def restore(
     return Restored(run, model, {**meta, "validation": curve} if curve else meta)
 
 
+def _offer_other(workdir: pathlib.Path, kind: str) -> str:
+    """What can be read in place of a damaged checkpoint."""
+    other = checkpoint.find_other(workdir, kind)
+    if other is None:
+        return "no other checkpoint there is whole: train the run again"
+    name, step = other
+    return f"the checkpoint {name!r} of step {step} is whole: --checkpoint={name} (kind={name!r})"
+
+
 _POINTS = 60  # most of a validation curve that are kept: enough for a figure
+_VALIDATION = ("epoch", "validation_clean", "validation_robust")
 
 
 def read_log(path: pathlib.Path) -> list[dict[str, Any]]:
@@ -549,11 +590,12 @@ def read_log(path: pathlib.Path) -> list[dict[str, Any]]:
       path: of the log; one that is not there is empty.
     """
     lines = []
-    text = path.read_bytes().decode(errors="replace") if path.exists() else ""
-    for line in text.splitlines():
-        with contextlib.suppress(ValueError):
+    content = path.read_bytes() if path.exists() else b""
+    for line in content.split(b"\n"):
+        with contextlib.suppress(ValueError, RecursionError):
             found = json.loads(line)
-            lines += [found] if isinstance(found, dict) and "step" in found else []
+            whole = isinstance(found, dict) and isinstance(found.get("step"), int)
+            lines += [found] if whole else []
     return lines
 
 
@@ -567,8 +609,9 @@ def _read_warnings(lines: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
 def _read_validation(lines: Sequence[Mapping[str, Any]]) -> list[list[float]]:
     """The validations in a run's log, thinned evenly where they are many; the last one stays."""
-    keys = ("epoch", "validation_clean", "validation_robust")
-    curve = [[round(line[key], 4) for key in keys] for line in lines if keys[1] in line]
+    rows = [[line.get(key) for key in _VALIDATION] for line in lines]
+    found = [[v for v in row if isinstance(v, float)] for row in rows]
+    curve = [[round(v, 4) for v in row] for row in found if len(row) == len(_VALIDATION)]
     if not curve:
         return []
     kept = np.unique(np.linspace(0, len(curve) - 1, min(len(curve), _POINTS)).round().astype(int))

@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from jaxdefense import files, registry
+from jaxdefense.runs import config_file
 
 _COPIES = "given"  # the folder of the copies in a workdir
 
@@ -25,10 +26,12 @@ class Source:
     Attributes:
       path: the workdir of the run, or a file.
       checkpoint: 'best' or 'last', of a workdir.
+      original: what `path` is a copy of, where it is the copy in a run's workdir.
     """
 
     path: pathlib.Path
     checkpoint: str = "best"
+    original: pathlib.Path | None = None
 
     def __str__(self) -> str:
         return str(self.path if self.path.is_file() else self.path / self.checkpoint)
@@ -80,14 +83,17 @@ def locate_source(option: str, spec: Mapping[str, Any], workdir: pathlib.Path | 
     """
     if "file" in spec:
         registry.check_known(f"key of defense.{option}", spec, ("file",))
-        copied = None if workdir is None else workdir / _COPIES / f"{option}.safetensors"
-        return Source(copied if copied and copied.is_file() else pathlib.Path(spec["file"]))
+        original = pathlib.Path(spec["file"])
+        copy = None if workdir is None else workdir / _COPIES / f"{option}.safetensors"
+        is_copied = copy is not None and copy.is_file()
+        return Source(copy, original=original) if copy and is_copied else Source(original)
     registry.check_known(f"key of defense.{option}", spec, ("workdir", "checkpoint"))
     kind = spec.get("checkpoint", "best")
     if kind not in ("best", "last"):
         registry.raise_unknown(f"defense.{option}.checkpoint", kind, ("best", "last"))
+    original = pathlib.Path(spec["workdir"])
     copy = None if workdir is None else workdir / _COPIES / option
-    return Source(copy if copy and copy.is_dir() else pathlib.Path(spec["workdir"]), kind)
+    return Source(copy, kind, original) if copy and copy.is_dir() else Source(original, kind)
 
 
 def copy_sources(sources: Mapping[str, Source], workdir: pathlib.Path) -> None:
@@ -110,7 +116,9 @@ def copy_sources(sources: Mapping[str, Source], workdir: pathlib.Path) -> None:
         with tempfile.TemporaryDirectory(dir=workdir) as folder:
             copy = pathlib.Path(folder) / option
             copy.mkdir()
-            shutil.copy(source.path / "config.json", copy)
+            for name in (config_file.NAME, config_file.LISTING):
+                if (source.path / name).exists():
+                    shutil.copy(source.path / name, copy)
             for part in (source.checkpoint, _COPIES):
                 if (source.path / part).is_dir():
                     shutil.copytree(source.path / part, copy / part)

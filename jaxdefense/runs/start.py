@@ -124,6 +124,10 @@ def load_start(spec: Mapping[str, Any]) -> Start:
     store = checkpoint.Store(folder)
     try:
         model = store.restore_as_saved("model")
+    except checkpoint.Damaged as error:
+        other = checkpoint.find_other(folder.parent, kind)
+        way = f"; the checkpoint of step {other[1]} is whole: {other[0]!r}" if other else ""
+        raise ValueError(f"train.init_from.checkpoint={kind!r}: {error}{way}") from error
     finally:
         store.close()
     saved, carry = model["params"], dict(model["carry"])

@@ -33,9 +33,9 @@ from jaxdefense.defenses import base
 from jaxdefense.defenses.base import Metrics
 from jaxdefense.evaluation import memory
 from jaxdefense.evaluation.evaluator import Evaluator
-from jaxdefense.runs import checkpoint, sources, start
+from jaxdefense.runs import checkpoint, config_file, sources, start
 from jaxdefense.runs.run import Run, best_of, build, read_log, read_model
-from jaxdefense.train import collapse, optim, plan
+from jaxdefense.train import collapse, optim, plan, recovery
 from jaxdefense.train.candidates import Candidates, choose_best
 from jaxdefense.train.step import (
     RunSteps,
@@ -69,6 +69,7 @@ class Log:
     def __init__(self, workdir: pathlib.Path, step: int):
         self._path = workdir / "metrics.jsonl"
         if self._path.exists():  # what a killed run wrote after its last checkpoint
+            recovery.note_torn_lines(self._path)
             kept = [line for line in read_log(self._path) if line["step"] <= step]
             files.write_text(self._path, "".join(json.dumps(line) + "\n" for line in kept))
         self._file = self._path.open("a")
@@ -189,7 +190,9 @@ class Trainer:
           Diverged: a loss that is not finite.
           Interrupted: after SIGTERM, when the state is saved.
         """
-        state = self.restore_state()
+        with recovery.offering_best(self.workdir):
+            state = self.restore_state()
+        self._check_best(state)
         step = int(state.step)
         self._print_notes()
         with (
@@ -274,6 +277,7 @@ class Trainer:
         """The last checkpoint's state, or the initial one where there is none, on the host."""
         last = self.stores["last"]
         if not last.steps():
+            recovery.note_lost_last(self.workdir)
             self.pretrained_scores = self.score_pretrained()
             return self.initial_state()
         meta = last.meta()
@@ -295,6 +299,20 @@ class Trainer:
         model = read_model(last, self.run.defense, like.params, like.carry)
         opt = last.restore("optimizer", like.opt)
         return State(jnp.int32(meta["step"]), model["params"], model["carry"], opt)
+
+    def _check_best(self, state: State) -> None:
+        """Says so if the best checkpoint is lost; one of the step of `last` is written again."""
+        if not (lost := recovery.explain_lost_best(self.stores["best"], self.best)):
+            return
+        if self.best["step"] == int(state.step):
+            self.save_checkpoint("best", replicate(state))
+            recovery.note(f"{lost}: written again from `last`, which is of the same step")
+            return
+        self.best = {}
+        way = "the next validation makes a new one"
+        if int(state.step) == self.total:
+            way = "no validation is left to make a new one; evaluate with --checkpoint=last"
+        recovery.note(f"{lost}: {way}")
 
     def save_checkpoint(self, kind: str, state: State) -> None:
         """Writes a checkpoint, without the pretrained networks.
@@ -576,7 +594,7 @@ def _check_config(config: Mapping[str, Any], path: pathlib.Path) -> None:
     """The workdir whose config.json is at `path` belongs to this config, or is new."""
     if not path.exists():
         return
-    before, now = json.loads(path.read_text()), json.loads(json.dumps(config))
+    before, now = config_file.read(path.parent), json.loads(json.dumps(config))
     if before != now:
         changed = [
             k for k in {**before, **now} if (k in before) != (k in now) or before[k] != now[k]
@@ -609,8 +627,9 @@ def train(
 
     Returns:
       {"steps", "seconds", "best": {"step", "validation_clean", "validation_robust"}, "warnings":
-      [{"step", "epoch", "name", "evidence"}] of `collapse`}, and where the config names pretrained
-      networks, "given": {role: {"source", "validation_clean", "validation_robust"}}.
+      [{"step", "epoch", "name", "evidence"}] of `collapse`}, where "best" is empty if that
+      checkpoint was lost; and where the config names pretrained networks, "given": {role:
+      {"source", "validation_clean", "validation_robust"}}.
 
     Raises:
       ValueError: a wrong config, or a workdir of another config; before any compilation.
@@ -625,7 +644,7 @@ def train(
     trainer = Trainer(run, workdir)  # refuses what it cannot train, before the workdir is claimed
     try:
         if not path.exists():
-            files.write_text(path, json.dumps(config, indent=1, sort_keys=True) + "\n")
+            config_file.write(workdir, config)
         if jax.process_index() == 0:
             sources.copy_sources(run.sources, workdir)
         return trainer.run_to_end(progress=progress)

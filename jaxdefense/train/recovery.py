@@ -1,0 +1,79 @@
+"""What a resumed run says of what it lost, lines of its log or checkpoints, and the ways on."""
+
+import contextlib
+import pathlib
+import sys
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from tqdm import tqdm
+
+from jaxdefense.runs import checkpoint
+from jaxdefense.runs.run import read_log
+
+
+def note(text: str) -> None:
+    """Writes one line to stderr, above a bar.
+
+    Args:
+      text: the line.
+    """
+    tqdm.write(f"note: {text}", file=sys.stderr)
+
+
+def note_torn_lines(path: pathlib.Path) -> None:
+    """Says how many lines of a log are torn, and therefore dropped.
+
+    Args:
+      path: of an existing metrics.jsonl.
+    """
+    written = [line for line in path.read_bytes().split(b"\n") if line.strip()]
+    if torn := len(written) - len(read_log(path)):
+        note(f"{path}: {torn} damaged line{'s' * (torn > 1)} dropped, {len(written) - torn} kept")
+
+
+def note_lost_last(workdir: pathlib.Path) -> None:
+    """Says that a run begins again, where its log tells that it was further.
+
+    Args:
+      workdir: of a run without a checkpoint `last`.
+    """
+    if read_log(workdir / "metrics.jsonl"):
+        note(f"{workdir / 'last'} holds no checkpoint: the run begins again at its first step")
+
+
+@contextlib.contextmanager
+def offering_best(workdir: pathlib.Path) -> Iterator[None]:
+    """Adds the ways on to the error of a damaged `last`.
+
+    Args:
+      workdir: of the run.
+
+    Raises:
+      ValueError: in place of `checkpoint.Damaged`.
+    """
+    try:
+        yield
+    except checkpoint.Damaged as error:
+        ways = f"remove {workdir / 'last'}, and the same command begins again at the first step"
+        if other := checkpoint.find_other(workdir, "last"):
+            ways += f"; or start a new run from its best, of step {other[1]}: --init_from={workdir}"
+        raise ValueError(f"{error}; {ways}") from error
+
+
+def explain_lost_best(store: checkpoint.Store, best: Mapping[str, Any]) -> str:
+    """What became of the best checkpoint; nothing where it is there and whole.
+
+    Args:
+      store: of the best checkpoint.
+      best: what the run knows of it, with its "step"; empty where there is none yet.
+    """
+    if not best:
+        return ""
+    try:
+        found = store.check()
+    except checkpoint.Damaged as error:
+        return f"the best checkpoint, of step {best['step']}, is lost ({error})"
+    if found < best["step"]:
+        return f"the best checkpoint, of step {best['step']}, is lost ({store.folder} has {found})"
+    return ""
