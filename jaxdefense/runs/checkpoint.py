@@ -6,15 +6,20 @@ of arrays and "meta", plain values in JSON. `Store.restore` refuses damaged file
 a checksum of the arrays would be taken in `Store.save`, kept in "meta", and compared there.
 """
 
+import contextlib
 import json
+import os
 import pathlib
-from collections.abc import Mapping
+import re
+import shutil
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
+from jaxdefense import files
 from jaxdefense.types import PyTree
 
 
@@ -56,8 +61,20 @@ class Store:
         }
         meta = json.loads(json.dumps(meta))
         args = ocp.args.Composite(**saved, meta=ocp.args.JsonSave(meta))
-        self._manager.save(step, args=args, force=True)
-        self._manager.wait_until_finished()
+        with _naming(self.folder / str(step)):
+            self._manager.save(step, args=args, force=True)
+            self._manager.wait_until_finished()
+
+    def replace_meta(self, meta: Mapping[str, Any]) -> None:
+        """Gives the newest checkpoint other metadata, whole or not at all; its arrays stay.
+
+        Args:
+          meta: plain values.
+
+        Raises:
+          ValueError: no checkpoint.
+        """
+        files.write_text(self.folder / str(self._newest()) / "meta" / "metadata", json.dumps(meta))
 
     def meta(self) -> dict[str, Any]:
         """The newest checkpoint's metadata, and its "step".
@@ -127,3 +144,34 @@ class Store:
         if not steps:
             raise ValueError(f"no checkpoint in {self.folder}")
         return steps[-1]
+
+
+def remove_leftovers(folder: pathlib.Path) -> None:
+    """Removes what a process left that ended while it saved; readers never look at it.
+
+    Args:
+      folder: of a store that no other process writes to.
+    """
+    for path in folder.glob("*.orbax-checkpoint-tmp*"):
+        shutil.rmtree(path, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _naming(path: pathlib.Path) -> Iterator[None]:
+    """A disk that takes no more is an OSError that names the checkpoint; its half is removed.
+
+    Raises:
+      OSError: whichever of its exceptions orbax or the writer of its arrays has made of it.
+    """
+    try:
+        yield
+    except Exception as error:
+        remove_leftovers(path.parent)
+        cause: BaseException | None = error
+        while cause is not None:
+            told = re.search(r"os_error_code='(\d+)'", str(cause))
+            number = cause.errno if isinstance(cause, OSError) else told and int(told[1])
+            if number:
+                raise OSError(number, os.strerror(number), str(path)) from error
+            cause = cause.__cause__ or cause.__context__
+        raise

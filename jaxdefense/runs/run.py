@@ -496,6 +496,7 @@ def restore(
         model = read_model(store, run.defense, params, carry)
     finally:
         store.close()
+    meta.pop("unfinished", None)  # what an interrupted run goes on with
     curve = _read_validation(workdir / "metrics.jsonl")
     return Restored(run, model, {**meta, "validation": curve} if curve else meta)
 

@@ -48,8 +48,9 @@ def unreplicate(state: State) -> State:
     return jax.tree.map(lambda leaf: np.asarray(leaf.addressable_shards[0].data)[0], state)
 
 
-# (state, resident data, items (n, ...), how many of them) -> (state, metric sums, first bad step)
-RunSteps = Callable[[State, PyTree, PyTree, Array], tuple[State, Metrics, Array]]
+# (state, resident data, items (n, ...), how many of them, metric sums so far) -> (state, metric
+# sums, first bad step)
+RunSteps = Callable[[State, PyTree, PyTree, Array, Metrics], tuple[State, Metrics, Array]]
 
 
 def _average(old: PyTree, new: PyTree) -> PyTree:
@@ -155,14 +156,16 @@ def compile_steps(
     """Several steps in one dispatch, mapped over the local devices, the state donated.
 
     The number of steps is an argument, not a shape: one compilation serves chunks of any length.
-    The loop ends early at a loss that is not finite; the third result is that step, or -1.
+    The loop ends early at a loss that is not finite; the third result is that step, or -1. The
+    metrics are added to those of the steps before, so that two dispatches give the sums of one,
+    bit for bit; see `zero_sums`.
 
     Args:
       step: of `make_step`.
       gather: (resident data, item) -> batch, see `data.Batches`.
     """
 
-    def run(state, resident, items, count):
+    def run(state, resident, items, count, sums):
         def take(i):
             return gather(resident, jax.tree.map(lambda leaf: leaf[i], items))
 
@@ -178,10 +181,46 @@ def compile_steps(
             sums = jax.tree.map(jnp.add, sums, metrics)
             return i + 1, state, sums, jnp.where(finite, bad, at)
 
-        shapes = jax.eval_shape(step, state, jax.eval_shape(take, 0))[1]
-        zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
-        start = (jnp.int32(0), state, zeros, jnp.int32(-1))
+        start = (jnp.int32(0), state, sums, jnp.int32(-1))
         _, state, sums, bad = jax.lax.while_loop(go_on, body, start)
         return state, sums, bad
 
-    return jax.pmap(run, axis_name=AXIS, in_axes=(0, 0, 0, None), donate_argnums=0)
+    return jax.pmap(run, axis_name=AXIS, in_axes=(0, 0, 0, None, 0), donate_argnums=0)
+
+
+def zero_sums(
+    step: Callable[[State, Batch], tuple[State, Metrics]],
+    gather: Callable[[PyTree, PyTree], Batch],
+    state: State,
+    resident: PyTree,
+    items: PyTree,
+) -> Metrics:
+    """The metric sums of no step, replicated as `compile_steps` takes them.
+
+    Args:
+      step: of `make_step`.
+      gather: see `compile_steps`.
+      state: replicated.
+      resident: the data on the devices.
+      items: of at least one step.
+    """
+
+    def metrics(state, resident, items):
+        first = jax.tree.map(lambda leaf: leaf[0], items)
+        return step(state, gather(resident, first))[1]
+
+    # vmap knows the axis too, and JAX forgets what it has traced of it.
+    shapes = jax.eval_shape(jax.vmap(metrics, axis_name=AXIS), state, resident, items)
+    zeros = jax.tree.map(lambda leaf: np.zeros(leaf.shape[1:], leaf.dtype), shapes)
+    return replicate_like(zeros, state.step)
+
+
+def replicate_like(tree: PyTree, leaf: Array) -> PyTree:
+    """A tree of the host on the devices of a replicated leaf, laid out as it is.
+
+    Args:
+      tree: of arrays.
+      leaf: of a `replicate`d state.
+    """
+    devices = [shard.device for shard in leaf.addressable_shards]
+    return flax.jax_utils.replicate(tree, devices, axis_name=AXIS)
