@@ -5,6 +5,7 @@ process as it would anywhere. `one_line_endings` is for scripts: one line instea
 """
 
 import contextlib
+import dataclasses
 import os
 import signal
 import socket
@@ -86,17 +87,23 @@ class Requests:
         raise Interrupted(f"{signal.Signals(self._received[0]).name}; {told}")
 
 
+@dataclasses.dataclass
 class Ending:
-    """What `one_line_endings` says and does where the user or the system ends a script.
+    """How a script ends where the user or the system ends it; a script may change it as it goes.
 
     Args:
       told: said after a signal: what is kept, and what goes on from there.
       grace: seconds that the main thread has to end by itself after a signal, while a program on
         the device keeps it from seeing it; None for any time, where it saves.
+      prefix: of the line of an error.
+      watched: whether a second signal ends the process at once; not where the script has started
+        others, which it ends itself.
     """
 
-    def __init__(self, told: str, grace: float | None):
-        self.told, self.grace = told, grace
+    told: str = "nothing was written"
+    grace: float | None = 3.0
+    prefix: str = "error"
+    watched: bool = True
 
     def end_now(self, number: int) -> NoReturn:
         """Ends the process from any thread, whatever the main one does.
@@ -110,23 +117,19 @@ class Ending:
 
 
 @contextlib.contextmanager
-def one_line_endings(
-    told: str = "nothing was written", *, grace: float | None = 3.0, prefix: str = "error"
-) -> Iterator[Ending]:
+def one_line_endings(ending: Ending) -> Iterator[None]:
     """A script's block: a signal or an error of the disk ends it with one line, no traceback.
 
     Exit code 130 after Ctrl-C, 143 after SIGTERM, 1 after an error of the disk. The second signal
-    ends the process at once, also while JAX compiles or computes.
+    ends the process at once, also while JAX compiles or computes. It changes nothing outside the
+    main thread.
 
     Args:
-      told: see `Ending`; the block may change it as it gets on.
-      grace: see `Ending`.
-      prefix: of the line of an error.
+      ending: what is said.
     """
-    ending = Ending(told, grace)
     try:
         with _watched(ending):
-            yield ending
+            yield
     except KeyboardInterrupt as error:
         print(f"\n{error}" if error.args else f"\ninterrupted; {ending.told}", file=sys.stderr)
         sys.exit(128 + signal.SIGINT)
@@ -137,7 +140,7 @@ def one_line_endings(
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except OSError as error:
-        sys.exit(f"{prefix}: {files.explain(error)}")
+        sys.exit(f"{ending.prefix}: {files.explain(error)}")
 
 
 def _raise_interrupted(*_: object) -> NoReturn:
@@ -152,7 +155,7 @@ def _watched(ending: Ending) -> Iterator[None]:
     instruction. The system's own handler writes each signal's number to a socket at once, where a
     thread reads it.
     """
-    if threading.current_thread() is not threading.main_thread():
+    if threading.current_thread() is not threading.main_thread() or not ending.watched:
         yield
         return
     ours, theirs = socket.socketpair()

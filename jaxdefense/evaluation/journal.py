@@ -6,12 +6,13 @@ all. A folder of another evaluation is refused. Nothing depends on how many imag
 so a killed evaluation may go on with other devices and in other batches.
 """
 
+import functools
 import hashlib
 import json
 import pathlib
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import numpy as np
 
@@ -22,6 +23,33 @@ from jaxdefense.evaluation.flags import logit_difference
 from jaxdefense.types import Threat
 
 FORMAT = 2
+
+_Arguments = ParamSpec("_Arguments")
+_Result = TypeVar("_Result")
+
+
+def keeps_folder(
+    evaluate: Callable[_Arguments, _Result],
+) -> Callable[_Arguments, _Result]:
+    """A function of `folder=` that has the folder for itself, rid of what a killed one left there.
+
+    Args:
+      evaluate: an evaluation; without a folder it stays as it is.
+
+    Returns:
+      It, with a ValueError at once where another process evaluates in that folder.
+    """
+
+    @functools.wraps(evaluate)
+    def run(*args: _Arguments.args, **options: _Arguments.kwargs) -> _Result:
+        folder: Any = options.get("folder")
+        if folder is None:
+            return evaluate(*args, **options)
+        with files.locked(pathlib.Path(folder) / "evaluation.lock", "evaluation"):
+            files.remove_leftovers(pathlib.Path(folder))
+            return evaluate(*args, **options)
+
+    return run
 
 
 def hash_arrays(*arrays: np.ndarray | bytes) -> str:
