@@ -3,12 +3,14 @@
 import json
 import os
 import pathlib
+import socket
+import struct
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from tensorboardX import event_file_writer, summary
+from tensorboardX import record_writer, summary
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tqdm import tqdm
 
@@ -61,16 +63,8 @@ class Log:
         Raises:
           OSError: the disk is full; the line is not there.
         """
-        line = (json.dumps({"step": step, **more, **values}) + "\n").encode()
-        before = os.fstat(self._file).st_size
-        with files.naming(self._path):
-            try:
-                left = memoryview(line)
-                while left:
-                    left = left[os.write(self._file, left) :]
-            except OSError:
-                os.ftruncate(self._file, before)  # no half of a line stays
-                raise
+        line = json.dumps({"step": step, **more, **values}) + "\n"
+        _append(self._file, line.encode(), self._path)
         if self._board:
             try:
                 self._board.write(step, values)
@@ -79,6 +73,8 @@ class Log:
 
     def _give_up_board(self, error: OSError) -> None:
         """Says that TensorBoard gets no more; metrics.jsonl holds the same numbers."""
+        if self._board:
+            self._board.close()
         self._board = None
         tqdm.write(f"no more TensorBoard events: {files.explain(error)}", file=sys.stderr)
 
@@ -98,16 +94,19 @@ class Board:
     """
 
     def __init__(self, folder: pathlib.Path, step: int):
-        with files.naming(folder):
+        # A second file of the same second and process would be the same file.
+        name = f"events.out.tfevents.{time.time():.0f}.{socket.gethostname()}.{os.getpid()}.{step}"
+        self._path = folder / name
+        with files.naming(self._path):
             folder.mkdir(parents=True, exist_ok=True)
-            # A second file of the same second and host would replace the first.
-            suffix = f".{os.getpid()}.{step}"
-            self._writer = event_file_writer.EventsWriter(str(folder / "events"), suffix)
-        self._folder = folder
+            self._file = os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
         version = "brain.Event:2"
-        self._add(Event(step=step, file_version=version))
-        self._add(Event(step=step, session_log=SessionLog(status=SessionLog.START)))
-        self._flush()
+        first = Event(step=step, file_version=version)
+        try:
+            self._add([first, Event(step=step, session_log=SessionLog(status=SessionLog.START))])
+        except OSError:
+            self.close()
+            raise
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         """Writes scalars.
@@ -115,20 +114,40 @@ class Board:
         Args:
           step: of the run.
           values: by name.
+
+        Raises:
+          OSError: the disk is full; none of them is there.
         """
-        for name, value in values.items():
-            self._add(Event(step=step, summary=summary.scalar(name, value)))
-        self._flush()
+        self._add([Event(step=step, summary=summary.scalar(n, v)) for n, v in values.items()])
 
-    def _add(self, event: Event) -> None:
-        event.wall_time = time.time()
-        with files.naming(self._folder):
-            self._writer.write_event(event)
-
-    def _flush(self) -> None:
-        with files.naming(self._folder):
-            self._writer.flush()
+    def _add(self, events: Sequence[Event]) -> None:
+        """Appends events in the form of TFRecord: each with its length and sums of both."""
+        parts = []
+        for event in events:
+            event.wall_time = time.time()
+            data = event.SerializeToString()
+            length = struct.pack("<Q", len(data))
+            for part in (length, data):
+                parts += [part, struct.pack("<I", record_writer.masked_crc32c(part))]
+        _append(self._file, b"".join(parts), self._path)
 
     def close(self) -> None:
         """Closes the file."""
-        self._writer.close()
+        os.close(self._file)
+
+
+def _append(descriptor: int, data: bytes, path: pathlib.Path) -> None:
+    """Appends to a file, all or nothing.
+
+    Raises:
+      OSError: the disk is full; the file is as it was.
+    """
+    before = os.fstat(descriptor).st_size
+    with files.naming(path):
+        try:
+            left = memoryview(data)
+            while left:
+                left = left[os.write(descriptor, left) :]
+        except OSError:
+            os.ftruncate(descriptor, before)
+            raise
