@@ -69,7 +69,10 @@ class Requests:
         self._before.clear()
 
     def asked(self) -> bool:
-        """Whether a signal has come: the one place where a run reads it."""
+        """Whether a signal has come: the one place where a run reads it.
+
+        The processes of one run ask equally often, at the same places.
+        """
         return bool(self._received)
 
     def stop(self, told: str) -> NoReturn:

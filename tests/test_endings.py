@@ -78,7 +78,7 @@ class TestTraining:
         before = [signal.getsignal(one) for one in (signal.SIGINT, signal.SIGTERM)]
         with monkeypatch.context() as patch:
             Counted(patch, loop.Trainer, name, n, number)
-            raised = KeyboardInterrupt if number == signal.SIGINT else train.Interrupted
+            raised = KeyboardInterrupt if number == signal.SIGINT else loop.Interrupted
             with pytest.raises(raised, match=rf"; step {step} is saved in {tmp_path}: the same"):
                 train.train(values(tfds_dir), tmp_path, progress=False)
         assert [signal.getsignal(one) for one in (signal.SIGINT, signal.SIGTERM)] == before
@@ -94,7 +94,7 @@ class TestTraining:
         for _ in range(2):
             with monkeypatch.context() as patch:
                 Counted(patch, loop.Trainer, "_validate_at", 1, signal.SIGTERM)
-                with pytest.raises(train.Interrupted, match="; step 6 is saved"):
+                with pytest.raises(loop.Interrupted, match="; step 6 is saved"):
                     train.train(values(tfds_dir), tmp_path, progress=False)
         with monkeypatch.context() as patch:  # killed when it has validated, before it says so
 

@@ -175,7 +175,7 @@ class Trainer:
         while step < segment.end:
             began = time.monotonic()
             stop = self._next_stop(first, segment)
-            end = min(stop, step + self._pace(segment).steps(stop - step))
+            end = step + self._piece(segment, stop - step)
             state, sums = self._advance(state, segment, step, end, sums)
             bar.update(end - step)
             self._pace(segment).measured(end - step, time.monotonic() - began)
@@ -400,6 +400,10 @@ class Trainer:
                 self._step(segment), self.batches.gather, state, self.batches.resident, items
             )
         return self._zeros[name]
+
+    def _piece(self, segment: plan.Segment, most: int) -> int:
+        """How many steps are sent at once; several processes, whose clocks differ, send all."""
+        return most if jax.process_count() > 1 else self._pace(segment).steps(most)
 
     def _pace(self, segment: plan.Segment) -> Pace:
         """How many steps of a segment are sent at once."""

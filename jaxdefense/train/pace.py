@@ -1,6 +1,7 @@
 """How many steps are sent to the devices at once."""
 
-# Between two pieces of a dispatch a run can be interrupted: SLURM kills 30 seconds after SIGTERM.
+# What a piece of several steps takes at most. Between two pieces a run can be interrupted: SLURM
+# kills 30 seconds after SIGTERM.
 SECONDS = 3.0
 
 _UNMEASURED = 2  # calls of one step: the first one compiles, the second one is measured
@@ -10,13 +11,9 @@ class Pace:
     """Keeps the pieces of a dispatch within some seconds, by what the steps before have taken.
 
     One program has one pace. Where pieces end changes no bit of the state, nor of the log.
-
-    Args:
-      seconds: that a piece should take at most, if it has more than one step.
     """
 
-    def __init__(self, seconds: float = SECONDS):
-        self._limit = seconds
+    def __init__(self) -> None:
         self._calls = 0
         self._per_step = 0.0
 
@@ -28,7 +25,7 @@ class Pace:
         """
         if self._calls < _UNMEASURED:
             return min(1, most)
-        fitting = self._limit / max(self._per_step, 1e-9)
+        fitting = SECONDS / max(self._per_step, 1e-9)
         return most if fitting >= most else max(1, int(fitting))
 
     def measured(self, steps: int, seconds: float) -> None:
