@@ -8,6 +8,7 @@ a checksum of the arrays would be taken in `Store.save`, kept in "meta", and com
 
 import contextlib
 import json
+import logging
 import os
 import pathlib
 import re
@@ -163,6 +164,8 @@ def _naming(path: pathlib.Path) -> Iterator[None]:
     Raises:
       OSError: whichever of its exceptions orbax or the writer of its arrays has made of it.
     """
+    orbax = logging.getLogger("absl")
+    orbax.addFilter(_without_traceback)  # of a thread; what it tells is raised here too
     try:
         yield
     except Exception as error:
@@ -175,3 +178,9 @@ def _naming(path: pathlib.Path) -> Iterator[None]:
                 raise OSError(number, os.strerror(number), str(path)) from error
             cause = cause.__cause__ or cause.__context__
         raise
+    finally:
+        orbax.removeFilter(_without_traceback)
+
+
+def _without_traceback(record: logging.LogRecord) -> bool:
+    return not record.exc_info
