@@ -228,6 +228,8 @@ class Soak:
           source: the name of the other.
         """
         path = self.work / name
+        if os.path.ismount(path):  # of a soak run that was killed
+            subprocess.run(["umount", str(path)], check=True)
         shutil.rmtree(path, ignore_errors=True)
         if source:
             shutil.copytree(self.work / source, path)
