@@ -411,8 +411,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    for kind, count in zip(KINDS, (100, 100, 20), strict=True):
-        parser.add_argument(f"--{kind}", type=int, default=count, help="how many")
+    parser.add_argument("--kills", type=int, default=100, help="how many")
+    parser.add_argument("--damages", type=int, default=100, help="how many")
+    parser.add_argument("--disks", type=int, default=20, help="how many")
     parser.add_argument("--seed", type=int, default=0, help="of the moments and places")
     parser.add_argument("--work", type=pathlib.Path, default="runs/soak", help="folder of the runs")
     parser.add_argument("--record", type=pathlib.Path, default=RECORD, help="the counts, as JSON")
