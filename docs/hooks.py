@@ -30,6 +30,7 @@ PAGES = (
     "registry",
     "extras",
     "files",
+    "interrupts",
 )
 
 

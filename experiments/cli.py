@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 import jax
 from absl import app, flags, logging
 
-from jaxdefense import extras, registry
+from jaxdefense import extras, interrupts, registry
 
 
 @contextlib.contextmanager
@@ -31,7 +31,7 @@ with needed("train"):
     import configs
 
     from jaxdefense.evaluation.memory import OutOfMemory
-    from jaxdefense.train.loop import Diverged, Interrupted
+    from jaxdefense.train.loop import Diverged
 
 HERE = pathlib.Path(__file__).parent
 CONFIGS = HERE / "configs"
@@ -184,15 +184,25 @@ def _hide_closed_loops() -> None:
     sys.unraisablehook = hook
 
 
-def run(main: Callable[[Sequence[str]], None], *, spread: bool = False) -> None:
+# How the script ends at a signal; `run` sets it, and a script may change what it says.
+ending = interrupts.Ending()
+
+
+def run(
+    main: Callable[[Sequence[str]], None], *, spread: bool = False, saves: bool = False
+) -> None:
     """absl's app.run; a ValueError is an answer to the user, not a traceback or a page of usage.
 
-    What is wrong with the command line ends with exit code 2, anything else with 1.
+    What is wrong with the command line ends with exit code 2, a signal with 128 and its number,
+    anything else with 1.
 
     Args:
       main: the script, a function of the words that are no flags.
       spread: over the CPU's cores; for scripts that evaluate and do not train.
+      saves: whether it saves after a signal, for which it gets the time that it takes.
     """
+    if saves:
+        ending.grace = None
 
     def guarded(argv):
         enable_cache()
@@ -202,12 +212,10 @@ def run(main: Callable[[Sequence[str]], None], *, spread: bool = False) -> None:
         if not flags.FLAGS["verbosity"].present:
             logging.set_verbosity(logging.WARNING)  # orbax logs every file that it writes
         try:
-            main(argv)
+            with interrupts.one_line_endings(ending):
+                main(argv)
         except (ValueError, Diverged, OutOfMemory, extras.MissingExtra) as error:
             sys.exit(f"error: {error}")
-        except Interrupted as error:
-            print(error, file=sys.stderr)
-            sys.exit(143)
 
     try:
         argv = expand_config_flag(sys.argv)

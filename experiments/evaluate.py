@@ -98,15 +98,28 @@ def architecture(module):
 def main(argv):
     if len(argv) > 1:
         raise ValueError(f"unexpected arguments: {argv[1:]}")
-    if PROTOCOL.value == "audit":
-        from jaxdefense.evaluation import report  # needs an extra: said before the hours
     source, workdir = find_run()
     if SAVE_IMAGES.value:
         images.check_folder(SAVE_IMAGES.value)  # said before the hours
-    run, variables, meta = runs.restore(source, kind=KIND.value)
     parts = [PROTOCOL.value, *(["last"] if KIND.value == "last" else [])]
     parts += [str(EXAMPLES.value)] if EXAMPLES.value else []
     path = pathlib.Path(RECORD.value or workdir / f"{'-'.join(parts)}.json")
+    with files.locked(path.with_name(f"{path.name}.lock"), "evaluation"):
+        files.remove_leftovers(path.parent)
+        evaluate(source, workdir, path)
+
+
+def evaluate(source, workdir, path):
+    """Judges a run and writes its record.
+
+    Args:
+      source: of the run, as `runs.restore` takes it.
+      workdir: for what is kept of an evaluation that is not finished.
+      path: of the record.
+    """
+    if PROTOCOL.value == "audit":
+        from jaxdefense.evaluation import report  # needs an extra: said before the hours
+    run, variables, meta = runs.restore(source, kind=KIND.value)
     options = {
         "training": {"checkpoint": KIND.value, **meta},
         "examples": EXAMPLES.value,
@@ -115,6 +128,7 @@ def main(argv):
     }
     if PROTOCOL.value == "autoattack":
         options["folder"] = workdir / f"autoattack-{KIND.value}-{EXAMPLES.value or 'all'}"
+        cli.ending.told = f"the same command goes on from what is in {options['folder']}"
     record = PROTOCOLS[PROTOCOL.value](run, variables, **options)
     record["command"] = configs.commands(run.config, protocol=PROTOCOL.value, checkpoint=KIND.value)
     records.save(record, path)
@@ -141,4 +155,5 @@ def main(argv):
 
 
 if __name__ == "__main__":
+    cli.ending.told = "there is no record, and the same command begins anew"
     cli.run(main, spread=True)

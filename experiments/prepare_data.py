@@ -20,7 +20,7 @@ prepares it, which may need TensorFlow. `digits` needs nothing: it is made on fi
 import argparse
 import sys
 
-from jaxdefense import extras, registry
+from jaxdefense import extras, interrupts, registry
 
 try:
     from jaxdefense.data import prepare
@@ -64,4 +64,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    told = "what is prepared is whole, and the same command prepares the rest"
+    with interrupts.one_line_endings(interrupts.Ending(told, prefix="prepare_data")):
+        code = main()
+    sys.exit(code)

@@ -23,17 +23,12 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from absl import app, flags
 
-from jaxdefense import checksums, extras, files
-
-try:
-    import fcntl
-except ModuleNotFoundError:  # Windows
-    fcntl = None
+from jaxdefense import checksums, extras, files, interrupts
 
 # What the scripts import, by the extra that brings it.
 NEEDED = {name: extras.MODULES[name] for name in ("train", "plots")} | {"digits": {"sklearn"}}
@@ -85,6 +80,7 @@ PROGRESS = flags.DEFINE_bool("progress", True, "Show what runs; without, only fi
 WORKER = (sys.executable, str(pathlib.Path(__file__).parent / "quickstart_worker.py"))
 RECORD_KEYS = ("config", "results", "seconds", "training")
 MEMORY = 1.2e9  # bytes that a process may need
+ENDING = interrupts.Ending("the same command goes on from here", watched=False)
 PAUSE = 5.0  # between two pages, as a multiple of what one takes
 
 
@@ -455,37 +451,6 @@ def check_writable(folder: pathlib.Path) -> None:
         raise ValueError(f"cannot write to {folder}: {error}") from error
 
 
-@contextlib.contextmanager
-def locked(folder: pathlib.Path) -> Iterator[None]:
-    """Keeps a folder for this process: two would write the same checkpoints.
-
-    The system drops the lock of a process that has ended, however it ended. Where files cannot be
-    locked (Windows, some network disks) nothing is checked.
-
-    Args:
-      folder: of the runs.
-
-    Raises:
-      ValueError: another process has it.
-    """
-    with (folder / "quickstart.lock").open("a+") as file:
-        if fcntl:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
-                file.seek(0)
-                raise ValueError(
-                    f"{folder} is in use by another quickstart, process {file.read().strip()}; "
-                    f"wait for it, or choose another --workdir"
-                ) from error
-            except OSError as error:
-                print(f"{folder} cannot be locked ({error}): start no second quickstart there")
-        file.truncate(0)
-        file.write(f"{os.getpid()}\n")
-        file.flush()
-        yield
-
-
 def read_object(path: pathlib.Path, keys: Sequence[str] = ()) -> dict[str, Any]:
     """Reads a file of a workdir.
 
@@ -571,7 +536,8 @@ def run() -> int:
     folder = pathlib.Path(WORKDIR.value)
     for path in [folder, *([pathlib.Path(RECORDS.value)] if RECORDS.value else [])]:
         check_writable(path)
-    with locked(folder):
+    with files.locked(folder / "quickstart.lock", "quickstart"):
+        files.remove_leftovers(folder)
         return run_systems(names, folder)
 
 
@@ -629,14 +595,11 @@ def main(argv):
     if len(argv) > 1:
         sys.exit(f"error: unexpected arguments: {argv[1:]}")
     try:
-        code = run()
-        sys.stdout.flush()
+        with interrupts.one_line_endings(ENDING):
+            code = run()
+            sys.stdout.flush()
     except ValueError as error:
         sys.exit(f"error: {error}")
-    except BrokenPipeError:
-        # `quickstart.py | head -1`: Python would try once more to print what is left.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        code = 1
     sys.exit(code)
 
 

@@ -7,11 +7,13 @@
     python experiments/tables.py --html=report.html experiments/records   # a page of all of them
 
 A marked table lies between `<!-- KIND PATH -->` and `<!-- end -->`; KIND is table, protected
-(metric I) or benchmark, and PATH is of its records. One number within a line of text lies between
-`<!-- accuracy PATH; ROW; ATTACK -->` and `<!-- end -->`; ROW is a record's NAME or NAME[PREDICTOR],
-or a run of the benchmark `fast`, whose attacks are AutoAttack's versions `standard` and `fast`.
+(metric I), benchmark or soak (the counts of experiments/soak.py), and PATH is of its records. One
+number within a line of text lies between `<!-- accuracy PATH; ROW; ATTACK -->` and `<!-- end -->`;
+ROW is a record's NAME or NAME[PREDICTOR], or a run of the benchmark `fast`, whose attacks are
+AutoAttack's versions `standard` and `fast`.
 """
 
+import json
 import pathlib
 import re
 
@@ -31,7 +33,9 @@ HTML = flags.DEFINE_string("html", None, "A file: a page of the records, sortabl
 TITLE = flags.DEFINE_string("title", "jaxdefense: what was measured", "Of the page.")
 
 ROOT = pathlib.Path(__file__).parents[1]
-_MARKED = re.compile(r"(<!-- (table|protected|benchmark) (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
+_MARKED = re.compile(
+    r"(<!-- (table|protected|benchmark|soak) (\S+) -->\n).*?(<!-- end -->)", re.DOTALL
+)
 _NUMBER = re.compile(r"(<!-- accuracy ([^;]+); ([^;]+); (.+?) -->).*?(<!-- end -->)")
 
 
@@ -71,6 +75,18 @@ def number(path, row, column):
     return tables.format_mean([seed[column] for seed in rows[row]])
 
 
+def soak_table(record):
+    """How many runs were disturbed, and how many were lost by it, from a record of soak.py."""
+    lines = ["| disturbed by | tried | ended well | lost |", "|---|---:|---:|---:|"]
+    names = {"kills": "a signal at a random moment", "damages": "a damaged file"}
+    for kind, name in {**names, "disks": "a full disk"}.items():
+        found = record["counts"][kind]
+        lines.append(f"| {name} | {found['tried']} | {found['well']} | {found['lost']} |")
+    versions = ", ".join(f"{name} {record['versions'][name]}" for name in ("python", "jax"))
+    made = f"{record['date'][:10]}, {versions}, {record['device']['host']}"
+    return "\n".join([*lines, "", f"{made}; random seed {record['seed']}.", ""])
+
+
 def renew(text):
     """`text` with each marked table and number rendered from the records that its mark names."""
 
@@ -79,6 +95,8 @@ def renew(text):
         if kind == "benchmark":
             record = records.load(ROOT / path)
             return f"{begin}{benchmark.render(record)}\n\n{tables.provenance([record])}\n{end}"
+        if kind == "soak":
+            return begin + soak_table(json.loads((ROOT / path).read_text())) + end
         return begin + render([ROOT / path], protected=kind == "protected") + end
 
     def inline(match):

@@ -72,4 +72,5 @@ def main(argv):
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    cli.ending.told = "the same command goes on from the last checkpoint"
+    cli.run(main, saves=True)

@@ -83,7 +83,7 @@ def test_attacks_losses_and_verdicts_need_no_extra():
     [
         ("import jaxdefense.data", "jaxdefense.data needs {}: pip install 'jaxdefense[train]'"),
         ("import jaxdefense.runs", "jaxdefense.runs needs {}: pip install 'jaxdefense[train]'"),
-        ("import jaxdefense.train", "jaxdefense.train needs {}: pip install 'jaxdefense[train]'"),
+        ("import jaxdefense.train", "jaxdefense.data needs {}: pip install 'jaxdefense[train]'"),
         ("import jaxdefense.defenses", "jaxdefense.defenses needs {}: pip install 'jaxdef"),
         (
             "from jaxdefense import models; models.make('cnn', 10)",

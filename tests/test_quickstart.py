@@ -22,6 +22,7 @@ import quickstart_plan as plan
 import rich.console
 from conftest import ROOT, import_script
 
+from jaxdefense import files
 from jaxdefense.evaluation import records
 
 quickstart = import_script("quickstart")
@@ -371,22 +372,23 @@ def test_a_second_quickstart_in_the_same_folder_is_refused(start, tmp_path):
     (tmp_path / "runs").mkdir()
     hold = (
         "import fcntl, sys; file = open(sys.argv[1], 'w'); fcntl.flock(file, fcntl.LOCK_EX)\n"
-        "print('1234', file=file, flush=True); print('held', flush=True); sys.stdin.read()"
+        'print(\'{"user": "quickstart", "pid": 1234}\', file=file, flush=True)\n'
+        "print('held', flush=True); sys.stdin.read()"
     )
     command = [sys.executable, "-c", hold, str(tmp_path / "runs" / "quickstart.lock")]
     pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     with subprocess.Popen(command, **pipes) as other:
         assert other.stdout.readline() == "held\n"
-        message = f"{tmp_path / 'runs'} is in use by another quickstart, process 1234; wait"
+        message = f"{tmp_path / 'runs'} is in use by a quickstart: process 1234 on "
         with pytest.raises(ValueError, match=message):
             start(systems="standard")
         assert not (tmp_path / "runs" / "standard").exists()
         other.stdin.close()
     assert start(systems="standard") == 0  # the lock went with its process
-    assert (tmp_path / "runs" / "quickstart.lock").read_text() == f"{os.getpid()}\n"
+    assert not (tmp_path / "runs" / "quickstart.lock").exists()
     with (
-        quickstart.locked(tmp_path / "runs"),
-        pytest.raises(ValueError, match=f"process {os.getpid()};"),
+        files.locked(tmp_path / "runs" / "quickstart.lock", "quickstart"),
+        pytest.raises(ValueError, match=f"process {os.getpid()} on "),
     ):
         start(systems="standard")
 

@@ -21,7 +21,7 @@ from jaxdefense.defenses import base
 from jaxdefense.runs import checkpoint
 from jaxdefense.runs.run import build
 from jaxdefense.train import loop, optim, plan
-from jaxdefense.train.step import State, compile_steps, make_step, unreplicate
+from jaxdefense.train.step import State, compile_steps, make_step, unreplicate, zero_sums
 
 ROOT = pathlib.Path(__file__).parents[1]
 
@@ -241,8 +241,14 @@ class TestStep:
                 traced.append(batch["image"].shape)
             return step(state, batch)
 
+        compiled = compile_steps(counted, gather)
+
+        def run(state, resident, items, count, sums=None):
+            sums = zero_sums(step, gather, state, resident, items) if sums is None else sums
+            return compiled(state, resident, items, count, sums)
+
         return (
-            compile_steps(counted, gather),
+            run,
             flax.jax_utils.replicate(state, devices, axis_name=base.AXIS),
             flax.jax_utils.replicate(resident, devices, axis_name=base.AXIS),
         )
@@ -273,12 +279,13 @@ class TestStep:
         traced = []
         chunk, state, resident = self.chunk(2, traced=traced)
         items = self.items(2)
-        whole, *_ = chunk(state, resident, items, jnp.int32(4))
+        whole, whole_sums, _ = chunk(state, resident, items, jnp.int32(4))
         times = len(traced)
-        state = self.chunk(2)[1]
+        state, sums = self.chunk(2)[1], None
         for i in range(4):
-            state, *_ = chunk(state, resident, np.roll(items, -i, 1), jnp.int32(1))
-        jax.tree.map(np.testing.assert_array_equal, state, whole)
+            rolled = np.roll(items, -i, 1)
+            state, sums, _ = chunk(state, resident, rolled, jnp.int32(1), sums)
+        jax.tree.map(np.testing.assert_array_equal, (state, sums), (whole, whole_sums))
         assert len(traced) == times
 
     def test_stops_at_a_loss_that_is_not_finite(self):

@@ -26,7 +26,7 @@ from jaxdefense.evaluation import examine, flags, randomised
 from jaxdefense.evaluation.checks import check_attack, check_ids, check_targets
 from jaxdefense.evaluation.evaluator import Apply, Evaluator, Examples
 from jaxdefense.evaluation.flags import Flag
-from jaxdefense.evaluation.journal import Journal, describe_evaluation
+from jaxdefense.evaluation.journal import Journal, describe_evaluation, keeps_folder
 from jaxdefense.evaluation.verdict import Verdict
 from jaxdefense.types import HostArray, PredictWithKey, PyTree, Threat
 
@@ -197,6 +197,7 @@ def _with_variables(function: Any, *, with_variables: bool) -> Apply:
     return function if with_variables else lambda _, *inputs: function(*inputs)
 
 
+@keeps_folder
 def run_stages(
     evaluator: Evaluator,
     variables: PyTree,

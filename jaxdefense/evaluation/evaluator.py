@@ -114,6 +114,7 @@ class Evaluator:
       devices: that share each batch; default all local ones.
       grid: steps over the box (255 for images of 8 bits): what an attack finds is rounded to them
         inside the ball, and the verdict is the rounded image's.
+      before_dispatch: called before each batch; what it raises ends the evaluation there.
 
     Raises:
       ValueError: batch_size or grid is no positive integer.
@@ -134,6 +135,7 @@ class Evaluator:
         batch_size: int | None = None,
         devices: Sequence[jax.Device] | None = None,
         grid: int | None = None,
+        before_dispatch: Callable[[], None] | None = None,
     ):
         checks.check_threat("Evaluator", threat)
         devices = tuple(devices or jax.local_devices())
@@ -144,6 +146,7 @@ class Evaluator:
             checks.check_count("grid", grid)
         self.apply, self.fast_apply = apply, fast_convolutions(apply)
         self.threat, self.grid = threat, grid
+        self.before_dispatch = before_dispatch
         mesh = Mesh(np.asarray(devices), (_AXIS,))
         self._split = NamedSharding(mesh, PartitionSpec(_AXIS))
         self._whole = NamedSharding(mesh, PartitionSpec())
@@ -207,6 +210,8 @@ class Evaluator:
         Raises:
           OutOfMemory: a device's memory is full; the message names the batch size that would fit.
         """
+        if self.before_dispatch is not None:
+            self.before_dispatch()
         weights, rest = partition(variables)
         if (key, rest) not in self._compiled:
 

@@ -9,13 +9,14 @@ Each file tells whose it is, and has a checksum. What is damaged is said, remove
 again: that gives the same bits, and costs a dispatch.
 """
 
+import functools
 import hashlib
 import json
 import pathlib
 import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import numpy as np
 from tqdm import tqdm
@@ -28,6 +29,33 @@ from jaxdefense.types import Threat
 
 FORMAT = 2
 _OWNER = "of"  # the array of a file that tells whose it is
+
+_Arguments = ParamSpec("_Arguments")
+_Result = TypeVar("_Result")
+
+
+def keeps_folder(
+    evaluate: Callable[_Arguments, _Result],
+) -> Callable[_Arguments, _Result]:
+    """A function of `folder=` that has the folder for itself, rid of what a killed one left there.
+
+    Args:
+      evaluate: an evaluation; without a folder it stays as it is.
+
+    Returns:
+      It, with a ValueError at once where another process evaluates in that folder.
+    """
+
+    @functools.wraps(evaluate)
+    def run(*args: _Arguments.args, **options: _Arguments.kwargs) -> _Result:
+        folder: Any = options.get("folder")
+        if folder is None:
+            return evaluate(*args, **options)
+        with files.locked(pathlib.Path(folder) / "evaluation.lock", "evaluation"):
+            files.remove_leftovers(pathlib.Path(folder))
+            return evaluate(*args, **options)
+
+    return run
 
 
 def hash_arrays(*arrays: np.ndarray | bytes) -> str:

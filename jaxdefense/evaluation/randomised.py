@@ -23,11 +23,12 @@ from jaxdefense.evaluation import examine, flags
 from jaxdefense.evaluation.checks import check_attack, check_ids
 from jaxdefense.evaluation.evaluator import Apply, Evaluator, Examples, attack_keys
 from jaxdefense.evaluation.flags import Flag
-from jaxdefense.evaluation.journal import Journal, describe_evaluation
+from jaxdefense.evaluation.journal import Journal, describe_evaluation, keeps_folder
 from jaxdefense.evaluation.verdict import RandomVerdict
 from jaxdefense.types import Array, HostArray, Images, Labels, Logits, Predict, PyTree
 
 
+@keeps_folder
 def run_stages(
     evaluator: Evaluator,
     variables: PyTree,

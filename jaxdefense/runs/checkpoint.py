@@ -11,16 +11,21 @@ which is compared with what is read: one flipped bit is an error. Checkpoints of
 hold the plain values alone, and are read without.
 """
 
+import contextlib
 import json
+import logging
+import os
 import pathlib
-from collections.abc import Mapping
+import re
+import shutil
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-from jaxdefense import checksums
+from jaxdefense import checksums, files
 from jaxdefense.models import zoo
 from jaxdefense.types import PyTree
 
@@ -75,15 +80,27 @@ class Store:
             self._manager.delete(step)
         trees = {name: jax.tree.map(np.asarray, tree) for name, tree in items.items()}
         arrays = {name: _describe(tree) for name, tree in trees.items()}
-        header = checksums.seal(
-            {"step": step, "meta": json.loads(json.dumps(meta)), "arrays": arrays}
-        )
+        header = _seal(step, meta, arrays)
         saved = {name: ocp.args.StandardSave(tree) for name, tree in trees.items()}
         args = ocp.args.Composite(**saved, meta=ocp.args.JsonSave(header))
-        self._manager.save(step, args=args, force=True)
-        self._manager.wait_until_finished()
+        with _naming(self.folder / str(step)):
+            self._manager.save(step, args=args, force=True)
+            self._manager.wait_until_finished()
         for later in [other for other in self.steps() if other > step]:
             self._manager.delete(later)
+
+    def replace_meta(self, meta: Mapping[str, Any]) -> None:
+        """Gives the newest checkpoint other metadata, whole or not at all; its arrays stay.
+
+        Args:
+          meta: plain values.
+
+        Raises:
+          ValueError: no checkpoint.
+        """
+        step = self._newest()
+        text = json.dumps(_seal(step, meta, self._header(step).arrays or {}))
+        files.write_text(self.folder / str(step) / "meta" / "metadata", text)
 
     def meta(self) -> dict[str, Any]:
         """The newest checkpoint's metadata, and its "step".
@@ -244,3 +261,47 @@ def _check_shapes(tree: PyTree, like: PyTree | None, where: str) -> PyTree:
                 f"{np.shape(got)}, not {want.shape}"
             )
     return tree
+
+
+def _seal(step: int, meta: Mapping[str, Any], arrays: Mapping[str, Any]) -> dict[str, Any]:
+    """What stands beside the arrays, with its checksum."""
+    return checksums.seal({"step": step, "meta": json.loads(json.dumps(meta)), "arrays": arrays})
+
+
+def remove_leftovers(folder: pathlib.Path) -> None:
+    """Removes what a process left that ended while it saved; readers never look at it.
+
+    Args:
+      folder: of a store that no other process writes to.
+    """
+    for path in folder.glob("*.orbax-checkpoint-tmp*"):
+        shutil.rmtree(path, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _naming(path: pathlib.Path) -> Iterator[None]:
+    """A disk that takes no more is an OSError that names the checkpoint; its half is removed.
+
+    Raises:
+      OSError: whichever of its exceptions orbax or the writer of its arrays has made of it.
+    """
+    orbax = logging.getLogger("absl")
+    orbax.addFilter(_without_traceback)  # of a thread; what it tells is raised here too
+    try:
+        yield
+    except Exception as error:
+        remove_leftovers(path.parent)
+        cause: BaseException | None = error
+        while cause is not None:
+            told = re.search(r"os_error_code='(\d+)'", str(cause))
+            number = cause.errno if isinstance(cause, OSError) else told and int(told[1])
+            if number:
+                raise OSError(number, os.strerror(number), str(path)) from error
+            cause = cause.__cause__ or cause.__context__
+        raise
+    finally:
+        orbax.removeFilter(_without_traceback)
+
+
+def _without_traceback(record: logging.LogRecord) -> bool:
+    return not record.exc_info

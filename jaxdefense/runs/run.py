@@ -563,6 +563,7 @@ def _restore_workdir(
         model = read_model(store, run.defense, params, carry)
     finally:
         store.close()
+    meta.pop("unfinished", None)  # what an interrupted run goes on with
     lines = read_log(workdir / "metrics.jsonl")
     if warnings := _read_warnings(lines):
         meta["warnings"] = warnings

@@ -113,7 +113,8 @@ def copy_sources(sources: Mapping[str, Source], workdir: pathlib.Path) -> None:
         if target.exists():
             continue
         target.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=workdir) as folder:
+        prefix = files.temporary_prefix(_COPIES)
+        with tempfile.TemporaryDirectory(files.TEMPORARY, prefix, workdir) as folder:
             copy = pathlib.Path(folder) / option
             copy.mkdir()
             for name in (config_file.NAME, config_file.LISTING):

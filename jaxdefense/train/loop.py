@@ -14,36 +14,39 @@ import contextlib
 import json
 import os
 import pathlib
-import signal
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NoReturn
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import tensorboardX
 from tqdm import tqdm
 
 from jaxdefense import files
 from jaxdefense.attacks import checks
 from jaxdefense.data import Arrays, Encoded, OnDevice, Streaming, make_augment, to_float
 from jaxdefense.defenses import base
-from jaxdefense.defenses.base import Metrics
+from jaxdefense.defenses.base import Batch, Metrics
 from jaxdefense.evaluation import memory
 from jaxdefense.evaluation.evaluator import Evaluator
+from jaxdefense.interrupts import Interrupted, Requests
 from jaxdefense.runs import checkpoint, config_file, sources, start
-from jaxdefense.runs.run import Run, best_of, build, read_log, read_model
+from jaxdefense.runs.run import Run, best_of, build, read_model
 from jaxdefense.train import collapse, optim, plan, recovery
 from jaxdefense.train.candidates import Candidates, choose_best
+from jaxdefense.train.log import Log
+from jaxdefense.train.pace import Pace
 from jaxdefense.train.step import (
     RunSteps,
     State,
     compile_steps,
     make_step,
     replicate,
+    replicate_like,
     unreplicate,
+    zero_sums,
 )
 from jaxdefense.types import Attack, Images, Logits, PyTree
 
@@ -54,69 +57,13 @@ class Diverged(RuntimeError):
     """A loss was not finite."""
 
 
-class Interrupted(RuntimeError):
-    """The process was asked to end; the state was saved."""
-
-
-class Log:
-    """Scalars as JSON lines and TensorBoard events; a resumed run goes on where it was.
-
-    Args:
-      workdir: of the run.
-      step: that the run starts from; what a killed run wrote of later ones is dropped.
-    """
-
-    def __init__(self, workdir: pathlib.Path, step: int):
-        self._path = workdir / "metrics.jsonl"
-        if self._path.exists():  # what a killed run wrote after its last checkpoint
-            recovery.note_torn_lines(self._path)
-            kept = [line for line in read_log(self._path) if line["step"] <= step]
-            files.write_text(self._path, "".join(json.dumps(line) + "\n" for line in kept))
-        self._file = self._path.open("a")
-        self._board = tensorboardX.SummaryWriter(str(workdir / "tensorboard"), purge_step=step)
-
-    def write(self, step: int, values: Mapping[str, float], **more: Any) -> None:
-        """Writes one line at once.
-
-        Args:
-          step: of the run.
-          values: scalars by name.
-          **more: further values of the line, which TensorBoard does not get.
-        """
-        self._file.write(json.dumps({"step": step, **more, **values}) + "\n")
-        self._file.flush()
-        for name, value in values.items():
-            self._board.add_scalar(name, value, step)
-
-    def close(self) -> None:
-        """Closes both files, everything written."""
-        self._file.close()
-        self._board.close()
-
-
-@contextlib.contextmanager
-def _collect_sigterm() -> Iterator[list[int]]:
-    """A list that SIGTERM is appended to instead of ending the process.
-
-    Outside the main thread, where Python takes no signals, it stays empty.
-    """
-    received: list[int] = []
-    try:
-        before = signal.signal(signal.SIGTERM, lambda number, _: received.append(number))
-    except ValueError:  # signals belong to the main thread
-        yield received
-        return
-    try:
-        yield received
-    finally:
-        signal.signal(signal.SIGTERM, before)
-
-
 class Trainer:
     """Trains one run, from its last checkpoint where there is one, to its end.
 
     A run is a list of segments (`plan.Segment`): a phase between two steps. A segment is computed
-    in dispatches of several steps; each ends where a validation, a checkpoint or the segment does.
+    in dispatches of several steps; each ends where a validation, a checkpoint or the segment does,
+    and has a line in the log. Where its steps are slow it is sent in pieces (`Pace`), between which
+    the run can be interrupted.
 
     Args:
       run: of `runs.build`.
@@ -154,9 +101,15 @@ class Trainer:
         if asked and jax.default_backend() != "cpu":  # where memory may be too short for so many
             self.judged = min(self.judged, asked)
         self.evaluator = Evaluator(
-            run.apply(run.defense.primary), run.threat, batch_size=self.judged
+            run.apply(run.defense.primary),
+            run.threat,
+            batch_size=self.judged,
+            before_dispatch=self._leave_if_asked,
         )
+        self.requests = Requests()
         self._compiled: dict[Any, RunSteps] = {}
+        self._zeros: dict[Any, Metrics] = {}  # metric sums, by what is compiled
+        self._paces: dict[Any, Pace] = {}
         self.stores = {
             "last": checkpoint.Store(workdir / "last"),
             "best": checkpoint.Store(workdir / "best"),
@@ -176,6 +129,7 @@ class Trainer:
         self.one_class: int | None = None  # that the last network validated answers
         self.pretrained_scores: dict[str, Any] = {}
         self.seconds = 0.0
+        self.unfinished: dict[str, Any] = {}  # what the last checkpoint has begun, see `_keep`
 
     def run_to_end(self, *, progress: bool) -> dict[str, Any]:
         """Trains until the last segment ends.
@@ -189,20 +143,31 @@ class Trainer:
         Raises:
           Diverged: a loss that is not finite.
           Interrupted: after SIGTERM, when the state is saved.
+          KeyboardInterrupt: after Ctrl-C, likewise.
+          OSError: the disk is full or read-only; the last checkpoint is whole.
         """
+        with self.requests:
+            try:
+                return self._run_segments(progress=progress)
+            except _LeftValidation:  # one that no checkpoint waits for
+                self._stop()
+
+    def _run_segments(self, *, progress: bool) -> dict[str, Any]:
+        """`run_to_end`, signals being collected."""
         with recovery.offering_best(self.workdir):
             state = self.restore_state()
         self._check_best(state)
         step = int(state.step)
         self._print_notes()
         with (
-            contextlib.closing(Log(self.workdir, step)) as log,
+            contextlib.closing(Log(self.workdir, step, self.unfinished)) as log,
             tqdm(total=self.total, initial=step, disable=not progress, unit="step") as bar,
-            _collect_sigterm() as received,
         ):
+            if self.unfinished.get("validation"):
+                self._validate_unfinished(state, log, bar)
             for segment in self.segments:
                 if segment.end > int(state.step):
-                    state = self._run_segment(segment, state, log, bar, received)
+                    state = self._run_segment(segment, state, log, bar)
         if self.candidates is not None and self.run.second_attack is not None:
             self.choose_candidate(self.candidates, self.run.second_attack)
         summary = {
@@ -213,9 +178,7 @@ class Trainer:
         }
         return {**summary, "given": self.pretrained_scores} if self.pretrained_scores else summary
 
-    def _run_segment(
-        self, segment: plan.Segment, state: State, log: Log, bar: tqdm, received: list[int]
-    ) -> State:
+    def _run_segment(self, segment: plan.Segment, state: State, log: Log, bar: tqdm) -> State:
         """The state at a segment's end, on the host, from one at its start or inside it.
 
         Args:
@@ -223,30 +186,82 @@ class Trainer:
           state: on the host.
           log: of the run.
           bar: shows the steps.
-          received: signals; after the first, the state is saved and `Interrupted` raised.
         """
         step = int(state.step)
         if segment.start == step:
             state = self.begin_segment(state, segment)
         state = replicate(state)
+        # A dispatch goes from `first` to `stop`; `sums` are of its steps so far.
+        first, sums = self._unfinished_dispatch(step, state)
         while step < segment.end:
             began = time.monotonic()
-            end = self._next_stop(step, segment)
-            state, sums = self._advance(state, segment, step, end)
+            stop = self._next_stop(first, segment)
+            end = step + self._piece(segment, stop - step)
+            state, sums = self._advance(state, segment, step, end, sums)
             bar.update(end - step)
+            self._pace(segment).measured(end - step, time.monotonic() - began)
             step = end
+            if step < stop:
+                self.seconds += time.monotonic() - began
+                if self.requests.asked():
+                    dispatch = {"first": first, "sums": _to_lists(sums)}
+                    self._keep(state, {"dispatch": dispatch})
+                continue
             self._report(log, bar, segment, step, sums)
+            first, sums = step, None
             if self._due("validate_every", step):
-                self._validate_at(step, segment, state, log, bar)
+                try:
+                    self._validate_at(step, segment, state, log, bar)
+                except _LeftValidation:
+                    self._keep(state, {"validation": True})
             self.seconds += time.monotonic() - began
-            if received or self._due("checkpoint_every", step):
+            if self.requests.asked():
+                self._keep(state, {})
+            if self._due("checkpoint_every", step):
                 self.save_checkpoint("last", state)
-            if received:
-                raise Interrupted(
-                    f"signal {received[0]} at step {step}; saved in {self.workdir}: "
-                    f"the same command goes on from there"
-                )
         return unreplicate(state)
+
+    # Interruptions: what was asked, and how the run goes on.
+
+    def _leave_if_asked(self) -> None:
+        """Called between two dispatches of a validation, which a request ends at once."""
+        if self.requests.asked():
+            raise _LeftValidation
+
+    def _keep(self, state: State, unfinished: Mapping[str, Any]) -> NoReturn:
+        """Saves a state and ends the run.
+
+        Args:
+          state: replicated.
+          unfinished: what was begun at its step: a "validation" that is due, or a "dispatch", of
+            which "first" is the first step and "sums" are the metrics' sums since.
+
+        Raises:
+          Interrupted: always, or KeyboardInterrupt: see `Requests.stop`.
+        """
+        self.save_checkpoint("last", state, unfinished)
+        self._stop()
+
+    def _stop(self) -> NoReturn:
+        """Ends the run; says from where the same command goes on."""
+        steps = self.stores["last"].steps()
+        kept = f"step {steps[-1]} is saved in {self.workdir}" if steps else "no step is done yet"
+        self.requests.stop(f"{kept}: the same command goes on from there")
+
+    def _unfinished_dispatch(self, step: int, state: State) -> tuple[int, Metrics | None]:
+        """The first step and the metrics' sums of the dispatch that a checkpoint lies in."""
+        dispatch = self.unfinished.pop("dispatch", None)
+        if dispatch is None:
+            return step, None
+        return dispatch["first"], replicate_like(_from_lists(dispatch["sums"]), state.step)
+
+    def _validate_unfinished(self, state: State, log: Log, bar: tqdm) -> None:
+        """The validation that an interruption left, at the step of the last checkpoint."""
+        step = int(state.step)
+        segment = next(one for one in self.segments if one.start < step <= one.end)
+        self._validate_at(step, segment, replicate(state), log, bar)
+        self.unfinished = {}
+        self.stores["last"].replace_meta(self._meta("last"))
 
     # The state: where it comes from, and where it is kept.
 
@@ -283,6 +298,7 @@ class Trainer:
         meta = last.meta()
         self.best, self.seconds = meta["best"], meta["seconds"]
         self.pretrained_scores = meta.get("given", {})
+        self.unfinished = meta.get("unfinished", {})
         self.watch.restore(meta)
         if self.candidates is not None:
             self.candidates.scores = meta["kept"]
@@ -314,12 +330,15 @@ class Trainer:
             way = "no validation is left to make a new one; evaluate with --checkpoint=last"
         recovery.note(f"{lost}: {way}")
 
-    def save_checkpoint(self, kind: str, state: State) -> None:
+    def save_checkpoint(
+        self, kind: str, state: State, unfinished: Mapping[str, Any] | None = None
+    ) -> None:
         """Writes a checkpoint, without the pretrained networks.
 
         Args:
           kind: "last", with the optimisers, to go on from; or "best", to deploy.
           state: replicated.
+          unfinished: of an interrupted run, see `_keep`.
         """
         if jax.process_index() != 0:
             return
@@ -328,16 +347,26 @@ class Trainer:
         items = {"model": {"params": own(host.params), "carry": own(host.carry)}}
         if kind == "last":
             items["optimizer"] = host.opt
-        meta = {"best": self.best, "seconds": self.seconds, "warnings": self.watch.told()}
+        self.stores[kind].save(int(host.step), items, self._meta(kind, unfinished))
+        if kind == "last" and self.candidates is not None:
+            self.candidates.prune()
+
+    def _meta(self, kind: str, unfinished: Mapping[str, Any] | None = None) -> dict[str, Any]:
+        """A checkpoint's metadata."""
+        meta: dict[str, Any] = {
+            "best": self.best,
+            "seconds": self.seconds,
+            "warnings": self.watch.told(),
+        }
         if kind == "last":
             meta["watch"] = self.watch.state()
             if self.candidates is not None:
                 meta["kept"] = self.candidates.scores
         if self.pretrained_scores:
             meta["given"] = self.pretrained_scores
-        self.stores[kind].save(int(host.step), items, meta)
-        if kind == "last" and self.candidates is not None:
-            self.candidates.prune()
+        if unfinished:
+            meta["unfinished"] = dict(unfinished)
+        return meta
 
     # Steps.
 
@@ -364,20 +393,23 @@ class Trainer:
         return min(segment.end, longest, *(step - step % length + length for length in every))
 
     def _advance(
-        self, state: State, segment: plan.Segment, step: int, end: int
+        self, state: State, segment: plan.Segment, step: int, end: int, sums: Metrics | None
     ) -> tuple[State, Metrics]:
-        """The replicated state after the steps step..end-1, and their metrics' sums."""
+        """The replicated state after the steps step..end-1, their metrics added to `sums`."""
         items = self._padded_items(step, end - step)
-        chunk, resident, before = self.compiled_steps(segment), self.batches.resident, state
-        devices = jax.device_count()
+        resident, count = self.batches.resident, jnp.int32(end - step)
+        chunk = self.compiled_steps(segment)
+        if sums is None:
+            sums = self._zero_sums(segment, state, items)
+        before, so_far, devices = state, sums, jax.device_count()
         with memory.explain_out_of_memory(
             "a step of training",
             self.batches.batch_size,
-            lambda batch: chunk.lower(before, resident, items, batch // devices),
+            lambda batch: chunk.lower(before, resident, items, so_far, batch // devices),
             multiple=devices,
             advice="--config.train.batch_size={batch}; training's results change with it",
         ):
-            state, sums, bad = chunk(state, resident, items, jnp.int32(end - step))
+            state, sums, bad = chunk(state, resident, items, count, sums)
             at = int(bad[0])
         if at >= 0:
             good = {kind: store.steps() for kind, store in self.stores.items()}
@@ -402,18 +434,38 @@ class Trainer:
         Args:
           segment: of the run.
         """
-        name = (segment.phase, tuple(sorted(segment.optimizers.items())))
+        name = _program(segment)
         if name not in self._compiled:
-            step = make_step(
-                segment.phase,
-                segment.build(),
-                segment.phase.view or self.augment_view,
-                seed=self.run.seed,
-                per_epoch=self.per_epoch,
-                frozen=tuple(self.run.train["frozen"]),
-            )
-            self._compiled[name] = compile_steps(step, self.batches.gather)
+            self._compiled[name] = compile_steps(self._step(segment), self.batches.gather)
         return self._compiled[name]
+
+    def _step(self, segment: plan.Segment) -> Callable[[State, Batch], tuple[State, Metrics]]:
+        """The pure step of a segment."""
+        return make_step(
+            segment.phase,
+            segment.build(),
+            segment.phase.view or self.augment_view,
+            seed=self.run.seed,
+            per_epoch=self.per_epoch,
+            frozen=tuple(self.run.train["frozen"]),
+        )
+
+    def _zero_sums(self, segment: plan.Segment, state: State, items: PyTree) -> Metrics:
+        """The metric sums that a dispatch of a segment begins with."""
+        name = _program(segment)
+        if name not in self._zeros:
+            self._zeros[name] = zero_sums(
+                self._step(segment), self.batches.gather, state, self.batches.resident, items
+            )
+        return self._zeros[name]
+
+    def _piece(self, segment: plan.Segment, most: int) -> int:
+        """How many steps are sent at once; several processes, whose clocks differ, send all."""
+        return most if jax.process_count() > 1 else self._pace(segment).steps(most)
+
+    def _pace(self, segment: plan.Segment) -> Pace:
+        """How many steps of a segment are sent at once."""
+        return self._paces.setdefault(_program(segment), Pace())
 
     def release(self) -> None:
         """Frees the compiled steps, which JAX would keep as long as the process lives."""
@@ -472,7 +524,12 @@ class Trainer:
             def apply(variables: PyTree, x: Images, net: base.Net = net) -> Logits:
                 return net.predict(*variables)(x)
 
-            evaluator = Evaluator(apply, self.run.threat, batch_size=self.judged)
+            evaluator = Evaluator(
+                apply,
+                self.run.threat,
+                batch_size=self.judged,
+                before_dispatch=self._leave_if_asked,
+            )
             accuracies = self.score_network(evaluator, network.init(role))
             scores[role] = {"source": network.source, **accuracies}
         return scores
@@ -585,6 +642,28 @@ class Trainer:
             tqdm.write(line, file=sys.stderr)
 
 
+class _LeftValidation(Exception):
+    """The run was asked to end while it validated."""
+
+
+def _program(segment: plan.Segment) -> tuple[Any, ...]:
+    """Equal for segments that are computed by one program: equal phases and optimisers."""
+    return (segment.phase, tuple(sorted(segment.optimizers.items())))
+
+
+def _to_lists(sums: Metrics) -> dict[str, list[float]]:
+    """Replicated sums of metrics as plain values, which give float32 back exactly."""
+    return {
+        name: [float(part.addressable_shards[0].data[0]) for part in pair]
+        for name, pair in sums.items()
+    }
+
+
+def _from_lists(sums: Mapping[str, Sequence[float]]) -> PyTree:
+    """The sums of `_to_lists`, on the host."""
+    return {name: tuple(np.float32(part) for part in pair) for name, pair in sums.items()}
+
+
 def _format_scores(scores: Mapping[str, float]) -> str:
     shown = ", ".join(f"{name.removeprefix('validation_')} {v:.2f} %" for name, v in scores.items())
     return f"validation {shown}"
@@ -635,9 +714,34 @@ def train(
       ValueError: a wrong config, or a workdir of another config; before any compilation.
       Diverged: a loss that is not finite; names the step and the last good checkpoint.
       Interrupted: after SIGTERM, when the state is saved.
+      KeyboardInterrupt: after Ctrl-C, likewise. A second signal ends the process at once.
+      OSError: the disk is full or read-only; the last checkpoint is whole.
     """
     workdir = pathlib.Path(workdir)
     run = build(config, workdir=workdir, model=model, data=data)
+    with _claimed(workdir):
+        return _train(run, workdir, progress=progress)
+
+
+@contextlib.contextmanager
+def _claimed(workdir: pathlib.Path) -> Iterator[None]:
+    """Keeps a workdir for this run, rid of what a killed one may have left half-written.
+
+    Raises:
+      ValueError: another run trains there.
+    """
+    if jax.process_index() != 0:  # the first process of a run claims it for all
+        yield
+        return
+    with files.locked(workdir / "train.lock", "training"):
+        files.remove_leftovers(workdir)
+        for kind in ("last", "best"):
+            checkpoint.remove_leftovers(workdir / kind)
+        yield
+
+
+def _train(run: Run, workdir: pathlib.Path, *, progress: bool) -> dict[str, Any]:
+    """`train` in a workdir that is claimed."""
     config = run.config
     path = workdir / "config.json"
     _check_config(config, path)

@@ -59,23 +59,23 @@ class RunSteps:
     steps. Both are taken out again by `release`, or when this object is no longer used.
 
     Args:
-      run: (state, resident data, items (n, ...), how many of them) -> (state, metric sums, first
-        bad step or -1), of one device.
+      run: (state, resident data, items (n, ...), how many of them, metric sums so far) -> (state,
+        metric sums, first bad step or -1), of one device.
     """
 
-    def __init__(self, run: Callable[[State, PyTree, PyTree, Array], tuple[State, Metrics, Array]]):
+    def __init__(self, run: Callable[..., tuple[State, Metrics, Array]]):
         steps = {"run": run}
 
         def look_up(*args: Any) -> Any:
             return steps["run"](*args)
 
         self._mapped: Any = jax.pmap(
-            look_up, axis_name=AXIS, in_axes=(0, 0, 0, None), donate_argnums=0
+            look_up, axis_name=AXIS, in_axes=(0, 0, 0, None, 0), donate_argnums=0
         )
         self._free = weakref.finalize(self, _free_mapped, steps, look_up)
 
     def __call__(
-        self, state: State, resident: PyTree, items: PyTree, count: Array
+        self, state: State, resident: PyTree, items: PyTree, count: Array, sums: Metrics
     ) -> tuple[State, Metrics, Array]:
         """Runs the first `count` of the items.
 
@@ -84,29 +84,35 @@ class RunSteps:
           resident: of `data.Batches`.
           items: of `data.Batches.chunk`.
           count: () int32, how many steps.
+          sums: the metrics' so far, see `zero_sums`.
 
         Returns:
           The state, the metrics' sums, and the first step whose loss was not finite, or -1.
         """
-        return self._mapped(state, resident, items, count)
+        return self._mapped(state, resident, items, count, sums)
 
-    def lower(self, state: State, resident: PyTree, items: PyTree, batch: int) -> Any:
+    def lower(
+        self, state: State, resident: PyTree, items: PyTree, sums: Metrics, batch: int
+    ) -> Any:
         """The program for another batch size, not compiled: `compile()` tells what memory it takes.
 
         Args:
           state: as of a call; shapes count, so that its arrays may be gone.
           resident: likewise.
           items: likewise.
+          sums: likewise.
           batch: images of a step on one device.
         """
 
         shapes = jax.tree.map(
-            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), (state, resident, items)
+            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype),
+            (state, resident, items, sums),
         )
         resized = jax.tree.map(
             lambda leaf: leaf.update(shape=(*leaf.shape[:2], batch, *leaf.shape[3:])), shapes[2]
         )
-        return self._mapped.lower(*shapes[:2], resized, jax.ShapeDtypeStruct((), jnp.int32))
+        count = jax.ShapeDtypeStruct((), jnp.int32)
+        return self._mapped.lower(*shapes[:2], resized, count, shapes[3])
 
     def release(self) -> None:
         """Frees the compiled program and all that the steps refer to; it cannot be called again."""
@@ -226,14 +232,16 @@ def compile_steps(
     """Several steps in one dispatch, mapped over the local devices, the state donated.
 
     The number of steps is an argument, not a shape: one compilation serves chunks of any length.
-    The loop ends early at a loss that is not finite; the third result is that step, or -1.
+    The loop ends early at a loss that is not finite; the third result is that step, or -1. The
+    metrics are added to those of the steps before, so that two dispatches give the sums of one,
+    bit for bit; see `zero_sums`.
 
     Args:
       step: of `make_step`.
       gather: (resident data, item) -> batch, see `data.Batches`.
     """
 
-    def run(state, resident, items, count):
+    def run(state, resident, items, count, sums):
         def take(i):
             return gather(resident, jax.tree.map(lambda leaf: leaf[i], items))
 
@@ -249,10 +257,46 @@ def compile_steps(
             sums = jax.tree.map(jnp.add, sums, metrics)
             return i + 1, state, sums, jnp.where(finite, bad, at)
 
-        shapes = jax.eval_shape(step, state, jax.eval_shape(take, 0))[1]
-        zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
-        start = (jnp.int32(0), state, zeros, jnp.int32(-1))
+        start = (jnp.int32(0), state, sums, jnp.int32(-1))
         _, state, sums, bad = jax.lax.while_loop(go_on, body, start)
         return state, sums, bad
 
     return RunSteps(run)
+
+
+def zero_sums(
+    step: Callable[[State, Batch], tuple[State, Metrics]],
+    gather: Callable[[PyTree, PyTree], Batch],
+    state: State,
+    resident: PyTree,
+    items: PyTree,
+) -> Metrics:
+    """The metric sums of no step, replicated as `compile_steps` takes them.
+
+    Args:
+      step: of `make_step`.
+      gather: see `compile_steps`.
+      state: replicated.
+      resident: the data on the devices.
+      items: of at least one step.
+    """
+
+    def metrics(state, resident, items):
+        first = jax.tree.map(lambda leaf: leaf[0], items)
+        return step(state, gather(resident, first))[1]
+
+    # vmap knows the axis too, and JAX forgets what it has traced of it.
+    shapes = jax.eval_shape(jax.vmap(metrics, axis_name=AXIS), state, resident, items)
+    zeros = jax.tree.map(lambda leaf: np.zeros(leaf.shape[1:], leaf.dtype), shapes)
+    return replicate_like(zeros, state.step)
+
+
+def replicate_like(tree: PyTree, leaf: Array) -> PyTree:
+    """A tree of the host on the devices of a replicated leaf, laid out as it is.
+
+    Args:
+      tree: of arrays.
+      leaf: of a `replicate`d state.
+    """
+    devices = [shard.device for shard in leaf.addressable_shards]
+    return flax.jax_utils.replicate(tree, devices, axis_name=AXIS)
