@@ -10,6 +10,9 @@ The last starts from the weights of another run; the schedule and the optimiser 
 from its first step. --new_head leaves out its last layer, for other classes; --frozen names what
 stays as it starts, e.g. classifier/conv1.
 
+On the CPU each core is a device, as far as they share the batch evenly; JAX_NUM_CPU_DEVICES=1 keeps
+to one. --distributed joins several processes, on one host or many: docs/devices.md.
+
 The workdir then holds config.json, metrics.jsonl, TensorBoard events and the checkpoints `last`
 and `best`; experiments/evaluate.py reads it.
 """
@@ -21,7 +24,8 @@ import cli
 from absl import flags
 from ml_collections import config_flags
 
-from jaxdefense import data
+from jaxdefense import data, distributed
+from jaxdefense.runs.run import TRAIN_DEFAULTS
 from jaxdefense.train import train
 
 CONFIG = config_flags.DEFINE_config_file("config", None, cli.CONFIG_HELP)
@@ -30,8 +34,15 @@ INIT_FROM = flags.DEFINE_string("init_from", None, "Workdir of a run, or a file,
 CHECKPOINT = flags.DEFINE_enum("init_checkpoint", "best", ["best", "last"], "Which of its weights.")
 NEW_HEAD = flags.DEFINE_bool("new_head", False, "With --init_from: a new last layer.")
 FROZEN = flags.DEFINE_list("frozen", [], "Roles, or parts of them, that stay as they start.")
+DISTRIBUTED = flags.DEFINE_bool("distributed", False, cli.DISTRIBUTED_HELP)
 PROGRESS = flags.DEFINE_bool("progress", None, cli.PROGRESS_HELP)
 flags.mark_flag_as_required("config")
+
+
+def batch_size():
+    """The size of the config's batches, whatever stands there: `train` refuses a wrong one."""
+    section = CONFIG.value.get("train") or {}
+    return section.get("batch_size", TRAIN_DEFAULTS["batch_size"])
 
 
 def main(argv):
@@ -55,9 +66,11 @@ def main(argv):
             "no test images: evaluate.py would have nothing to judge; add --config.dataset.test=0.2"
         )
     summary = train(config, WORKDIR.value, progress=cli.shows_progress(PROGRESS.value))
+    if not distributed.is_writer():
+        return
     best = {name: round(value, 2) for name, value in summary["best"].items()}
     print(f"{summary['steps']} steps in {summary['seconds']:.0f} s; best checkpoint: {best}")
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    cli.run(main, spread=True, batch=batch_size)

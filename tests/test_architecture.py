@@ -11,7 +11,7 @@ ROOT = pathlib.Path(__file__).parents[1]
 FLOORS = (
     (
         *("types", "extras", "files", "registry", "threat", "losses", "mixing"),
-        *("conv", "rewrite", "models"),
+        *("conv", "distributed", "rewrite", "models"),
     ),
     ("attacks", "data"),
     ("defenses",),

@@ -3,9 +3,11 @@
 FOLDER/journal.json tells what is judged, and by what attacks; FOLDER/clean.npz holds the clean
 logits, and FOLDER/STAGE-00000.npz what one dispatch found. Each file is written whole or not at
 all. A folder of another evaluation is refused. Nothing depends on how many images a dispatch has,
-so a killed evaluation may go on with other devices and in other batches.
+so a killed evaluation may go on with other devices and in other batches. Of several processes the
+writer alone reads and writes the folder, and tells the others what it read.
 """
 
+import functools
 import hashlib
 import json
 import pathlib
@@ -15,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxdefense import files
+from jaxdefense import distributed, files
 from jaxdefense.attacks.ensemble import Stage
 from jaxdefense.attacks.method import describe
 from jaxdefense.evaluation.flags import logit_difference
@@ -94,6 +96,13 @@ class Journal:
                     f"be gone on with: leave the folder out, or use attacks and losses that are "
                     f"functions with a name ({text})"
                 )
+        distributed.from_writer(lambda: self._open(folder, description, logits))
+        distributed.tell(f"finished dispatches are in {folder}: the same command goes on with them")
+
+    def _open(
+        self, folder: pathlib.Path, description: Mapping[str, Any], logits: np.ndarray
+    ) -> None:
+        """Makes the folder, or refuses one of another evaluation."""
         folder.mkdir(parents=True, exist_ok=True)
         path, clean = folder / "journal.json", folder / "clean.npz"
         if (folder / "cascade.json").exists():
@@ -146,16 +155,16 @@ class Journal:
         """
         asked = [np.zeros(0, int)]
         number = 0
-        for path in self._files(stage):
-            done = self._load(path)
+        for path in distributed.from_writer(lambda: self._files(stage)):
+            done = distributed.from_writer(functools.partial(self._load, path))
             asked.append(done["asked"])
             number = int(path.stem[-5:]) + 1
             yield done
         for pack in packs(np.setdiff1d(rows, np.concatenate(asked))):
             done = {"asked": pack, **dispatch(pack)}
-            if self.folder is not None:
+            if self.folder is not None and distributed.is_writer():
                 files.write_arrays(self.folder / f"{stage}-{number:05d}.npz", **done)
-                number += 1
+            number += 1
             yield done
 
     def _files(self, stage: str) -> list[pathlib.Path]:

@@ -15,11 +15,15 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
+from jaxdefense import distributed
 from jaxdefense.types import PyTree
 
 
 class Store:
     """The newest checkpoints of one kind in a folder.
+
+    Of several processes the writer alone reads and writes them, and tells the others; all must make
+    the same calls.
 
     Args:
       folder: made if it is not there.
@@ -27,12 +31,19 @@ class Store:
     """
 
     def __init__(self, folder: pathlib.Path, *, keep: int = 1):
+        self.folder = folder.resolve()
+        if not distributed.is_writer():
+            return
         options = ocp.CheckpointManagerOptions(
             max_to_keep=keep, create=True, enable_async_checkpointing=False
         )
-        self.folder = folder.resolve()
+        if distributed.several():  # or orbax waits for all processes
+            options.multiprocessing_options = ocp.options.MultiprocessingOptions(
+                primary_host=0, active_processes={0}, barrier_sync_key_prefix=str(self.folder)
+            )
         self._manager = ocp.CheckpointManager(self.folder, options=options)
 
+    @distributed.read_by_writer
     def steps(self) -> list[int]:
         """The steps of the checkpoints that are there, oldest first."""
         return sorted(self._manager.all_steps())
@@ -48,7 +59,7 @@ class Store:
           items: {name: tree of arrays}.
           meta: plain values.
         """
-        if step in self._manager.all_steps():
+        if not distributed.is_writer() or step in self._manager.all_steps():
             return
         saved = {
             name: ocp.args.StandardSave(jax.tree.map(np.asarray, tree))
@@ -59,6 +70,7 @@ class Store:
         self._manager.save(step, args=args, force=True)
         self._manager.wait_until_finished()
 
+    @distributed.read_by_writer
     def meta(self) -> dict[str, Any]:
         """The newest checkpoint's metadata, and its "step".
 
@@ -69,6 +81,7 @@ class Store:
         args = ocp.args.Composite(meta=ocp.args.JsonRestore())
         return {**self._manager.restore(step, args=args)["meta"], "step": step}
 
+    @distributed.read_by_writer
     def restore(self, name: str, like: PyTree) -> PyTree:
         """The newest checkpoint's tree `name`, on the host.
 
@@ -99,6 +112,7 @@ class Store:
                 )
         return tree
 
+    @distributed.read_by_writer
     def restore_as_saved(self, name: str) -> PyTree:
         """The newest checkpoint's tree `name` on the host, whatever its structure.
 
@@ -120,10 +134,11 @@ class Store:
 
     def close(self) -> None:
         """Releases the manager's threads."""
-        self._manager.close()
+        if distributed.is_writer():
+            self._manager.close()
 
     def _newest(self) -> int:
-        steps = self.steps()
+        steps = self._manager.all_steps()
         if not steps:
             raise ValueError(f"no checkpoint in {self.folder}")
-        return steps[-1]
+        return max(steps)

@@ -39,7 +39,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxdefense import attacks, defenses, models, registry, threat
+from jaxdefense import attacks, defenses, distributed, models, registry, threat
 from jaxdefense.data import Arrays, load_section, to_float
 from jaxdefense.defenses import base
 from jaxdefense.models import adapt, zoo
@@ -117,8 +117,14 @@ class Run:
 
         Args:
           split: 'train', 'validation' or 'test'.
+
+        Raises:
+          ValueError: another process has others.
         """
-        return self.splits[split] if self.splits else load_section(self.config["dataset"], split)
+        arrays = self.splits[split] if self.splits else load_section(self.config["dataset"], split)
+        images = [arrays.images] if isinstance(arrays.images, np.ndarray) else []  # not on disk
+        distributed.check_same(f"images of {arrays.name}", arrays.labels, arrays.ids, *images)
+        return arrays
 
     def judging_batch(self, shape: tuple[int, ...]) -> int:
         """The most images judged at once: 512 up to 64x64 pixels, as many pixels of larger ones.
@@ -191,7 +197,10 @@ def _load_source(option: str, source: Source, arrays: Arrays) -> base.Trained:
 
 def _read_source(source: Source) -> tuple[base.Trained, str | None]:
     """The classifier of a source and the name of the data set that it was trained on, if known."""
-    if source.path.is_file() and zoo.read(source.path)[1]["holds"] == "classifier":
+    if (
+        distributed.from_writer(source.path.is_file)
+        and zoo.read(source.path)[1]["holds"] == "classifier"
+    ):
         module, variables, meta = models.load(source.path)
         network = base.Trained(
             module, variables["params"], variables.get("batch_stats", {}), str(source)
@@ -463,6 +472,9 @@ def restore(
 ) -> Restored:
     """Reads a trained run back from its workdir, or from a file of `export`.
 
+    Of several processes, which all must call, the first reads the workdir and tells the others; a
+    file is read by each.
+
     Args:
       workdir: of a run that has at least one checkpoint, or a file.
       kind: "best" or "last", in a workdir.
@@ -479,15 +491,12 @@ def restore(
     >>> logits = run.apply(run.defense.primary)(variables, images)  # doctest: +SKIP
     """
     workdir = pathlib.Path(workdir)
-    if workdir.is_file():
+    if distributed.from_writer(workdir.is_file):
         return _restore_file(workdir)
     if workdir.suffix == ".safetensors":
         raise ValueError(f"no such file: {workdir}")
-    path = workdir / "config.json"
-    if not path.exists():
-        raise ValueError(f"{workdir} holds no run: there is no {path.name}")
-    run = build(json.loads(path.read_text()), workdir=workdir, model=model, data=data)
-    if not (workdir / kind).is_dir():
+    run = build(_read_config(workdir), workdir=workdir, model=model, data=data)
+    if not distributed.from_writer((workdir / kind).is_dir):
         raise ValueError(f"{workdir} has no checkpoint {kind!r}")
     store = checkpoint.Store(workdir / kind)
     try:
@@ -498,6 +507,15 @@ def restore(
         store.close()
     curve = _read_validation(workdir / "metrics.jsonl")
     return Restored(run, model, {**meta, "validation": curve} if curve else meta)
+
+
+@distributed.read_by_writer
+def _read_config(workdir: pathlib.Path) -> dict[str, Any]:
+    """The config of the run in a workdir."""
+    path = workdir / "config.json"
+    if not path.exists():
+        raise ValueError(f"{workdir} holds no run: there is no {path.name}")
+    return json.loads(path.read_text())
 
 
 _POINTS = 60  # most of a validation curve that are kept: enough for a figure
@@ -518,6 +536,7 @@ def read_log(path: pathlib.Path) -> list[dict[str, Any]]:
     return lines
 
 
+@distributed.read_by_writer
 def _read_validation(path: pathlib.Path) -> list[list[float]]:
     """The validations in a run's log, thinned evenly where they are many; the last one stays."""
     lines = read_log(path)

@@ -13,7 +13,7 @@ import tempfile
 from collections.abc import Mapping
 from typing import Any
 
-from jaxdefense import files, registry
+from jaxdefense import distributed, files, registry
 
 _COPIES = "given"  # the folder of the copies in a workdir
 
@@ -81,13 +81,15 @@ def locate_source(option: str, spec: Mapping[str, Any], workdir: pathlib.Path | 
     if "file" in spec:
         registry.check_known(f"key of defense.{option}", spec, ("file",))
         copied = None if workdir is None else workdir / _COPIES / f"{option}.safetensors"
-        return Source(copied if copied and copied.is_file() else pathlib.Path(spec["file"]))
+        found = copied is not None and distributed.from_writer(copied.is_file)
+        return Source(copied if copied and found else pathlib.Path(spec["file"]))
     registry.check_known(f"key of defense.{option}", spec, ("workdir", "checkpoint"))
     kind = spec.get("checkpoint", "best")
     if kind not in ("best", "last"):
         registry.raise_unknown(f"defense.{option}.checkpoint", kind, ("best", "last"))
     copy = None if workdir is None else workdir / _COPIES / option
-    return Source(copy if copy and copy.is_dir() else pathlib.Path(spec["workdir"]), kind)
+    found = copy is not None and distributed.from_writer(copy.is_dir)
+    return Source(copy if copy and found else pathlib.Path(spec["workdir"]), kind)
 
 
 def copy_sources(sources: Mapping[str, Source], workdir: pathlib.Path) -> None:

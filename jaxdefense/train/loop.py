@@ -26,7 +26,7 @@ import numpy as np
 import tensorboardX
 from tqdm import tqdm
 
-from jaxdefense import files
+from jaxdefense import distributed, files
 from jaxdefense.attacks import checks
 from jaxdefense.data import Arrays, Encoded, OnDevice, Streaming, make_augment, to_float
 from jaxdefense.defenses import base
@@ -34,7 +34,7 @@ from jaxdefense.defenses.base import Metrics
 from jaxdefense.evaluation.evaluator import Evaluator
 from jaxdefense.runs import checkpoint, sources, start
 from jaxdefense.runs.run import Run, build, read_log, read_model
-from jaxdefense.train import optim, plan
+from jaxdefense.train import devices, optim, plan
 from jaxdefense.train.step import (
     RunSteps,
     State,
@@ -59,12 +59,17 @@ class Interrupted(RuntimeError):
 class Log:
     """Scalars as JSON lines and TensorBoard events; a resumed run goes on where it was.
 
+    Of several processes the first alone writes.
+
     Args:
       workdir: of the run.
       step: that the run starts from; what a killed run wrote of later ones is dropped.
     """
 
     def __init__(self, workdir: pathlib.Path, step: int):
+        self._writes = distributed.is_writer()
+        if not self._writes:
+            return
         self._path = workdir / "metrics.jsonl"
         if self._path.exists():  # what a killed run wrote after its last checkpoint
             kept = [line for line in read_log(self._path) if line["step"] <= step]
@@ -80,6 +85,8 @@ class Log:
           values: scalars by name.
           **more: further values of the line, which TensorBoard does not get.
         """
+        if not self._writes:
+            return
         self._file.write(json.dumps({"step": step, **more, **values}) + "\n")
         self._file.flush()
         for name, value in values.items():
@@ -87,8 +94,9 @@ class Log:
 
     def close(self) -> None:
         """Closes both files, everything written."""
-        self._file.close()
-        self._board.close()
+        if self._writes:
+            self._file.close()
+            self._board.close()
 
 
 @contextlib.contextmanager
@@ -161,6 +169,7 @@ class Trainer:
                 self.start.apply(*shapes)  # refuses what does not fit
             start.check_frozen(options["frozen"], shapes[0])
         self.best: dict[str, Any] = {}
+        self.devices: list[dict[str, Any]] = []  # of `devices.history`
         self.pretrained_scores: dict[str, Any] = {}
         self.seconds = 0.0
 
@@ -179,12 +188,14 @@ class Trainer:
         """
         state = self.restore_state()
         step = int(state.step)
-        self._print_notes()
+        self._print_notes(step)
         with (
             contextlib.closing(Log(self.workdir, step)) as log,
             tqdm(total=self.total, initial=step, disable=not progress, unit="step") as bar,
             _collect_sigterm() as received,
         ):
+            if len(self.devices) > 1 and self.devices[-1]["step"] == step:
+                log.write(step, {}, **devices.count())
             for segment in self.segments:
                 if segment.end > int(state.step):
                     state = self._run_segment(segment, state, log, bar, received)
@@ -206,7 +217,7 @@ class Trainer:
         step = int(state.step)
         if segment.start == step:
             state = self.begin_segment(state, segment)
-        state = replicate(state)
+        state = replicate(distributed.broadcast(state))  # equal by construction
         while step < segment.end:
             began = time.monotonic()
             end = self._next_stop(step, segment)
@@ -217,11 +228,13 @@ class Trainer:
             if self._due("validate_every", step):
                 self._validate_at(step, segment, state, log, bar)
             self.seconds += time.monotonic() - began
-            if received or self._due("checkpoint_every", step):
+            ended = distributed.any_process(bool(received))
+            if ended or self._due("checkpoint_every", step):
                 self.save_checkpoint("last", state)
-            if received:
+            if ended:
                 raise Interrupted(
-                    f"signal {received[0]} at step {step}; saved in {self.workdir}: "
+                    f"signal {received[0] if received else 'to another process'} at step {step}; "
+                    f"saved in {self.workdir}: "
                     f"the same command goes on from there"
                 )
         return unreplicate(state)
@@ -255,11 +268,13 @@ class Trainer:
         """The last checkpoint's state, or the initial one where there is none, on the host."""
         last = self.stores["last"]
         if not last.steps():
+            self.devices = devices.history([], 0)
             self.pretrained_scores = self.score_pretrained()
             return self.initial_state()
         meta = last.meta()
         self.best, self.seconds = meta["best"], meta["seconds"]
         self.pretrained_scores = meta.get("given", {})
+        self.devices = devices.history(meta.get("devices", []), meta["step"])
 
         def state_at_checkpoint() -> State:
             """Only its structure is used: which roles have optimisers depends on past segments."""
@@ -281,17 +296,20 @@ class Trainer:
           kind: "last", with the optimisers, to go on from; or "best", to deploy.
           state: replicated.
         """
-        if jax.process_index() != 0:
-            return
         host = unreplicate(state)
         own = self.run.defense.without_pretrained
         items = {"model": {"params": own(host.params), "carry": own(host.carry)}}
         if kind == "last":
             items["optimizer"] = host.opt
-        meta = {"best": self.best, "seconds": self.seconds}
+        meta = {"best": self.best, "seconds": self.seconds, "devices": self.devices}
         if self.pretrained_scores:
             meta["given"] = self.pretrained_scores
         self.stores[kind].save(int(host.step), items, meta)
+        if kind == "last":
+            distributed.tell(
+                f"the last checkpoint in {self.workdir} is that of step {int(host.step)}: the same "
+                f"command, in every process, goes on from there"
+            )
 
     # Steps.
 
@@ -442,7 +460,8 @@ class Trainer:
         scores = self.validate(state)
         epoch = step / self.per_epoch
         log.write(step, scores, epoch=epoch)
-        bar.write(f"epoch {epoch:.4g}: {_format_scores(scores)}")
+        if distributed.is_writer():
+            bar.write(f"epoch {epoch:.4g}: {_format_scores(scores)}")
         # What earlier phases have is not yet the defence.
         is_last = segment.phase is self.segments[-1].phase
         if is_last and self.update_best(scores, step):
@@ -458,8 +477,12 @@ class Trainer:
             segment.phase.name + " " + " ".join(f"{n} {v:.3f}" for n, v in values.items())
         )
 
-    def _print_notes(self) -> None:
-        """Writes what was done to the data, and the pretrained networks' scores, to stderr."""
+    def _print_notes(self, step: int) -> None:
+        """Writes to stderr what a user should know of the data, devices and pretrained networks."""
+        if not distributed.is_writer():
+            return
+        if len(self.devices) > 1 and self.devices[-1]["step"] == step:
+            tqdm.write(devices.describe_change(self.devices), file=sys.stderr)
         for note in self.held_out.notes:
             tqdm.write(f"{self.held_out.name}: {note}", file=sys.stderr)
         for role, scores in self.pretrained_scores.items():
@@ -522,14 +545,16 @@ def train(
     run = build(config, workdir=workdir, model=model, data=data)
     config = run.config
     path = workdir / "config.json"
-    _check_config(config, path)
+    distributed.from_writer(lambda: _check_config(config, path))
     trainer = Trainer(run, workdir)  # refuses what it cannot train, before the workdir is claimed
     try:
-        if not path.exists():
-            files.write_text(path, json.dumps(config, indent=1, sort_keys=True) + "\n")
-        if jax.process_index() == 0:
+        if distributed.is_writer():
+            if not path.exists():
+                files.write_text(path, json.dumps(config, indent=1, sort_keys=True) + "\n")
             sources.copy_sources(run.sources, workdir)
-        return trainer.run_to_end(progress=progress)
+        summary = trainer.run_to_end(progress=progress and distributed.is_writer())
+        distributed.barrier("trained")  # or another process would look for what is not written yet
+        return summary
     finally:
         for store in trainer.stores.values():
             store.close()
