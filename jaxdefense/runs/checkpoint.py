@@ -38,6 +38,8 @@ class Store:
             max_to_keep=keep, create=True, enable_async_checkpointing=False
         )
         if distributed.several():  # or orbax waits for all processes
+            self.folder.mkdir(parents=True, exist_ok=True)
+            options.create = False
             options.multiprocessing_options = ocp.options.MultiprocessingOptions(
                 primary_host=0, active_processes={0}, barrier_sync_key_prefix=str(self.folder)
             )
