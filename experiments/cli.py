@@ -6,11 +6,12 @@ import pathlib
 import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import jax
 from absl import app, flags, logging
 
-from jaxdefense import extras, interrupts, registry
+from jaxdefense import distributed, extras, interrupts, registry
 
 
 @contextlib.contextmanager
@@ -43,6 +44,10 @@ CONFIG_HELP = (
     "NAME:VARIANT, e.g. trades:mnist or trades:mnist_debug, or the path of a config file instead "
     f"of NAME. Names: {', '.join(configs.names())}. Values are changed by "
     "--config.train.length=5e and so on."
+)
+DISTRIBUTED_HELP = (
+    "This is one of several processes: JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and "
+    "JAX_PROCESS_ID say which, or SLURM, Open MPI or a TPU pod does (docs/devices.md)."
 )
 PROGRESS_HELP = "Show a progress bar; by default only on a terminal."
 
@@ -93,16 +98,33 @@ def enable_cache() -> None:
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
 
-def spread_over_cores() -> None:
+_LEAST_PER_DEVICE = 32  # examples of a training batch
+
+
+def spread_over_cores(batch: int | None = None) -> None:
     """Makes up to eight of the CPU's cores a JAX device each, before JAX finds its devices.
 
     Attacks on a small network take 1.7 times longer on one device of two cores than on two devices:
-    its element-wise operations run on one core. Verdicts are the same on any number.
+    its element-wise operations run on one core. Verdicts are the same on any number. A training
+    batch is split evenly, and no device gets fewer than 32 examples: BatchNorm's statistics are of
+    each device's own. Who sets the number by XLA_FLAGS or JAX_NUM_CPU_DEVICES has that one.
+
+    Args:
+      batch: size of a training batch; None for what has none.
     """
     affinity = getattr(os, "sched_getaffinity", None)  # not on macOS
     cores = len(affinity(0)) if affinity else os.cpu_count() or 1
-    if "device_count" not in os.environ.get("XLA_FLAGS", ""):
-        jax.config.update("jax_num_cpu_devices", min(cores, 8))
+    asked = "device_count" in os.environ.get("XLA_FLAGS", "")
+    if not asked and "JAX_NUM_CPU_DEVICES" not in os.environ:
+        jax.config.update("jax_num_cpu_devices", _devices_for(min(cores, 8), batch))
+
+
+def _devices_for(cores: int, batch: int | None) -> int:
+    """The most devices, one a core at most, that share a batch evenly and not too thinly."""
+    if batch is None:
+        return cores
+    fitting = [n for n in range(1, cores + 1) if batch % n == 0 and batch // n >= _LEAST_PER_DEVICE]
+    return max(fitting, default=1)
 
 
 def parse_flags(argv: Sequence[str]) -> list[str]:
@@ -189,7 +211,11 @@ ending = interrupts.Ending()
 
 
 def run(
-    main: Callable[[Sequence[str]], None], *, spread: bool = False, saves: bool = False
+    main: Callable[[Sequence[str]], None],
+    *,
+    spread: bool = False,
+    batch: Callable[[], Any] | None = None,
+    saves: bool = False,
 ) -> None:
     """absl's app.run; a ValueError is an answer to the user, not a traceback or a page of usage.
 
@@ -198,7 +224,8 @@ def run(
 
     Args:
       main: the script, a function of the words that are no flags.
-      spread: over the CPU's cores; for scripts that evaluate and do not train.
+      spread: over the CPU's cores.
+      batch: for a script that trains: the size of a batch, once flags are parsed.
       saves: whether it saves after a signal, for which it gets the time that it takes.
     """
     if saves:
@@ -207,15 +234,26 @@ def run(
     def guarded(argv):
         enable_cache()
         _hide_closed_loops()
-        if spread:
-            spread_over_cores()
+        among_others = "distributed" in flags.FLAGS and flags.FLAGS["distributed"].value
+        if spread and not among_others:  # several processes may share a machine
+            size = batch() if batch else None
+            spread_over_cores(size if isinstance(size, int) else None)
         if not flags.FLAGS["verbosity"].present:
             logging.set_verbosity(logging.WARNING)  # orbax logs every file that it writes
         try:
             with interrupts.one_line_endings(ending):
+                if among_others:
+                    distributed.initialize()
                 main(argv)
         except (ValueError, Diverged, OutOfMemory, extras.MissingExtra) as error:
-            sys.exit(f"error: {error}")
+            print(f"error: {error}", file=sys.stderr)
+            distributed.leave(1)
+        except SystemExit as error:  # after a signal, or an error of the disk
+            if not distributed.several() or not error.code:
+                raise
+            if isinstance(error.code, str):
+                print(error.code, file=sys.stderr)
+            distributed.leave(error.code if isinstance(error.code, int) else 1)
 
     try:
         argv = expand_config_flag(sys.argv)

@@ -17,7 +17,8 @@ file of experiments/export.py.
 
 --save_images=DIR keeps the adversarial images: DIR/PREDICTOR/*.png of 8 bits, a CSV of what is said
 of each before and after rounding, an npz of the floats; under AutoAttack also robustbench.json, the
-record in the form of RobustBench's leaderboard.
+record in the form of RobustBench's leaderboard. --distributed joins several processes, which share
+the images: docs/devices.md.
 """
 
 import json
@@ -27,7 +28,7 @@ import cli
 import configs
 from absl import flags
 
-from jaxdefense import data, files, runs
+from jaxdefense import data, distributed, files, runs
 from jaxdefense.evaluation import images, protocols, records, robustbench, tables
 from jaxdefense.models import zoo
 
@@ -51,6 +52,7 @@ RECORD = flags.DEFINE_string(
 )
 SAVE_IMAGES = flags.DEFINE_string("save_images", None, "Keep adversarial images in this folder.")
 EXAMPLES = flags.DEFINE_integer("examples", None, "Only the first so many test examples.")
+DISTRIBUTED = flags.DEFINE_bool("distributed", False, cli.DISTRIBUTED_HELP)
 PROGRESS = flags.DEFINE_bool("progress", None, cli.PROGRESS_HELP)
 
 
@@ -85,7 +87,8 @@ def keep_images(predictor, evaluator, variables, arrays, x_adv):
         ids=arrays.ids,
     )
     fooled, rounded = (sum(row[key] for row in rows) for key in ("fooled", "fooled_8bit"))
-    print(f"{predictor}: {fooled} of {len(rows)} fooled, {rounded} after rounding to 8 bits")
+    if distributed.is_writer():
+        print(f"{predictor}: {fooled} of {len(rows)} fooled, {rounded} after rounding to 8 bits")
 
 
 def architecture(module):
@@ -104,8 +107,8 @@ def main(argv):
     parts = [PROTOCOL.value, *(["last"] if KIND.value == "last" else [])]
     parts += [str(EXAMPLES.value)] if EXAMPLES.value else []
     path = pathlib.Path(RECORD.value or workdir / f"{'-'.join(parts)}.json")
-    with files.locked(path.with_name(f"{path.name}.lock"), "evaluation"):
-        files.remove_leftovers(path.parent)
+    lock = path.with_name(f"{path.name}.lock")
+    with distributed.claimed(lock, "evaluation", path.parent):
         evaluate(source, workdir, path)
 
 
@@ -130,6 +133,8 @@ def evaluate(source, workdir, path):
         options["folder"] = workdir / f"autoattack-{KIND.value}-{EXAMPLES.value or 'all'}"
         cli.ending.told = f"the same command goes on from what is in {options['folder']}"
     record = PROTOCOLS[PROTOCOL.value](run, variables, **options)
+    if not distributed.is_writer():
+        return
     record["command"] = configs.commands(run.config, protocol=PROTOCOL.value, checkpoint=KIND.value)
     records.save(record, path)
     if SAVE_IMAGES.value and PROTOCOL.value == "autoattack" and len(record["results"]) == 1:

@@ -11,6 +11,9 @@ from its first step. --new_head leaves out its last layer, for other classes; --
 stays as it starts, e.g. classifier/conv1. --select_with=apgd lets a second attack choose `best`
 among the best few checkpoints; what training warns of is explained in docs/flags.md.
 
+On the CPU each core is a device, as far as they share the batch evenly; JAX_NUM_CPU_DEVICES=1 keeps
+to one. --distributed joins several processes, on one host or many: docs/devices.md.
+
 The workdir then holds config.json, metrics.jsonl, TensorBoard events and the checkpoints `last`
 and `best`; experiments/evaluate.py reads it.
 """
@@ -22,7 +25,8 @@ import cli
 from absl import flags
 from ml_collections import config_flags
 
-from jaxdefense import data
+from jaxdefense import data, distributed
+from jaxdefense.runs.run import TRAIN_DEFAULTS
 from jaxdefense.train import train
 
 CONFIG = config_flags.DEFINE_config_file("config", None, cli.CONFIG_HELP)
@@ -34,8 +38,15 @@ FROZEN = flags.DEFINE_list("frozen", [], "Roles, or parts of them, that stay as 
 SELECT_WITH = flags.DEFINE_string(
     "select_with", None, "A second attack that chooses `best` among the best three checkpoints."
 )
+DISTRIBUTED = flags.DEFINE_bool("distributed", False, cli.DISTRIBUTED_HELP)
 PROGRESS = flags.DEFINE_bool("progress", None, cli.PROGRESS_HELP)
 flags.mark_flag_as_required("config")
+
+
+def batch_size():
+    """The size of the config's batches, whatever stands there: `train` refuses a wrong one."""
+    section = CONFIG.value.get("train") or {}
+    return section.get("batch_size", TRAIN_DEFAULTS["batch_size"])
 
 
 def main(argv):
@@ -62,6 +73,8 @@ def main(argv):
             "no test images: evaluate.py would have nothing to judge; add --config.dataset.test=0.2"
         )
     summary = train(config, WORKDIR.value, progress=cli.shows_progress(PROGRESS.value))
+    if not distributed.is_writer():
+        return
     best = {name: round(value, 2) for name, value in summary["best"].items()}
     told = f"{summary['steps']} steps in {summary['seconds']:.0f} s; best checkpoint: "
     told += str(best or "lost, evaluate with --checkpoint=last")
@@ -73,4 +86,4 @@ def main(argv):
 
 if __name__ == "__main__":
     cli.ending.told = "the same command goes on from the last checkpoint"
-    cli.run(main, saves=True)
+    cli.run(main, spread=True, batch=batch_size, saves=True)

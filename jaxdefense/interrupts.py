@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from types import FrameType
 from typing import Any, NoReturn
 
-from jaxdefense import files
+from jaxdefense import distributed, files
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
@@ -69,11 +69,11 @@ class Requests:
         self._before.clear()
 
     def asked(self) -> bool:
-        """Whether a signal has come: the one place where a run reads it.
+        """Whether a signal has come, to any process of the run: the one place where it is read.
 
         The processes of one run ask equally often, at the same places.
         """
-        return bool(self._received)
+        return distributed.any_process(bool(self._received))
 
     def stop(self, told: str) -> NoReturn:
         """Ends the run, after it was `asked` to and has saved.
@@ -85,6 +85,8 @@ class Requests:
           KeyboardInterrupt: after Ctrl-C.
           Interrupted: after SIGTERM.
         """
+        if not self._received:
+            raise Interrupted(f"another process was asked to end; {told}")
         if self._received[0] == signal.SIGINT:
             raise KeyboardInterrupt(f"interrupted; {told}")
         raise Interrupted(f"{signal.Signals(self._received[0]).name}; {told}")

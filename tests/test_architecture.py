@@ -10,9 +10,8 @@ import pytest
 ROOT = pathlib.Path(__file__).parents[1]
 FLOORS = (
     (
-        *("types", "extras", "files", "checksums", "interrupts", "registry", "threat"),
-        *("losses", "mixing"),
-        *("conv", "rewrite", "models"),
+        *("types", "extras", "files", "checksums", "distributed", "interrupts", "registry"),
+        *("threat", "losses", "mixing", "conv", "rewrite", "models"),
     ),
     ("attacks", "data"),
     ("defenses",),

@@ -19,6 +19,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from tqdm import tqdm
 
+from jaxdefense import distributed
 from jaxdefense.attacks import checks
 from jaxdefense.attacks.method import takes_targets
 from jaxdefense.attacks.outcome import success_margin
@@ -111,7 +112,8 @@ class Evaluator:
         `MIN_PER_DEVICE`, padded where there are fewer, unless `batch_size` leaves it less; no
         example is dropped. Default 512, on the CPU `MIN_PER_DEVICE` a device: one compiled shape,
         and more images leave a core's cache.
-      devices: that share each batch; default all local ones.
+      devices: that share each batch; default all, those of other processes too. Every process then
+        makes the same calls with the same arguments, and gets the same results.
       grid: steps over the box (255 for images of 8 bits): what an attack finds is rounded to them
         inside the ball, and the verdict is the rounded image's.
       before_dispatch: called before each batch; what it raises ends the evaluation there.
@@ -138,7 +140,7 @@ class Evaluator:
         before_dispatch: Callable[[], None] | None = None,
     ):
         checks.check_threat("Evaluator", threat)
-        devices = tuple(devices or jax.local_devices())
+        devices = tuple(devices or jax.devices())
         if batch_size is None:
             batch_size = MIN_PER_DEVICE * len(devices) if devices[0].platform == "cpu" else 512
         checks.check_count("batch_size", batch_size)
@@ -174,7 +176,7 @@ class Evaluator:
           variables: any pytree; what in it is no array stays as it is.
         """
         arrays, rest = partition(variables)
-        return rest.join(jax.device_put(arrays, self._whole))
+        return rest.join([distributed.shard(array, self._whole) for array in arrays])
 
     def split_rows(self, rows: np.ndarray) -> Iterator[np.ndarray]:
         """The rows in batches that fit the two compiled shapes with little padding.
@@ -246,8 +248,11 @@ class Evaluator:
             multiple=self._split.mesh.size,
             advice="--config.evaluation.batch_size={batch}, in Python batch_size={batch}",
         ):
-            result = compiled(weights, *(jax.device_put(array, self._split) for array in padded))
-            return jax.tree.map(lambda leaf: np.asarray(leaf)[:n], result)
+            batched = [distributed.shard(array, self._split) for array in padded]
+            if distributed.spans_processes(self._whole):  # weights of this process fit no mesh
+                weights = [distributed.shard(array, self._whole) for array in weights]
+            result = compiled(weights, *batched)
+            return jax.tree.map(lambda leaf: leaf[:n], distributed.gather(result))
 
     def map_rows(
         self, key: Hashable, function: Callable, variables: PyTree, *arrays: np.ndarray

@@ -14,7 +14,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from jaxdefense import extras, files
+from jaxdefense import distributed, extras, files
 from jaxdefense.evaluation.checks import check_grid, check_ids
 from jaxdefense.evaluation.crafting import round_to_grid
 from jaxdefense.evaluation.evaluator import Apply, Evaluator
@@ -81,7 +81,7 @@ def save_images(
     """
     with extras.required("train", __name__):
         from PIL import Image
-    folder = check_folder(folder)
+    path = check_folder(folder)
     evaluator = Evaluator(apply, threat)
     images, x_adv = evaluator.check_images(images), np.asarray(x_adv, np.float32)
     labels, ids = np.asarray(labels), check_ids(ids, len(images))
@@ -111,16 +111,19 @@ def save_images(
             Image.fromarray(pixels[i].squeeze(-1) if pixels.shape[-1] == 1 else pixels[i]).save(
                 png, "PNG"
             )
-            files.write_bytes(folder / file, png.getvalue())
+            if distributed.is_writer():
+                files.write_bytes(path / file, png.getvalue())
     table = io.StringIO()
     writer = csv.DictWriter(table, COLUMNS, lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
-    files.write_arrays(folder / "images.npz", x_adv=x_adv, labels=labels, ids=ids)
-    files.write_text(folder / "images.csv", table.getvalue())
+    if distributed.is_writer():
+        files.write_arrays(path / "images.npz", x_adv=x_adv, labels=labels, ids=ids)
+        files.write_text(path / "images.csv", table.getvalue())
     return rows
 
 
+@distributed.read_by_writer
 def check_folder(folder: str | os.PathLike) -> pathlib.Path:
     """The folder's path, if it is new or empty.
 

@@ -3,7 +3,8 @@
 FOLDER/journal.json tells what is judged, and by what attacks; FOLDER/clean.npz holds the clean
 logits, and FOLDER/STAGE-00000.npz what one dispatch found. Each file is written whole or not at
 all. A folder of another evaluation is refused. Nothing depends on how many images a dispatch has,
-so a killed evaluation may go on with other devices and in other batches.
+so a killed evaluation may go on with other devices and in other batches. Of several processes the
+writer alone reads and writes the folder, and tells the others what it read.
 
 Each file tells whose it is, and has a checksum. What is damaged is said, removed and computed
 again: that gives the same bits, and costs a dispatch.
@@ -21,7 +22,7 @@ from typing import Any, ParamSpec, TypeVar
 import numpy as np
 from tqdm import tqdm
 
-from jaxdefense import checksums, files
+from jaxdefense import checksums, distributed, files
 from jaxdefense.attacks.ensemble import Stage
 from jaxdefense.attacks.method import describe
 from jaxdefense.evaluation.flags import logit_difference
@@ -51,8 +52,8 @@ def keeps_folder(
         folder: Any = options.get("folder")
         if folder is None:
             return evaluate(*args, **options)
-        with files.locked(pathlib.Path(folder) / "evaluation.lock", "evaluation"):
-            files.remove_leftovers(pathlib.Path(folder))
+        folder = pathlib.Path(folder)
+        with distributed.claimed(folder / "evaluation.lock", "evaluation", folder):
             return evaluate(*args, **options)
 
     return run
@@ -128,6 +129,13 @@ class Journal:
                     f"be gone on with: leave the folder out, or use attacks and losses that are "
                     f"functions with a name ({text})"
                 )
+        distributed.from_writer(lambda: self._open(folder, description, logits))
+        distributed.tell(f"finished dispatches are in {folder}: the same command goes on with them")
+
+    def _open(
+        self, folder: pathlib.Path, description: Mapping[str, Any], logits: np.ndarray
+    ) -> None:
+        """Makes the folder, or refuses one of another evaluation."""
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / "journal.json"
         if (folder / "cascade.json").exists():
@@ -184,17 +192,18 @@ class Journal:
         """
         asked = [np.zeros(0, int)]
         number = 0
-        for path in self._files(stage):
+        for path in distributed.from_writer(lambda: self._files(stage)):
             number = int(path.stem[-5:]) + 1
-            if (done := self._load(path)) is None:
+            done = distributed.from_writer(functools.partial(self._load, path))
+            if done is None:
                 continue
             asked.append(done["asked"])
             yield done
         for pack in packs(np.setdiff1d(rows, np.concatenate(asked))):
             done = {"asked": pack, **dispatch(pack)}
-            if self.folder is not None:
+            if self.folder is not None and distributed.is_writer():
                 self._write(self.folder / f"{stage}-{number:05d}.npz", **done)
-                number += 1
+            number += 1
             yield done
 
     def _files(self, stage: str) -> list[pathlib.Path]:

@@ -25,7 +25,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-from jaxdefense import checksums, files
+from jaxdefense import checksums, distributed, files
 from jaxdefense.models import zoo
 from jaxdefense.types import PyTree
 
@@ -46,18 +46,30 @@ class _Header(NamedTuple):
 class Store:
     """The newest checkpoints of one kind in a folder.
 
+    Of several processes the writer alone reads and writes them, and tells the others; all must make
+    the same calls.
+
     Args:
       folder: made if it is not there.
       keep: how many are kept.
     """
 
     def __init__(self, folder: pathlib.Path, *, keep: int = 1):
+        self.folder = folder.resolve()
+        if not distributed.is_writer():
+            return
         options = ocp.CheckpointManagerOptions(
             max_to_keep=keep, create=True, enable_async_checkpointing=False
         )
-        self.folder = folder.resolve()
+        if distributed.several():  # or orbax waits for all processes
+            self.folder.mkdir(parents=True, exist_ok=True)
+            options.create = False
+            options.multiprocessing_options = ocp.options.MultiprocessingOptions(
+                primary_host=0, active_processes={0}, barrier_sync_key_prefix=str(self.folder)
+            )
         self._manager = ocp.CheckpointManager(self.folder, options=options)
 
+    @distributed.read_by_writer
     def steps(self) -> list[int]:
         """The steps of the checkpoints that are there, oldest first."""
         return sorted(self._manager.all_steps())
@@ -74,7 +86,9 @@ class Store:
           items: {name: tree of arrays}.
           meta: plain values.
         """
-        if step in self.steps():
+        if not distributed.is_writer():
+            return
+        if step in self._manager.all_steps():
             if self._is_whole(step):
                 return
             self._manager.delete(step)
@@ -86,7 +100,7 @@ class Store:
         with _naming(self.folder / str(step)):
             self._manager.save(step, args=args, force=True)
             self._manager.wait_until_finished()
-        for later in [other for other in self.steps() if other > step]:
+        for later in [other for other in self._manager.all_steps() if other > step]:
             self._manager.delete(later)
 
     def replace_meta(self, meta: Mapping[str, Any]) -> None:
@@ -98,10 +112,13 @@ class Store:
         Raises:
           ValueError: no checkpoint.
         """
+        if not distributed.is_writer():
+            return
         step = self._newest()
         text = json.dumps(_seal(step, meta, self._header(step).arrays or {}))
         files.write_text(self.folder / str(step) / "meta" / "metadata", text)
 
+    @distributed.read_by_writer
     def meta(self) -> dict[str, Any]:
         """The newest checkpoint's metadata, and its "step".
 
@@ -111,6 +128,7 @@ class Store:
         step = self._newest()
         return {**self._header(step).meta, "step": step}
 
+    @distributed.read_by_writer
     def restore(self, name: str, like: PyTree) -> PyTree:
         """The newest checkpoint's tree `name`, on the host.
 
@@ -130,6 +148,7 @@ class Store:
             _check_model(arrays.get(name, {}), like, f"{where} is of another model: {name}")
         return self._read(step, name, like)
 
+    @distributed.read_by_writer
     def restore_as_saved(self, name: str) -> PyTree:
         """The newest checkpoint's tree `name` on the host, whatever its structure.
 
@@ -141,6 +160,7 @@ class Store:
         """
         return self._read(self._newest(), name, None)
 
+    @distributed.read_by_writer
     def check(self) -> int:
         """The newest checkpoint's step, when all of its arrays have been read and compared.
 
@@ -194,13 +214,14 @@ class Store:
 
     def close(self) -> None:
         """Releases the manager's threads."""
-        self._manager.close()
+        if distributed.is_writer():
+            self._manager.close()
 
     def _newest(self) -> int:
-        steps = self.steps()
+        steps = self._manager.all_steps()
         if not steps:
             raise Damaged(f"there is no checkpoint in {self.folder}")
-        return steps[-1]
+        return max(steps)
 
     def _check(self, step: int) -> None:
         for name in self._header(step).arrays or ("model",):
@@ -222,7 +243,7 @@ def find_other(workdir: pathlib.Path, kind: str) -> tuple[str, int] | None:
       kind: "best" or "last", the one that is damaged.
     """
     other = {"best": "last", "last": "best"}[kind]
-    if not (workdir / other).is_dir():
+    if not distributed.from_writer((workdir / other).is_dir):
         return None
     store = Store(workdir / other)
     try:
@@ -274,7 +295,7 @@ def remove_leftovers(folder: pathlib.Path) -> None:
     Args:
       folder: of a store that no other process writes to.
     """
-    for path in folder.glob("*.orbax-checkpoint-tmp*"):
+    for path in folder.glob("*.orbax-checkpoint-tmp*") if distributed.is_writer() else ():
         shutil.rmtree(path, ignore_errors=True)
 
 

@@ -39,7 +39,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxdefense import attacks, defenses, models, registry, threat
+from jaxdefense import attacks, defenses, distributed, models, registry, threat
 from jaxdefense.attacks import checks
 from jaxdefense.data import Arrays, load_section, to_float
 from jaxdefense.defenses import base
@@ -122,8 +122,14 @@ class Run:
 
         Args:
           split: 'train', 'validation' or 'test'.
+
+        Raises:
+          ValueError: another process has others.
         """
-        return self.splits[split] if self.splits else load_section(self.config["dataset"], split)
+        arrays = self.splits[split] if self.splits else load_section(self.config["dataset"], split)
+        images = [arrays.images] if isinstance(arrays.images, np.ndarray) else []  # not on disk
+        distributed.check_same(f"images of {arrays.name}", arrays.labels, arrays.ids, *images)
+        return arrays
 
     def judging_batch(self, shape: tuple[int, ...]) -> int:
         """The most images judged at once: 512 up to 64x64 pixels, as many pixels of larger ones.
@@ -213,7 +219,10 @@ def _replace_source(option: str, source: Source, damaged: bool) -> str:
 
 def _read_source(source: Source) -> tuple[base.Trained, str | None]:
     """The classifier of a source and the name of the data set that it was trained on, if known."""
-    if source.path.is_file() and zoo.read(source.path)[1]["holds"] == "classifier":
+    if (
+        distributed.from_writer(source.path.is_file)
+        and zoo.read(source.path)[1]["holds"] == "classifier"
+    ):
         module, variables, meta = models.load(source.path)
         network = base.Trained(
             module, variables["params"], variables.get("batch_stats", {}), str(source)
@@ -522,6 +531,9 @@ def restore(
 ) -> Restored:
     """Reads a trained run back from its workdir, or from a file of `export`.
 
+    Of several processes, which all must call, the first reads the workdir and tells the others; a
+    file is read by each.
+
     Args:
       workdir: of a run that has at least one checkpoint, or a file.
       kind: "best" or "last", in a workdir.
@@ -538,7 +550,7 @@ def restore(
     >>> logits = run.apply(run.defense.primary)(variables, images)  # doctest: +SKIP
     """
     workdir = pathlib.Path(workdir)
-    if workdir.is_file():
+    if distributed.from_writer(workdir.is_file):
         return _restore_file(workdir)
     if workdir.suffix == ".safetensors":
         raise ValueError(f"no such file: {workdir}")
@@ -551,8 +563,8 @@ def restore(
 def _restore_workdir(
     workdir: pathlib.Path, kind: str, *, model: Any = None, data: Sequence[Arrays] | None = None
 ) -> Restored:
-    config = config_file.read(workdir)
-    if not (workdir / kind).is_dir():
+    config = distributed.from_writer(lambda: config_file.read(workdir))
+    if not distributed.from_writer((workdir / kind).is_dir):
         raise checkpoint.Damaged(f"{workdir} has no checkpoint {kind!r}")
     run = build(config, workdir=workdir, model=model, data=data)
     store = checkpoint.Store(workdir / kind)
@@ -564,7 +576,7 @@ def _restore_workdir(
     finally:
         store.close()
     meta.pop("unfinished", None)  # what an interrupted run goes on with
-    lines = read_log(workdir / "metrics.jsonl")
+    lines = distributed.from_writer(lambda: read_log(workdir / "metrics.jsonl"))
     if warnings := _read_warnings(lines):
         meta["warnings"] = warnings
     curve = _read_validation(lines)

@@ -13,7 +13,7 @@ import tempfile
 from collections.abc import Mapping
 from typing import Any
 
-from jaxdefense import files, registry
+from jaxdefense import distributed, files, registry
 from jaxdefense.runs import config_file
 
 _COPIES = "given"  # the folder of the copies in a workdir
@@ -85,7 +85,7 @@ def locate_source(option: str, spec: Mapping[str, Any], workdir: pathlib.Path | 
         registry.check_known(f"key of defense.{option}", spec, ("file",))
         original = pathlib.Path(spec["file"])
         copy = None if workdir is None else workdir / _COPIES / f"{option}.safetensors"
-        is_copied = copy is not None and copy.is_file()
+        is_copied = copy is not None and distributed.from_writer(copy.is_file)
         return Source(copy, original=original) if copy and is_copied else Source(original)
     registry.check_known(f"key of defense.{option}", spec, ("workdir", "checkpoint"))
     kind = spec.get("checkpoint", "best")
@@ -93,7 +93,8 @@ def locate_source(option: str, spec: Mapping[str, Any], workdir: pathlib.Path | 
         registry.raise_unknown(f"defense.{option}.checkpoint", kind, ("best", "last"))
     original = pathlib.Path(spec["workdir"])
     copy = None if workdir is None else workdir / _COPIES / option
-    return Source(copy, kind, original) if copy and copy.is_dir() else Source(original, kind)
+    is_copied = copy is not None and distributed.from_writer(copy.is_dir)
+    return Source(copy, kind, original) if copy and is_copied else Source(original, kind)
 
 
 def copy_sources(sources: Mapping[str, Source], workdir: pathlib.Path) -> None:

@@ -18,7 +18,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxdefense import registry
+from jaxdefense import distributed, registry
 from jaxdefense.defenses import base
 from jaxdefense.models import zoo
 from jaxdefense.runs import checkpoint
@@ -119,7 +119,7 @@ def load_start(spec: Mapping[str, Any]) -> Start:
     if kind not in ("best", "last"):
         registry.raise_unknown("train.init_from.checkpoint", kind, ("best", "last"))
     folder = pathlib.Path(os.fspath(spec["workdir"])) / kind
-    if not folder.is_dir():
+    if not distributed.from_writer(folder.is_dir):
         raise ValueError(f"train.init_from: {spec['workdir']} has no checkpoint {kind!r}")
     store = checkpoint.Store(folder)
     try:

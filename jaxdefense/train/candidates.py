@@ -12,6 +12,7 @@ import shutil
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from jaxdefense import distributed
 from jaxdefense.runs import checkpoint
 from jaxdefense.types import PyTree
 
@@ -72,13 +73,13 @@ class Candidates:
 
     def prune(self) -> None:
         """Removes the folders of states that are no longer among the best."""
-        for folder in self._folder.glob("*"):
+        for folder in self._folder.glob("*") if distributed.is_writer() else ():
             if folder.name not in self.scores:
                 shutil.rmtree(folder)
 
     def clear(self) -> None:
         """Removes all: the winner lies in `best`."""
-        if self._folder.exists():
+        if distributed.is_writer() and self._folder.exists():
             shutil.rmtree(self._folder)
 
 

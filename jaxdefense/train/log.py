@@ -14,7 +14,7 @@ from tensorboardX import record_writer, summary
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tqdm import tqdm
 
-from jaxdefense import files
+from jaxdefense import distributed, files
 from jaxdefense.runs.run import read_log
 from jaxdefense.train import recovery
 
@@ -24,6 +24,8 @@ _OF_VALIDATION = {"validation_clean", "warning"}
 
 class Log:
     """Scalars as JSON lines and TensorBoard events; a resumed run goes on where it was.
+
+    Of several processes the first alone writes.
 
     Args:
       workdir: of the run.
@@ -38,6 +40,9 @@ class Log:
     def __init__(
         self, workdir: pathlib.Path, step: int, unfinished: Mapping[str, Any] | None = None
     ):
+        self._writes = distributed.is_writer()
+        if not self._writes:
+            return
         self._path = workdir / "metrics.jsonl"
         again = bool((unfinished or {}).get("validation"))
         if self._path.exists():  # what a killed run wrote after its last checkpoint
@@ -68,6 +73,8 @@ class Log:
         Raises:
           OSError: the disk is full; the line is not there.
         """
+        if not self._writes:
+            return
         line = json.dumps({"step": step, **more, **values}) + "\n"
         _append(self._file, line.encode(), self._path)
         if self._board:
@@ -85,6 +92,8 @@ class Log:
 
     def close(self) -> None:
         """Closes both files, everything written."""
+        if not self._writes:
+            return
         os.close(self._file)
         if self._board:
             self._board.close()

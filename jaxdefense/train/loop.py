@@ -24,7 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
-from jaxdefense import files
+from jaxdefense import distributed
 from jaxdefense.attacks import checks
 from jaxdefense.data import Arrays, Encoded, OnDevice, Streaming, make_augment, to_float
 from jaxdefense.defenses import base
@@ -34,7 +34,7 @@ from jaxdefense.evaluation.evaluator import Evaluator
 from jaxdefense.interrupts import Interrupted, Requests
 from jaxdefense.runs import checkpoint, config_file, sources, start
 from jaxdefense.runs.run import Run, best_of, build, read_model
-from jaxdefense.train import collapse, optim, plan, recovery
+from jaxdefense.train import collapse, devices, optim, plan, recovery
 from jaxdefense.train.candidates import Candidates, choose_best
 from jaxdefense.train.log import Log
 from jaxdefense.train.pace import Pace
@@ -127,6 +127,7 @@ class Trainer:
             self.candidates = Candidates(workdir / "candidates", keep=best_of(options))
         self.watch = collapse.Watch(len(self.held_out), arrays.num_classes)
         self.one_class: int | None = None  # that the last network validated answers
+        self.devices: list[dict[str, Any]] = []  # of `devices.history`
         self.pretrained_scores: dict[str, Any] = {}
         self.seconds = 0.0
         self.unfinished: dict[str, Any] = {}  # what the last checkpoint has begun, see `_keep`
@@ -158,11 +159,13 @@ class Trainer:
             state = self.restore_state()
         self._check_best(state)
         step = int(state.step)
-        self._print_notes()
+        self._print_notes(step)
         with (
             contextlib.closing(Log(self.workdir, step, self.unfinished)) as log,
             tqdm(total=self.total, initial=step, disable=not progress, unit="step") as bar,
         ):
+            if len(self.devices) > 1 and self.devices[-1]["step"] == step:
+                log.write(step, {}, **devices.count())
             if self.unfinished.get("validation"):
                 self._validate_unfinished(state, log, bar)
             for segment in self.segments:
@@ -190,7 +193,7 @@ class Trainer:
         step = int(state.step)
         if segment.start == step:
             state = self.begin_segment(state, segment)
-        state = replicate(state)
+        state = replicate(distributed.broadcast(state))  # equal by construction
         # A dispatch goes from `first` to `stop`; `sums` are of its steps so far.
         first, sums = self._unfinished_dispatch(step, state)
         while step < segment.end:
@@ -293,11 +296,13 @@ class Trainer:
         last = self.stores["last"]
         if not last.steps():
             recovery.note_lost_last(self.workdir)
+            self.devices = devices.history([], 0)
             self.pretrained_scores = self.score_pretrained()
             return self.initial_state()
         meta = last.meta()
         self.best, self.seconds = meta["best"], meta["seconds"]
         self.pretrained_scores = meta.get("given", {})
+        self.devices = devices.history(meta.get("devices", []), meta["step"])
         self.unfinished = meta.get("unfinished", {})
         self.watch.restore(meta)
         if self.candidates is not None:
@@ -340,8 +345,6 @@ class Trainer:
           state: replicated.
           unfinished: of an interrupted run, see `_keep`.
         """
-        if jax.process_index() != 0:
-            return
         host = unreplicate(state)
         own = self.run.defense.without_pretrained
         items = {"model": {"params": own(host.params), "carry": own(host.carry)}}
@@ -350,6 +353,11 @@ class Trainer:
         self.stores[kind].save(int(host.step), items, self._meta(kind, unfinished))
         if kind == "last" and self.candidates is not None:
             self.candidates.prune()
+        if kind == "last":
+            distributed.tell(
+                f"the last checkpoint in {self.workdir} is that of step {int(host.step)}: the same "
+                f"command, in every process, goes on from there"
+            )
 
     def _meta(self, kind: str, unfinished: Mapping[str, Any] | None = None) -> dict[str, Any]:
         """A checkpoint's metadata."""
@@ -357,6 +365,7 @@ class Trainer:
             "best": self.best,
             "seconds": self.seconds,
             "warnings": self.watch.told(),
+            "devices": self.devices,
         }
         if kind == "last":
             meta["watch"] = self.watch.state()
@@ -557,7 +566,8 @@ class Trainer:
         scores = self.validate(state)
         epoch = step / self.per_epoch
         log.write(step, scores, epoch=epoch)
-        bar.write(f"epoch {epoch:.4g}: {_format_scores(scores)}")
+        if distributed.is_writer():
+            bar.write(f"epoch {epoch:.4g}: {_format_scores(scores)}")
         # What earlier phases have is not yet the defence.
         is_last = segment.phase is self.segments[-1].phase
         if is_last:
@@ -572,7 +582,7 @@ class Trainer:
         self, candidates: Candidates, step: int, scores: Mapping[str, float], state: State
     ) -> None:
         """Keeps a state until the run's end where it is one of the best few."""
-        if candidates.takes(step, scores) and jax.process_index() == 0:
+        if candidates.takes(step, scores):
             host = unreplicate(state)
             own = self.run.defense.without_pretrained
             candidates.save(step, {"params": own(host.params), "carry": own(host.carry)})
@@ -598,20 +608,14 @@ class Trainer:
                 found = self.score_network(self.evaluator, model, second)
                 compared.append({"step": step, **scores, **found})
             best = choose_best(compared)
-            meta = {"best": best, "seconds": self.seconds, "warnings": self.watch.told()}
-            meta["candidates"] = compared
-            if self.pretrained_scores:
-                meta["given"] = self.pretrained_scores
+            meta = {**self._meta("best"), "best": best, "candidates": compared}
             with contextlib.closing(candidates.store(best["step"])) as kept:
                 model = kept.restore_as_saved("model")
-            if jax.process_index() == 0:
-                store.save(best["step"], {"model": model}, meta)
+            store.save(best["step"], {"model": model}, meta)
         self.best = store.meta()["best"]
         scores = {name: v for name, v in self.best.items() if name != "step"}
-        line = f"chosen by {attack!r}: step {self.best['step']}, {_format_scores(scores)}"
-        tqdm.write(line, file=sys.stderr)
-        if jax.process_index() == 0:
-            candidates.clear()
+        recovery.say(f"chosen by {attack!r}: step {self.best['step']}, {_format_scores(scores)}")
+        candidates.clear()
 
     def _warn_of_collapse(self, step: int, scores: Mapping[str, float], log: Log) -> None:
         """Logs, and writes to stderr, what a validation of the last phase shows to be wrong."""
@@ -619,7 +623,7 @@ class Trainer:
         for warned in self.watch.add(step, step / self.per_epoch, scores, self.one_class, end):
             told = {"warning": warned.name, "evidence": warned.evidence}
             log.write(step, {}, epoch=warned.epoch, **told)
-            tqdm.write(str(warned), file=sys.stderr)
+            recovery.say(str(warned))
 
     # What a reader sees.
 
@@ -632,8 +636,12 @@ class Trainer:
             segment.phase.name + " " + " ".join(f"{n} {v:.3f}" for n, v in values.items())
         )
 
-    def _print_notes(self) -> None:
-        """Writes what was done to the data, and the pretrained networks' scores, to stderr."""
+    def _print_notes(self, step: int) -> None:
+        """Writes to stderr what a user should know of the data, devices and pretrained networks."""
+        if not distributed.is_writer():
+            return
+        if len(self.devices) > 1 and self.devices[-1]["step"] == step:
+            tqdm.write(devices.describe_change(self.devices), file=sys.stderr)
         for note in self.held_out.notes:
             tqdm.write(f"{self.held_out.name}: {note}", file=sys.stderr)
         for role, scores in self.pretrained_scores.items():
@@ -730,28 +738,28 @@ def _claimed(workdir: pathlib.Path) -> Iterator[None]:
     Raises:
       ValueError: another run trains there.
     """
-    if jax.process_index() != 0:  # the first process of a run claims it for all
-        yield
-        return
-    with files.locked(workdir / "train.lock", "training"):
-        files.remove_leftovers(workdir)
+    with distributed.claimed(workdir / "train.lock", "training", workdir):
         for kind in ("last", "best"):
             checkpoint.remove_leftovers(workdir / kind)
         yield
 
 
+def _write_config(run: Run, workdir: pathlib.Path) -> None:
+    """Makes a workdir that of a run: with its config, and copies of the networks that it names."""
+    if not (workdir / config_file.NAME).exists():
+        config_file.write(workdir, run.config)
+    sources.copy_sources(run.sources, workdir)
+
+
 def _train(run: Run, workdir: pathlib.Path, *, progress: bool) -> dict[str, Any]:
     """`train` in a workdir that is claimed."""
-    config = run.config
-    path = workdir / "config.json"
-    _check_config(config, path)
+    distributed.from_writer(lambda: _check_config(run.config, workdir / config_file.NAME))
     trainer = Trainer(run, workdir)  # refuses what it cannot train, before the workdir is claimed
     try:
-        if not path.exists():
-            config_file.write(workdir, config)
-        if jax.process_index() == 0:
-            sources.copy_sources(run.sources, workdir)
-        return trainer.run_to_end(progress=progress)
+        distributed.from_writer(lambda: _write_config(run, workdir))
+        summary = trainer.run_to_end(progress=progress and distributed.is_writer())
+        distributed.barrier("trained")  # or another process would look for what is not written yet
+        return summary
     finally:
         trainer.release()
         for store in trainer.stores.values():

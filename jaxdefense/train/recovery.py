@@ -8,17 +8,28 @@ from typing import Any
 
 from tqdm import tqdm
 
+from jaxdefense import distributed
 from jaxdefense.runs import checkpoint
 from jaxdefense.runs.run import read_log
 
 
-def note(text: str) -> None:
-    """Writes one line to stderr, above a bar.
+def say(line: str) -> None:
+    """Writes one line to stderr, above a bar; of several processes the first does.
 
     Args:
-      text: the line.
+      line: of text.
     """
-    tqdm.write(f"note: {text}", file=sys.stderr)
+    if distributed.is_writer():
+        tqdm.write(line, file=sys.stderr)
+
+
+def note(text: str) -> None:
+    """Says what a user should know of, see `say`.
+
+    Args:
+      text: of one line.
+    """
+    say(f"note: {text}")
 
 
 def note_torn_lines(path: pathlib.Path) -> None:
