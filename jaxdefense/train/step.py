@@ -151,6 +151,8 @@ def make_step(
 def compile_steps(
     step: Callable[[State, Batch], tuple[State, Metrics]],
     gather: Callable[[PyTree, PyTree], Batch],
+    *,
+    devices: Sequence[jax.Device] | None = None,
 ) -> RunSteps:
     """Several steps in one dispatch, mapped over the local devices, the state donated.
 
@@ -160,6 +162,7 @@ def compile_steps(
     Args:
       step: of `make_step`.
       gather: (resident data, item) -> batch, see `data.Batches`.
+      devices: local ones, or those of a topology that is only compiled for; default all.
     """
 
     def run(state, resident, items, count):
@@ -184,4 +187,4 @@ def compile_steps(
         _, state, sums, bad = jax.lax.while_loop(go_on, body, start)
         return state, sums, bad
 
-    return jax.pmap(run, axis_name=AXIS, in_axes=(0, 0, 0, None), donate_argnums=0)
+    return jax.pmap(run, axis_name=AXIS, in_axes=(0, 0, 0, None), devices=devices, donate_argnums=0)
