@@ -7,9 +7,10 @@
     python experiments/tables.py --html=report.html experiments/records   # a page of all of them
 
 A marked table lies between `<!-- KIND PATH -->` and `<!-- end -->`; KIND is table, protected
-(metric I) or benchmark, and PATH is of its records. One number within a line of text lies between
-`<!-- accuracy PATH; ROW; ATTACK -->` and `<!-- end -->`; ROW is a record's NAME or NAME[PREDICTOR],
-or a run of the benchmark `fast`, whose attacks are AutoAttack's versions `standard` and `fast`.
+(metric I), benchmark or accelerators, and PATH is of its records. One number within a line of text
+lies between `<!-- accuracy PATH; ROW; ATTACK -->` and `<!-- end -->`; ROW is a record's NAME or
+NAME[PREDICTOR], or a run of the benchmark `fast`, whose attacks are AutoAttack's versions
+`standard` and `fast`.
 """
 
 import pathlib
@@ -18,6 +19,7 @@ import re
 import cli
 import configs
 from absl import flags
+from accelerators import tables as accelerators
 from benchmark import tables as benchmark
 from papers import metric_i
 
@@ -30,8 +32,13 @@ INTO = flags.DEFINE_string("into", None, "A Markdown file whose marked tables ar
 HTML = flags.DEFINE_string("html", None, "A file: a page of the records, sortable, with charts.")
 TITLE = flags.DEFINE_string("title", "jaxdefense: what was measured", "Of the page.")
 
+# Records with tables of their own.
+_RENDERED = {"benchmark": benchmark.render, "accelerators": accelerators.render}
+
 ROOT = pathlib.Path(__file__).parents[1]
-_MARKED = re.compile(r"(<!-- (table|protected|benchmark) (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
+_MARKED = re.compile(
+    r"(<!-- (table|protected|benchmark|accelerators) (\S+) -->\n).*?(<!-- end -->)", re.DOTALL
+)
 _NUMBER = re.compile(r"(<!-- accuracy ([^;]+); ([^;]+); (.+?) -->).*?(<!-- end -->)")
 
 
@@ -76,9 +83,9 @@ def renew(text):
 
     def block(match):
         begin, kind, path, end = match.groups()
-        if kind == "benchmark":
+        if kind in _RENDERED:
             record = records.load(ROOT / path)
-            return f"{begin}{benchmark.render(record)}\n\n{tables.provenance([record])}\n{end}"
+            return f"{begin}{_RENDERED[kind](record)}\n\n{tables.provenance([record])}\n{end}"
         return begin + render([ROOT / path], protected=kind == "protected") + end
 
     def inline(match):

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from jax.extend.core import ClosedJaxpr, Jaxpr, Literal, jaxpr_as_fun
+from jax.extend.core import ClosedJaxpr, Jaxpr, jaxpr_as_fun
 
 _PRODUCTS = ("conv_general_dilated", "dot_general")
 
@@ -80,10 +80,9 @@ def _bound(equation: Any) -> int | None:
     """The literal that a while loop's condition compares a whole number with."""
     for one in equation.params["cond_jaxpr"].jaxpr.eqns:
         name = one.primitive.name
-        right = one.invars[-1]
-        if name in ("lt", "le") and isinstance(right, Literal) and np.ndim(right.val) == 0:
-            if np.issubdtype(np.asarray(right.val).dtype, np.integer):
-                return int(right.val) + (name == "le")
+        right = getattr(one.invars[-1], "val", None)  # of a literal
+        if name in ("lt", "le") and np.ndim(right) == 0 and isinstance(right, int | np.integer):
+            return int(right) + (name == "le")
     return None
 
 

@@ -8,7 +8,6 @@ import contextlib
 import dataclasses
 import functools
 import pathlib
-import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 from unittest import mock
@@ -76,7 +75,7 @@ def traced_for(platform: str) -> Iterator[None]:
       platform: "tpu", "cuda" ("gpu" to JAX) or "cpu".
     """
     name = {"cuda": "gpu"}.get(platform, platform)
-    with mock.patch.object(jax, "default_backend", lambda: name):
+    with mock.patch.object(jax, "default_backend", return_value=name):
         yield
 
 
