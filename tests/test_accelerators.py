@@ -9,8 +9,9 @@ import re
 import jax
 import jax.export
 import jax.numpy as jnp
+import numpy as np
 import pytest
-from accelerators import costs, programs, tables
+from accelerators import costs, folding, programs, tables
 from conftest import ROOT
 
 from jaxdefense import models
@@ -18,7 +19,7 @@ from jaxdefense import models
 # The quick ones: a step with an attack in it, a search with runs, one without gradients.
 QUICK = ("m2at", "autoattack apgd-t", "autoattack square")
 SYSTEMS = ("add", "claf", "csa", "cse", "gssl", "ipg", "m2at", "pgd_at")
-ATTACKS = programs.attack_rows()
+ATTACKS = {n: found for n, found in programs.attack_rows().items() if n != programs.FOLDED}
 
 
 def cases(names):
@@ -65,6 +66,12 @@ def test_every_attack_lowers_for_tpu_and_cuda(name, digits):
         )
         assert lowered(program) == ("tpu", "cuda")
     assert program.times == 45  # 360 images
+
+
+def test_the_folded_network_is_the_network():
+    calls, logits = folding.problem(width=4, batch=2)
+    np.testing.assert_allclose(logits["folded"], logits["plain"], rtol=1e-4, atol=1e-5)
+    assert set(calls) == {"plain", "folded"}
 
 
 def test_tracing_for_another_platform_changes_what_is_traced():

@@ -52,7 +52,8 @@ def fold(params, statistics_):
             scale, mean = scale[norm], mean[norm]
             factor = scale["scale"] / jnp.sqrt(mean["var"] + _EPSILON)
             bias = scale["bias"] - mean["mean"] * factor
-            folded[f"{block}/{name}" if name else block] = (values["kernel"] * factor, bias)
+            kernel = values["kernel"] * factor.reshape(1, 1, 1, -1)
+            folded[f"{block}/{name}" if name else block] = (kernel, bias)
     return folded
 
 

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from accelerators import folding
 from jaxdefense import attacks, models, runs, threat
 from jaxdefense.attacks import ensemble
 from jaxdefense.data import Arrays, OnDevice, make_augment
@@ -36,6 +37,7 @@ DATASETS = {
     "cifar100": ((32, 32, 3), 100, 50_000, 10_000),
 }
 LINF, L2 = threat.Linf(8 / 255), threat.L2(0.5)  # of the attacks
+FOLDED = "pgd10 folded"  # the attack of folding.py on its folded network
 _EXAMPLES = "examples"
 
 
@@ -212,10 +214,12 @@ def judging(
     """
     test = run.arrays("test")
     params, carry = jax.eval_shape(lambda: run.init(to_float(test.images[:1])))
-    variables = {"params": params, "carry": carry}
-    program = AttackProgram(
-        name, attack, run.apply(run.defense.primary), attack.threat, None, with_margin=False
-    )
+    variables: PyTree = {"params": params, "carry": carry}
+    apply = run.apply(run.defense.primary)
+    if name == FOLDED:
+        variables = jax.eval_shape(folding.fold, params["classifier"], carry["classifier"])
+        apply = folding.apply_folded
+    program = AttackProgram(name, attack, apply, attack.threat, None, with_margin=False)
     mesh = Mesh(np.asarray(devices), (_EXAMPLES,))
     whole, split = PartitionSpec(), PartitionSpec(_EXAMPLES)
     keys = jax.eval_shape(lambda: jax.random.key_data(attack_keys(0, name, np.arange(2))))
@@ -273,7 +277,8 @@ def attack_rows() -> dict[str, tuple[Any, int]]:
         minimal = name in ("cw", "ddn", "deepfool", "fmn")
         steps = {"steps": 20} if name in ("pgd", "bim", "mi_fgsm") else {}
         found[name] = (attacks.make(name, L2 if minimal else LINF, **steps), 1)
-    return found
+    # The gain of a folded BatchNorm: no user runs it.
+    return found | {"pgd10": (folding.pgd10(), 1), FOLDED: (folding.pgd10(), 1)}
 
 
 def _shapes(tree: PyTree) -> PyTree:
