@@ -68,6 +68,7 @@ def test_every_attack_lowers_for_tpu_and_cuda(name, digits):
     assert program.times == 45  # 360 images
 
 
+@pytest.mark.slow
 def test_the_folded_network_is_the_network():
     calls, logits = folding.problem(width=4, batch=2)
     np.testing.assert_allclose(logits["folded"], logits["plain"], rtol=1e-4, atol=1e-5)
@@ -109,6 +110,26 @@ def test_products_of_a_convolution_leave_out_padding():
     jaxpr = jax.make_jaxpr(product)(jnp.zeros((5, 8, 8, 3)), jnp.zeros((3, 3, 3, 7)))
     # Four outputs a side, three taps each, of which the first output's first lies outside.
     assert costs.products(jaxpr.jaxpr) == 2 * 5 * 11 * 11 * 3 * 7
+
+
+def test_products_of_resnet18_are_those_of_pencil_and_paper():
+    """docs/accelerators.md has the number: .97 GFLOP an image."""
+    model = models.make("resnet", 10, depth=18)
+    image = jax.ShapeDtypeStruct((1, 32, 32, 3), jnp.float32)
+    variables = jax.eval_shape(model.init, jax.random.key(0), image)
+    found = costs.products(jax.make_jaxpr(model.apply)(variables, image).jaxpr)
+
+    def three(side, channels, out, stride=1):  # 3x3, padding 1: the outer outputs lack a tap
+        taps = 3 * side - 2 if stride == 1 else 3 * side // 2 - 1
+        return taps**2 * channels * out
+
+    total = three(32, 3, 64) + 4 * three(32, 64, 64) + 512 * 10
+    for side, channels in ((32, 64), (16, 128), (8, 256)):
+        half, out = side // 2, 2 * channels
+        total += three(side, channels, out, 2) + 3 * three(half, out, out)
+        total += half**2 * channels * out  # 1x1
+    assert found == 2 * total
+    assert round(found / 1e9, 2) == 0.97
 
 
 def square(i, x):
@@ -153,7 +174,7 @@ def test_loops_cost_all_their_turns(function, turns):
 
 
 def program(name, flops, moved, memory, times):
-    return dict(name=name, flops=flops, moved=moved, memory=memory, times=times)
+    return dict(name=name, flops=flops, products=flops / 2, moved=moved, memory=memory, times=times)
 
 
 def test_the_table_says_what_fits_and_how_long_it_takes_at_least():
@@ -162,14 +183,40 @@ def test_the_table_says_what_fits_and_how_long_it_takes_at_least():
     ])  # fmt: skip
     failed = dict(row="attack bad", dtype="bfloat16", failed="Error: a | b")
     limits = dict(flops=1e12, bandwidth=1e9, memory=16e9)
-    text = tables.render({"rows": [row, failed], "limits": limits})
+    text = tables.render({"name": "accelerators", "rows": [row, failed], "limits": limits})
     lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines()]
-    assert lines[2][2:] == ["1.00", "yes", "2000", "1.0", "arithmetic", "2000.00", "3,600", "2.000"]
-    assert lines[3][2:] == ["17.00", "NO", "1000", "9.0", "memory", "9000.00", "7,200", "18.000"]
+    assert lines[2][2:] == [
+        "1.00",
+        "yes",
+        "2000",
+        "50.0%",
+        "1.0",
+        "arithmetic",
+        "2000.00",
+        "3,600",
+        "2.000",
+    ]
+    assert lines[3][2:] == [
+        "17.00",
+        "NO",
+        "1000",
+        "50.0%",
+        "9.0",
+        "memory",
+        "9000.00",
+        "7,200",
+        "18.000",
+    ]
     assert lines[4][0] == "two:cifar10, whole run"
     assert lines[4][-1] == "20.000"
     assert lines[5][:3] == ["attack bad", "bfloat16", "Error: a / b"]
     assert tables.summary([row, failed]) == "1 rows compile, 1 do not: attack bad bfloat16"
+
+
+def test_the_table_of_folding_has_medians():
+    row = dict(width=16, batch=32, plain=[1.0, 3.0, 2.0], folded=[4.0, 1.0, 9.0], ratio=1.5)
+    line = tables.render({"name": "folding", "rows": [row]}).splitlines()[2]
+    assert line == "| ResNet-18, width 16, 32 images | 3 | 2.00 | 4.00 | 1.50 |"
 
 
 def test_the_makefile_installs_the_libtpu_that_jax_names():

@@ -13,6 +13,7 @@ Needs the package libtpu, of the version that this jax names, in --libtpu (the M
 there); no TPU. The times are lower limits by arithmetic and memory traffic (docs/accelerators.md).
 """
 
+import importlib.metadata
 import json
 import os
 import pathlib
@@ -188,6 +189,12 @@ def run_row(name, dtype):
     return {**row, **answer, "seconds": round(time.monotonic() - began, 1)}
 
 
+def libtpu_version():
+    """The version of the package in --libtpu, "unknown" where it does not say."""
+    found = importlib.metadata.distributions(path=[LIBTPU.value])
+    return next((d.version for d in found if d.name == "libtpu"), "unknown")
+
+
 def _last_line(done):
     lines = done.stderr.strip().splitlines()
     return f"exit code {done.returncode}: {lines[-1] if lines else 'nothing said'}"
@@ -227,7 +234,7 @@ def main(argv):
         print(f"{i} of {len(todo)}: {name}, {dtype} ...", flush=True)
         rows.append(run_row(name, dtype))
         print(f"  {rows[-1].get('failed', 'compiles')} ({rows[-1]['seconds']:.0f} s)", flush=True)
-        more = dict(rows=rows, limits=LIMITS, topology=TOPOLOGY)
+        more = dict(rows=rows, limits=LIMITS, topology=TOPOLOGY, libtpu=libtpu_version())
         spent = time.monotonic() - began
         record = records.make("accelerators", {}, {}, seed=0, seconds=spent, **more)
         records.save(record, path)

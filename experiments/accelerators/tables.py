@@ -1,5 +1,6 @@
-"""Markdown table of a record of the accelerator check: will it fit, how long will it take."""
+"""Markdown tables of the accelerator check's records: will it fit, how long will it take."""
 
+import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -13,6 +14,7 @@ HEADER = (
     "GB a device",
     "fits",
     "GFLOP",
+    "of products",
     "GB moved",
     "bound by",
     "ms, at least",
@@ -35,11 +37,27 @@ def roofline(flops: float, moved: float, device: Mapping[str, float]) -> tuple[f
 
 
 def render(record: Record) -> str:
-    """A line for each program of each row; a row that failed says why."""
+    """A line for each program of each row; a row that failed says why.
+
+    Args:
+      record: of `__main__`, or of folding.py.
+    """
+    if record["name"] == "folding":
+        return _folding(record["rows"])
     lines = []
     for row in record["rows"]:
         lines += _failed(row) if "failed" in row else _programs(row, record["limits"])
     return markdown(HEADER, lines)
+
+
+def _folding(rows: Sequence[Mapping[str, Any]]) -> str:
+    """A line for each network: CPU seconds of PGD-10, medians, and the median of the ratios."""
+    lines = []
+    for row in rows:
+        times = [f"{statistics.median(row[side]):.2f}" for side in ("plain", "folded")]
+        name = f"ResNet-18, width {row['width']}, {row['batch']} images"
+        lines.append([name, str(len(row["plain"])), *times, f"{row['ratio']:.2f}"])
+    return markdown(["PGD-10", "pairs", "plain, CPU s", "folded, CPU s", "folded / plain"], lines)
 
 
 def _failed(row: Mapping[str, Any]) -> list[list[str]]:
@@ -60,6 +78,7 @@ def _programs(row: Mapping[str, Any], limits: Mapping[str, float]) -> list[list[
                 f"{program['memory'] / GIGA:.2f}",
                 "yes" if program["memory"] <= limits["memory"] else "NO",
                 f"{program['flops'] / GIGA:.0f}",
+                f"{program['products'] / program['flops']:.1%}",
                 f"{program['moved'] / GIGA:.1f}",
                 limit,
                 f"{1e3 * seconds:.2f}",
