@@ -113,11 +113,12 @@ def test_products_of_a_convolution_leave_out_padding():
 
 
 def test_products_of_resnet18_are_those_of_pencil_and_paper():
-    """docs/accelerators.md has the number: .97 GFLOP an image."""
+    """docs/accelerators.md has the number: .96 GFLOP an image."""
     model = models.make("resnet", 10, depth=18)
     image = jax.ShapeDtypeStruct((1, 32, 32, 3), jnp.float32)
     variables = jax.eval_shape(model.init, jax.random.key(0), image)
-    found = costs.products(jax.make_jaxpr(model.apply)(variables, image).jaxpr)
+    with programs.traced_for("tpu"):
+        found = costs.products(jax.make_jaxpr(model.apply)(variables, image).jaxpr)
 
     def three(side, channels, out, stride=1):  # 3x3, padding 1: the outer outputs lack a tap
         taps = 3 * side - 2 if stride == 1 else 3 * side // 2 - 1
@@ -129,7 +130,7 @@ def test_products_of_resnet18_are_those_of_pencil_and_paper():
         total += three(side, channels, out, 2) + 3 * three(half, out, out)
         total += half**2 * channels * out  # 1x1
     assert found == 2 * total
-    assert round(found / 1e9, 2) == 0.97
+    assert round(found / 1e9, 2) == 0.96
 
 
 def square(i, x):
