@@ -209,7 +209,7 @@ def test_the_table_says_what_fits_and_how_long_it_takes_at_least():
         "18.000",
     ]
     assert lines[4][0] == "two:cifar10, whole run"
-    assert lines[4][-1] == "20.000"
+    assert lines[4][-1] == "1200.00"
     assert lines[5][:3] == ["attack bad", "bfloat16", "Error: a / b"]
     assert tables.summary([row, failed]) == "1 rows compile, 1 do not: attack bad bfloat16"
 

@@ -19,7 +19,7 @@ HEADER = (
     "bound by",
     "ms, at least",
     "times",
-    "hours, at least",
+    "minutes, at least",
 )
 
 
@@ -67,10 +67,10 @@ def _failed(row: Mapping[str, Any]) -> list[list[str]]:
 
 def _programs(row: Mapping[str, Any], limits: Mapping[str, float]) -> list[list[str]]:
     lines: list[list[str]] = []
-    hours = 0.0
+    minutes = 0.0
     for program in row["programs"]:
         seconds, limit = roofline(program["flops"], program["moved"], limits)
-        hours += seconds * program["times"] / 3600
+        minutes += seconds * program["times"] / 60
         lines.append(
             [
                 f"{row['row']}, {program['name']}" if row["kind"] == "train" else row["row"],
@@ -83,12 +83,12 @@ def _programs(row: Mapping[str, Any], limits: Mapping[str, float]) -> list[list[
                 limit,
                 f"{1e3 * seconds:.2f}",
                 f"{program['times']:,}",
-                f"{seconds * program['times'] / 3600:.3f}",
+                f"{seconds * program['times'] / 60:.2f}",
             ]
         )
     if len(lines) > 1:
         whole = [f"{row['row']}, whole run", row["dtype"], *["–"] * (len(HEADER) - 3)]
-        lines.append([*whole, f"{hours:.3f}"])
+        lines.append([*whole, f"{minutes:.2f}"])
     return lines
 
 
