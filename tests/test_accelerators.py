@@ -186,28 +186,8 @@ def test_the_table_says_what_fits_and_how_long_it_takes_at_least():
     limits = dict(flops=1e12, bandwidth=1e9, memory=16e9)
     text = tables.render({"name": "accelerators", "rows": [row, failed], "limits": limits})
     lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines()]
-    assert lines[2][2:] == [
-        "1.00",
-        "yes",
-        "2000",
-        "50.0%",
-        "1.0",
-        "arithmetic",
-        "2000.00",
-        "3,600",
-        "2.000",
-    ]
-    assert lines[3][2:] == [
-        "17.00",
-        "NO",
-        "1000",
-        "50.0%",
-        "9.0",
-        "memory",
-        "9000.00",
-        "7,200",
-        "18.000",
-    ]
+    assert " ".join(lines[2][2:]) == "1.00 yes 2000 50.0% 1.0 arithmetic 2000.00 3,600 120.00"
+    assert " ".join(lines[3][2:]) == "17.00 NO 1000 50.0% 9.0 memory 9000.00 7,200 1080.00"
     assert lines[4][0] == "two:cifar10, whole run"
     assert lines[4][-1] == "1200.00"
     assert lines[5][:3] == ["attack bad", "bfloat16", "Error: a / b"]
