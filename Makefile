@@ -1,7 +1,7 @@
 # Each target makes .venv from nothing where it is not there; PYTHON chooses the interpreter.
 PYTHON ?= python3
 
-.PHONY: quickstart quickstart-all test test-slow lint docs
+.PHONY: quickstart quickstart-all test test-slow lint docs tpu-check
 
 # ARGS are further flags: make quickstart ARGS=--systems=m2at,claf
 quickstart: .venv/installed
@@ -26,6 +26,15 @@ docs: .venv/installed
 	NO_MKDOCS_2_WARNING=1 .venv/bin/mkdocs build --strict --quiet
 	.venv/bin/python experiments/tables.py --html site/report.html experiments/records
 	@echo "open site/index.html; for the search: .venv/bin/python -m http.server --directory site"
+
+# Compiles for a TPU without one: hours on a few cores, and it goes on where it was stopped.
+tpu-check: .venv/libtpu
+	.venv/bin/python experiments/accelerators $(ARGS)
+
+# In a folder of its own, where no other command finds it: JAX would look for a TPU at each start.
+# The version is the one that requirements.txt's jax names in its extra "tpu".
+.venv/libtpu: .venv/installed
+	.venv/bin/python -m pip install --quiet --no-deps --target $@ 'libtpu==0.0.42.*'
 
 .venv/installed: requirements.txt setup.cfg
 	$(PYTHON) -m venv .venv

@@ -7,10 +7,10 @@
     python experiments/tables.py --html=report.html experiments/records   # a page of all of them
 
 A marked table lies between `<!-- KIND PATH -->` and `<!-- end -->`; KIND is table, protected
-(metric I), benchmark or soak (the counts of experiments/soak.py), and PATH is of its records. One
-number within a line of text lies between `<!-- accuracy PATH; ROW; ATTACK -->` and `<!-- end -->`;
-ROW is a record's NAME or NAME[PREDICTOR], or a run of the benchmark `fast`, whose attacks are
-AutoAttack's versions `standard` and `fast`.
+(metric I), benchmark, accelerators or soak (the counts of experiments/soak.py), and PATH is of its
+records. One number within a line of text lies between `<!-- accuracy PATH; ROW; ATTACK -->` and
+`<!-- end -->`; ROW is a record's NAME or NAME[PREDICTOR], or a run of the benchmark `fast`, whose
+attacks are AutoAttack's versions `standard` and `fast`.
 """
 
 import json
@@ -20,6 +20,7 @@ import re
 import cli
 import configs
 from absl import flags
+from accelerators import tables as accelerators
 from benchmark import tables as benchmark
 from papers import metric_i
 
@@ -32,9 +33,12 @@ INTO = flags.DEFINE_string("into", None, "A Markdown file whose marked tables ar
 HTML = flags.DEFINE_string("html", None, "A file: a page of the records, sortable, with charts.")
 TITLE = flags.DEFINE_string("title", "jaxdefense: what was measured", "Of the page.")
 
+# Records with tables of their own.
+_RENDERED = {"benchmark": benchmark.render, "accelerators": accelerators.render}
+
 ROOT = pathlib.Path(__file__).parents[1]
 _MARKED = re.compile(
-    r"(<!-- (table|protected|benchmark|soak) (\S+) -->\n).*?(<!-- end -->)", re.DOTALL
+    r"(<!-- (table|protected|benchmark|accelerators|soak) (\S+) -->\n).*?(<!-- end -->)", re.DOTALL
 )
 _NUMBER = re.compile(r"(<!-- accuracy ([^;]+); ([^;]+); (.+?) -->).*?(<!-- end -->)")
 
@@ -92,9 +96,9 @@ def renew(text):
 
     def block(match):
         begin, kind, path, end = match.groups()
-        if kind == "benchmark":
+        if kind in _RENDERED:
             record = records.load(ROOT / path)
-            return f"{begin}{benchmark.render(record)}\n\n{tables.provenance([record])}\n{end}"
+            return f"{begin}{_RENDERED[kind](record)}\n\n{tables.provenance([record])}\n{end}"
         if kind == "soak":
             return begin + soak_table(json.loads((ROOT / path).read_text())) + end
         return begin + render([ROOT / path], protected=kind == "protected") + end

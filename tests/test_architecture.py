@@ -30,7 +30,7 @@ SCRIPTS = {
     for path in ROOT.glob("experiments/**/*.py")
 }
 # Folders of experiments/, and the scripts outside a folder that may import from it.
-FOLDERS = {"papers": {"tables.py"}, "benchmark": {"tables.py"}}
+FOLDERS = {folder: {"tables.py"} for folder in ("papers", "benchmark", "accelerators")}
 GENERIC = ("runs", "evaluation", "train")
 # Defences that serve every paper as baselines or parts, and "add", which is a word.
 COMMON = {"base", "transforms", "combine", "standard", "pgd_at", "fgsm_at", "trades", "add"}

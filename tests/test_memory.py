@@ -112,11 +112,12 @@ class TestOutOfMemory:
         trainer = loop.Trainer(build(values), tmp_path / "probe")
         state = loop.replicate(trainer.begin_segment(trainer.initial_state(), trainer.segments[0]))
         chunk, items = trainer.compiled_steps(trainer.segments[0]), trainer._padded_items(0, 1)
-        devices = jax.device_count()
+        resident, devices = trainer.batches.resident, jax.device_count()
+        sums = trainer._zero_sums(trainer.segments[0], state, items)
 
         def needed(batch):
             def lower(size):
-                return chunk.lower(state, trainer.batches.resident, items, size // devices)
+                return chunk.lower(state, resident, items, np.int32(1), sums, size // devices)
 
             return memory.bytes_needed(lower, batch)
 

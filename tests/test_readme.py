@@ -15,7 +15,7 @@ PAGES = {
     for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
 }
 WITH_CODE = [name for name, text in PAGES.items() if "```python" in text]
-MARK = re.compile(r"<!-- (?:table|protected|benchmark|soak|accuracy) ([^;\s]+)")
+MARK = re.compile(r"<!-- (?:table|protected|benchmark|accelerators|soak|accuracy) ([^;\s]+)")
 
 
 def blocks(text, language):

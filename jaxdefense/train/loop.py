@@ -414,7 +414,7 @@ class Trainer:
         with memory.explain_out_of_memory(
             "a step of training",
             self.batches.batch_size,
-            lambda batch: chunk.lower(before, resident, items, so_far, batch // devices),
+            lambda batch: chunk.lower(before, resident, items, count, so_far, batch // devices),
             multiple=devices,
             advice="--config.train.batch_size={batch}; training's results change with it",
         ):

@@ -61,16 +61,25 @@ class RunSteps:
     Args:
       run: (state, resident data, items (n, ...), how many of them, metric sums so far) -> (state,
         metric sums, first bad step or -1), of one device.
+      devices: of `compile_steps`.
     """
 
-    def __init__(self, run: Callable[..., tuple[State, Metrics, Array]]):
+    def __init__(
+        self,
+        run: Callable[..., tuple[State, Metrics, Array]],
+        devices: Sequence[jax.Device] | None = None,
+    ):
         steps = {"run": run}
 
         def look_up(*args: Any) -> Any:
             return steps["run"](*args)
 
         self._mapped: Any = jax.pmap(
-            look_up, axis_name=AXIS, in_axes=(0, 0, 0, None, 0), donate_argnums=0
+            look_up,
+            axis_name=AXIS,
+            in_axes=(0, 0, 0, None, 0),
+            devices=devices,
+            donate_argnums=0,
         )
         self._free = weakref.finalize(self, _free_mapped, steps, look_up)
 
@@ -92,27 +101,32 @@ class RunSteps:
         return self._mapped(state, resident, items, count, sums)
 
     def lower(
-        self, state: State, resident: PyTree, items: PyTree, sums: Metrics, batch: int
+        self,
+        state: State,
+        resident: PyTree,
+        items: PyTree,
+        count: Array,
+        sums: Metrics,
+        batch: int | None = None,
     ) -> Any:
-        """The program for another batch size, not compiled: `compile()` tells what memory it takes.
+        """The program, not compiled: `compile()` tells what memory it takes.
 
         Args:
           state: as of a call; shapes count, so that its arrays may be gone.
           resident: likewise.
           items: likewise.
+          count: likewise.
           sums: likewise.
-          batch: images of a step on one device.
+          batch: images of a step on one device, where it is for another number than in `items`.
         """
-
-        shapes = jax.tree.map(
-            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype),
-            (state, resident, items, sums),
-        )
+        inputs = (state, resident, items, count, sums)
+        shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), inputs)
+        if batch is None:
+            return self._mapped.lower(*shapes)
         resized = jax.tree.map(
             lambda leaf: leaf.update(shape=(*leaf.shape[:2], batch, *leaf.shape[3:])), shapes[2]
         )
-        count = jax.ShapeDtypeStruct((), jnp.int32)
-        return self._mapped.lower(*shapes[:2], resized, count, shapes[3])
+        return self._mapped.lower(*shapes[:2], resized, *shapes[3:])
 
     def release(self) -> None:
         """Frees the compiled program and all that the steps refer to; it cannot be called again."""
@@ -244,6 +258,8 @@ def make_step(
 def compile_steps(
     step: Callable[[State, Batch], tuple[State, Metrics]],
     gather: Callable[[PyTree, PyTree], Batch],
+    *,
+    devices: Sequence[jax.Device] | None = None,
 ) -> RunSteps:
     """Several steps in one dispatch, mapped over the local devices, the state donated.
 
@@ -255,6 +271,7 @@ def compile_steps(
     Args:
       step: of `make_step`.
       gather: (resident data, item) -> batch, see `data.Batches`.
+      devices: local ones, or those of a topology that is only compiled for; default all.
     """
 
     def run(state, resident, items, count, sums):
@@ -277,7 +294,32 @@ def compile_steps(
         _, state, sums, bad = jax.lax.while_loop(go_on, body, start)
         return state, sums, bad
 
-    return RunSteps(run)
+    return RunSteps(run, devices)
+
+
+def metric_shapes(
+    step: Callable[[State, Batch], tuple[State, Metrics]],
+    gather: Callable[[PyTree, PyTree], Batch],
+    state: State,
+    resident: PyTree,
+    items: PyTree,
+) -> Metrics:
+    """The shapes of the metric sums that `compile_steps` takes, see `zero_sums` for the arguments.
+
+    Args:
+      step: of `make_step`.
+      gather: see `compile_steps`.
+      state: replicated, or its shapes.
+      resident: the data on the devices, or their shapes.
+      items: of at least one step, or their shapes.
+    """
+
+    def metrics(state, resident, items):
+        first = jax.tree.map(lambda leaf: leaf[0], items)
+        return step(state, gather(resident, first))[1]
+
+    # vmap knows the axis too, and JAX forgets what it has traced of it.
+    return jax.eval_shape(jax.vmap(metrics, axis_name=AXIS), state, resident, items)
 
 
 def zero_sums(
@@ -297,12 +339,7 @@ def zero_sums(
       items: of at least one step.
     """
 
-    def metrics(state, resident, items):
-        first = jax.tree.map(lambda leaf: leaf[0], items)
-        return step(state, gather(resident, first))[1]
-
-    # vmap knows the axis too, and JAX forgets what it has traced of it.
-    shapes = jax.eval_shape(jax.vmap(metrics, axis_name=AXIS), state, resident, items)
+    shapes = metric_shapes(step, gather, state, resident, items)
     zeros = jax.tree.map(lambda leaf: np.zeros(leaf.shape[1:], leaf.dtype), shapes)
     return replicate_like(zeros, state.step)
 
