@@ -20,20 +20,14 @@ import shlex
 import signal
 import subprocess
 import sys
-import tempfile
 import threading
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from absl import app, flags
 
 from jaxdefense import extras, files
-
-try:
-    import fcntl
-except ModuleNotFoundError:  # Windows
-    fcntl = None
 
 # What the scripts import, by the extra that brings it.
 NEEDED = {name: extras.MODULES[name] for name in ("train", "plots")} | {"digits": {"sklearn"}}
@@ -72,6 +66,7 @@ else:
     import configs
     import quickstart_board as board
     import quickstart_plan as plan
+    from unattended import available_cores, check_writable, interrupt_main, locked
 
 SYSTEMS = flags.DEFINE_string(
     "systems", "", "Names with commas between; all; default the seven, their rivals, baselines."
@@ -105,12 +100,6 @@ def worker_environment() -> dict[str, str]:
     if environment["JAX_PLATFORMS"] == "cpu":
         environment.setdefault("XLA_FLAGS", quick_compilation())
     return environment
-
-
-def available_cores() -> list[int]:
-    """The cores that this process may use."""
-    affinity = getattr(os, "sched_getaffinity", None)  # not on macOS
-    return sorted(affinity(0)) if affinity else list(range(os.cpu_count() or 1))
 
 
 def available_memory() -> float:
@@ -439,53 +428,6 @@ def keep(row: board.Row) -> None:
             row.unkept = str(error)
 
 
-def check_writable(folder: pathlib.Path) -> None:
-    """Makes a folder and tries to write there.
-
-    Args:
-      folder: of the runs or the records.
-
-    Raises:
-      ValueError: it cannot be made or written to.
-    """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=folder).close()
-    except OSError as error:
-        raise ValueError(f"cannot write to {folder}: {error}") from error
-
-
-@contextlib.contextmanager
-def locked(folder: pathlib.Path) -> Iterator[None]:
-    """Keeps a folder for this process: two would write the same checkpoints.
-
-    The system drops the lock of a process that has ended, however it ended. Where files cannot be
-    locked (Windows, some network disks) nothing is checked.
-
-    Args:
-      folder: of the runs.
-
-    Raises:
-      ValueError: another process has it.
-    """
-    with (folder / "quickstart.lock").open("a+") as file:
-        if fcntl:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
-                file.seek(0)
-                raise ValueError(
-                    f"{folder} is in use by another quickstart, process {file.read().strip()}; "
-                    f"wait for it, or choose another --workdir"
-                ) from error
-            except OSError as error:
-                print(f"{folder} cannot be locked ({error}): start no second quickstart there")
-        file.truncate(0)
-        file.write(f"{os.getpid()}\n")
-        file.flush()
-        yield
-
-
 def read_object(path: pathlib.Path, keys: Sequence[str] = ()) -> dict[str, Any]:
     """Reads a file of a workdir.
 
@@ -554,11 +496,6 @@ def print_results(rows: Sequence[board.Row]) -> None:
         print(f"\n{tables.accuracy_table(found)}\n\n{tables.provenance(found)}")
 
 
-def interrupt_main(number: int, frame: Any) -> None:
-    """SIGTERM's handler: as Ctrl-C."""
-    raise KeyboardInterrupt
-
-
 def run() -> int:
     """Runs what the flags ask for; returns the exit code.
 
@@ -570,7 +507,7 @@ def run() -> int:
     folder = pathlib.Path(WORKDIR.value)
     for path in [folder, *([pathlib.Path(RECORDS.value)] if RECORDS.value else [])]:
         check_writable(path)
-    with locked(folder):
+    with locked(folder, "quickstart"):
         return run_systems(names, folder)
 
 

@@ -24,7 +24,8 @@ STUDENTS = ("add", "ard", "iad", "adaad")
 ROBUST = ("pgd_at", "trades", "mart", "avmixup", "iat", "m2at", "m2at_shuffle")
 TRANSFORMS = ("awp", "ema")
 
-EXAMPLES = 1000  # first test images, under AutoAttack and the audit
+EXAMPLES = 1000  # first test images under AutoAttack
+EXAMPLES_OF = {"autoattack": EXAMPLES, "audit": 200}  # by protocol; all in the others
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,6 +56,13 @@ class Row:
         """Its name, which no other row has, e.g. "trades-cifar10_cpu-1"."""
         config = f"best{self.best[0]}_{self.best[1]}" if self.best else self.config
         return f"{config}-{self.variant}-{self.seed}"
+
+    @property
+    def folder(self) -> str:
+        """The folder of its records: its data set, with _cpu for the reduced recipe."""
+        names = ("cifar100", "cifar10", "fashion_mnist", "mnist", "digits")
+        dataset = next(name for name in names if self.variant.startswith(name))
+        return f"{dataset}_cpu" if "_cpu" in self.variant else dataset
 
     @property
     def needs_teacher(self) -> bool:
@@ -104,7 +112,7 @@ def _settings(row: Row) -> dict[str, Any]:
     return found
 
 
-def _protocols(config: str, variant: str) -> tuple[str, ...]:
+def _protocols(config: str) -> tuple[str, ...]:
     """Clean, FGSM and PGD, then AutoAttack; for what cleans images the audit too."""
     return ("configured", "autoattack", *(["audit"] if config in PURIFIERS else []))
 
@@ -117,7 +125,7 @@ def rows_of(pairs: Iterable[tuple[str, str]], seeds: Iterable[int] = (0,)) -> li
       seeds: the first of all pairs, then the second.
     """
     pairs = list(pairs)
-    return [Row(c, v, seed, _protocols(c, v)) for seed in seeds for c, v in pairs]
+    return [Row(c, v, seed, _protocols(c)) for seed in seeds for c, v in pairs]
 
 
 _CPU = "cifar10_cpu"
@@ -162,9 +170,7 @@ _CPU_RIVALS = [
     ("adaad", _CPU),
     ("defensive_distillation", _CPU),
 ]
-_BEST = [
-    Row("", _CPU, best=(place, transform)) for transform in TRANSFORMS for place in (1, 2)
-]
+_BEST = [Row("", _CPU, best=(place, transform)) for transform in TRANSFORMS for place in (1, 2)]
 # With further seeds: the seven systems and what they are compared with.
 _SEEDS = [(name, _CPU) for name in (*BASELINES, *SEVEN)]
 _MNIST = [
@@ -363,7 +369,7 @@ def expected_seconds(row: Row, machine: str) -> float:
         passes += 10000 * (2 * steps + 1)
     share = WITHSTANDS.get(config["dataset"]["name"], 0.25) if _withstands(row) else 0.02
     passes += EXAMPLES * AUTOATTACK * share * ("autoattack" in row.protocols)
-    passes += EXAMPLES * AUDIT * ("audit" in row.protocols)
+    passes += EXAMPLES_OF["audit"] * AUDIT * ("audit" in row.protocols)
     starts = START * (1 + len(row.protocols))
     return passes * forward_cost(config) / SPEED[machine] + starts
 

@@ -385,7 +385,7 @@ def test_a_second_quickstart_in_the_same_folder_is_refused(start, tmp_path):
     assert start(systems="standard") == 0  # the lock went with its process
     assert (tmp_path / "runs" / "quickstart.lock").read_text() == f"{os.getpid()}\n"
     with (
-        quickstart.locked(tmp_path / "runs"),
+        quickstart.locked(tmp_path / "runs", "quickstart"),
         pytest.raises(ValueError, match=f"process {os.getpid()};"),
     ):
         start(systems="standard")
