@@ -124,9 +124,9 @@ class Entry(board.Row):
             return []
         found = []
         if "training" not in self.read_state().get("seconds", {}):
-            found.append(Step("training", training_words(self.row, self.workdir, teacher)))
+            found.append(Step("training", grid.training_words(self.row, self.workdir, teacher)))
         for protocol, path in open_records.items():
-            words = judging_words(self.row, protocol, self.workdir, path)
+            words = grid.judging_words(self.row, protocol, self.workdir, path)
             found.append(Step(protocol, words, path))
         return found
 
@@ -137,7 +137,7 @@ class Entry(board.Row):
         for record in found.values():
             primary = next(iter(record["results"].values()))
             self.results |= {name: result["accuracy"] for name, result in primary.items()}
-        training = next(iter(found.values()))["training"].get("seconds", 0.0)
+        training = next(iter(found.values())).get("training", {}).get("seconds", 0.0)
         self.seconds = training + sum(record["seconds"] for record in found.values())
         self.state = "done"
 
@@ -158,44 +158,6 @@ def read_object(path: pathlib.Path) -> dict[str, Any]:
     if not isinstance(found, dict):
         raise ValueError(f"{path} is damaged (not a JSON object); remove it and run this again")
     return found
-
-
-def training_words(
-    row: grid.Row, workdir: pathlib.Path, teacher: pathlib.Path | None = None
-) -> tuple[str, ...]:
-    """The command that trains a row: train.py and its arguments.
-
-    Args:
-      row: resolved.
-      workdir: of the run.
-      teacher: workdir of its teacher, where it needs one.
-    """
-    words = ["train.py", f"--config={row.config}:{row.variant}", f"--workdir={workdir}"]
-    words += [f"--config.seed={row.seed}"] if row.seed else []
-    words += [f"--config.{key}={value}" for key, value in row.changes]
-    words += [f"--config.defense.teacher.workdir={teacher}"] if teacher else []
-    return tuple(words)
-
-
-def judging_words(
-    row: grid.Row, protocol: str, workdir: pathlib.Path, record: pathlib.Path
-) -> tuple[str, ...]:
-    """The command that judges a row by a protocol.
-
-    Args:
-      row: resolved.
-      protocol: one of the row's.
-      workdir: of the run.
-      record: to write.
-    """
-    common = (f"--workdir={workdir}", f"--record={record}", f"--checkpoint={row.checkpoint}")
-    if protocol == "cost_sensitive":
-        # The paper's PGD on CIFAR-10 was of other networks; its metric I there is of eps .03.
-        narrow = ("--eps=.03", "--pgd=false") if row.variant.startswith("cifar10") else ()
-        return ("papers/cost_sensitive.py", *common, *narrow, "--progress=false")
-    examples = grid.EXAMPLES_OF.get(protocol)
-    some = (f"--examples={examples}",) if examples else ()
-    return ("evaluate.py", *common, f"--protocol={protocol}", *some)
 
 
 def without_places(value: Any) -> Any:
@@ -639,7 +601,7 @@ def print_list(entries: Sequence[Entry], clock: plan.Clock) -> None:
     for i, entry in enumerate(entries, 1):
         seconds = entry.seconds if entry.state == "done" else clock.expected(entry.name)
         left += 0.0 if entry.state == "done" else seconds
-        script, *words = training_words(entry.row.resolved(grid.ROBUST), entry.workdir)
+        script, *words = grid.training_words(entry.row.resolved(grid.ROBUST), entry.workdir)
         command = shlex.join(["python", f"experiments/{script}", *words])
         if entry.row.best:
             command = f"the robust row in place {entry.row.best[0]}, with {entry.row.best[1]}"

@@ -7,6 +7,7 @@ import dataclasses
 import fnmatch
 import functools
 import json
+import pathlib
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -266,6 +267,44 @@ def rows(grid: str, pattern: str = "*") -> list[Row]:
     if not chosen:
         registry.raise_unknown(f"row of the grid {grid}", pattern, [row.name for row in found])
     return chosen
+
+
+def training_words(
+    row: Row, workdir: pathlib.Path, teacher: pathlib.Path | None = None
+) -> tuple[str, ...]:
+    """The command that trains a row: train.py and its arguments.
+
+    Args:
+      row: resolved.
+      workdir: of the run.
+      teacher: workdir of its teacher, where it needs one.
+    """
+    words = ["train.py", f"--config={row.config}:{row.variant}", f"--workdir={workdir}"]
+    words += [f"--config.seed={row.seed}"] if row.seed else []
+    words += [f"--config.{key}={value}" for key, value in row.changes]
+    words += [f"--config.defense.teacher.workdir={teacher}"] if teacher else []
+    return tuple(words)
+
+
+def judging_words(
+    row: Row, protocol: str, workdir: pathlib.Path, record: pathlib.Path
+) -> tuple[str, ...]:
+    """The command that judges a row by a protocol.
+
+    Args:
+      row: resolved.
+      protocol: one of the row's.
+      workdir: of the run.
+      record: to write.
+    """
+    common = (f"--workdir={workdir}", f"--record={record}", f"--checkpoint={row.checkpoint}")
+    if protocol == "cost_sensitive":
+        # The paper's PGD on CIFAR-10 was of other networks; its metric I there is of eps .03.
+        narrow = ("--eps=.03", "--pgd=false") if row.variant.startswith("cifar10") else ()
+        return ("papers/cost_sensitive.py", *common, *narrow, "--progress=false")
+    examples = EXAMPLES_OF.get(protocol)
+    some = (f"--examples={examples}",) if examples else ()
+    return ("evaluate.py", *common, f"--protocol={protocol}", *some)
 
 
 def rank(accuracies: Mapping[str, float]) -> list[str]:
