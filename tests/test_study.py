@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 import quickstart_board as board
 import rich.console
+import study_choose
 import study_grid as grid
 from conftest import ROOT, import_script
 
@@ -346,6 +347,7 @@ def test_what_its_parent_leaves_behind_ends_by_itself(tmp_path):
     process.stdout.close()
 
 
+@pytest.mark.slow
 def test_the_script_trains_and_judges_a_row(tmp_path, tfds_dir):
     environment = os.environ | {"TFDS_DATA_DIR": tfds_dir, "PYTHONPATH": str(ROOT)}
     command = [
@@ -362,3 +364,30 @@ def test_the_script_trains_and_judges_a_row(tmp_path, tfds_dir):
     record = json.loads(path.read_text())
     assert record["name"] == "standard-digits-debug"
     assert record["training"]["seconds"] < time.monotonic() - began
+
+
+@pytest.mark.parametrize("candidate", study_choose.CANDIDATES, ids=lambda found: found.name)
+def test_candidates_of_the_reduced_recipe_build(candidate):
+    config = candidate.config(100)
+    del config["dataset"]
+    run = runs.build(config, data=fake_splits("cifar10"))
+    assert run.train["length"] == "100s"
+    assert run.config["model"]["name"] == candidate.model["name"]
+    # What the recipe of the grid needs: some epochs in eight minutes.
+    assert 2 < candidate.epochs(480) < 20
+
+
+def test_candidates_are_measured_one_after_another(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(study_choose.cli, "enable_cache", lambda: None)
+    monkeypatch.setattr(study_choose.cli, "spread_over_cores", lambda: None)
+
+    def measured(candidate, folder, seconds):
+        assert seconds == 480
+        accuracy = {"clean": 50.0, "aa-fast": 26.0, "autoattack": 25.0}
+        results = {"classifier": {k: {"accuracy": v} for k, v in accuracy.items()}}
+        record = {"results": results, "seconds": 600.0}
+        return {"epochs": 3.0, "step_ms": 400.0, "training": 470.0, "record": record}
+
+    assert study_choose.main(tmp_path, 480, study_choose.CANDIDATES[:1], measured) == 0
+    said = capsys.readouterr().out
+    assert "| resnet8-pgd2 | 17.3 | 400 | 3.0 | 50.0 | 26.0 | 25.0 | 7.8 | 10.0 |" in said
