@@ -20,7 +20,6 @@ import shlex
 import signal
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 from collections.abc import Iterable, Mapping, Sequence
@@ -67,6 +66,7 @@ else:
     import configs
     import quickstart_board as board
     import quickstart_plan as plan
+    from unattended import available_cores, check_writable, interrupt_main
 
 SYSTEMS = flags.DEFINE_string(
     "systems", "", "Names with commas between; all; default the seven, their rivals, baselines."
@@ -101,12 +101,6 @@ def worker_environment() -> dict[str, str]:
     if environment["JAX_PLATFORMS"] == "cpu":
         environment.setdefault("XLA_FLAGS", quick_compilation())
     return environment
-
-
-def available_cores() -> list[int]:
-    """The cores that this process may use."""
-    affinity = getattr(os, "sched_getaffinity", None)  # not on macOS
-    return sorted(affinity(0)) if affinity else list(range(os.cpu_count() or 1))
 
 
 def available_memory() -> float:
@@ -435,22 +429,6 @@ def keep(row: board.Row) -> None:
             row.unkept = str(error)
 
 
-def check_writable(folder: pathlib.Path) -> None:
-    """Makes a folder and tries to write there.
-
-    Args:
-      folder: of the runs or the records.
-
-    Raises:
-      ValueError: it cannot be made or written to.
-    """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=folder).close()
-    except OSError as error:
-        raise ValueError(f"cannot write to {folder}: {error}") from error
-
-
 def read_object(path: pathlib.Path, keys: Sequence[str] = ()) -> dict[str, Any]:
     """Reads a file of a workdir.
 
@@ -518,11 +496,6 @@ def print_results(rows: Sequence[board.Row]) -> None:
     found = [records.load(row.record_path) for row in rows if row.state == "done"]
     if found:
         print(f"\n{tables.accuracy_table(found)}\n\n{tables.provenance(found)}")
-
-
-def interrupt_main(number: int, frame: Any) -> None:
-    """SIGTERM's handler: as Ctrl-C."""
-    raise KeyboardInterrupt
 
 
 def run() -> int:

@@ -159,9 +159,11 @@ class Table:
 
     Args:
       console: of rich; default standard output.
+      attack: whose accuracy is shown beside the clean one.
     """
 
-    def __init__(self, console: rich.console.Console | None = None):
+    def __init__(self, console: rich.console.Console | None = None, attack: str = "pgd20"):
+        self._attack = attack
         self._live = rich.live.Live(console=console, auto_refresh=False)
 
     def __enter__(self) -> "Table":
@@ -180,11 +182,14 @@ class Table:
           elapsed: see `header`.
         """
         self._live.update(
-            draw(rows, header(rows, left, elapsed), *self._live.console.size), refresh=True
+            draw(rows, header(rows, left, elapsed), *self._live.console.size, self._attack),
+            refresh=True,
         )
 
 
-def draw(rows: Sequence[Row], title: str, width: int, height: int) -> rich.table.Table:
+def draw(
+    rows: Sequence[Row], title: str, width: int, height: int, attack: str = "pgd20"
+) -> rich.table.Table:
     """The table: what runs, what failed, what is done, the latest first; then what waits.
 
     Args:
@@ -192,6 +197,7 @@ def draw(rows: Sequence[Row], title: str, width: int, height: int) -> rich.table
       title: above the table.
       width: of the terminal, in characters; numbers that do not fit are left out.
       height: of the terminal, in lines; rows that do not fit are left out, waiting ones first.
+      attack: whose accuracy is shown beside the clean one.
     """
     table = rich.table.Table(title=title, title_justify="left")
     longest = max((len(row.name) for row in rows), default=0)
@@ -199,9 +205,10 @@ def draw(rows: Sequence[Row], title: str, width: int, height: int) -> rich.table
     table.add_column("state")
     # A cell has a space on each side and a border; the state needs room for "training 100 %".
     left = width - 1 - (longest + 3) - (14 + 3)
-    numbers = ["clean, %", "pgd20, %", "seconds"]
+    robust = f"{attack}, %"
+    numbers = ["clean, %", robust, "seconds"]
     while numbers and sum(len(name) + 3 for name in numbers) > left:
-        numbers.remove("pgd20, %" if "pgd20, %" in numbers else numbers[0])
+        numbers.remove(robust if robust in numbers else numbers[0])
     for name in numbers:
         table.add_column(name, justify="right", no_wrap=True)
 
@@ -224,12 +231,13 @@ def draw(rows: Sequence[Row], title: str, width: int, height: int) -> rich.table
     return table
 
 
-def make(*, progress: bool) -> Lines | Table:
+def make(*, progress: bool, attack: str = "pgd20") -> Lines | Table:
     """The table in a terminal, else lines.
 
     Args:
       progress: show what runs, not only the finished rows.
+      attack: whose accuracy the table shows beside the clean one.
     """
     if progress and sys.stdout.isatty():
-        return Table()
+        return Table(attack=attack)
     return Lines(only_rows=not progress)

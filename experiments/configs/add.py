@@ -16,6 +16,8 @@ Expected: the thesis' numbers are not known (only its abstract could be read), a
 repeated here from memory. The teacher of the paper rows, as others trained it: 84.92 clean, 56.61
 under PGD-20, 53.08 under AutoAttack on CIFAR-10. `cifar10` and `cifar100` have 30 epochs and a
 ResNet-18 teacher, and are ours.
+
+Rows with cifar10_cpu are the reduced recipe: minutes on two CPU cores (recipes.py, `_cpu`).
 """
 
 from configs import recipes
@@ -25,6 +27,7 @@ ATTACK = dict(
     digits=dict(steps=7, step_size=0.04),
     mnist=dict(steps=7, step_size=0.08, ramp_epochs=3.0),
     cifar10=_CIFAR,
+    cifar10_cpu=dict(_CIFAR, **recipes.REDUCED_ATTACK),
     cifar100=_CIFAR,
     cifar10_paper=_CIFAR,
     cifar10_paper_mobilenet=_CIFAR,
@@ -41,6 +44,7 @@ TEACHERS = dict(
     digits=dict(name="pgd_at", steps=7, step_size=0.04, ramp_epochs=8.0, length="50%"),
     mnist=_run("pgd_at-mnist"),
     cifar10=_run("trades-cifar10"),
+    cifar10_cpu=_run("pgd_at-cifar10_cpu"),
     cifar100=_run("trades-cifar100"),
     cifar10_paper=_run("add-cifar10_teacher"),
     cifar10_paper_mobilenet=_run("add-cifar10_teacher"),
@@ -53,6 +57,7 @@ STUDENTS = dict(
     digits=dict(train=dict(length="80e")),
     mnist=dict(model=dict(name="cnn", width=0.25)),
     cifar10=dict(model=_MOBILENET),
+    cifar10_cpu=dict(model=dict(recipes.REDUCED_MODEL, width=recipes.REDUCED_MODEL["width"] // 2)),
     cifar100=dict(model=_MOBILENET),
 )
 

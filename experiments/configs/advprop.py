@@ -10,6 +10,8 @@ ablation, which keeps gate, KL and stages, is gssl:ROW_no_generator.)
 
 Expected: a clean accuracy above standard training's; by its paper 76.67 -> 77.42 on ImageNet
 (ResNet-50, found). No robust accuracy is claimed, and `classifier` (the clean set) has little.
+
+Rows with cifar10_cpu are the reduced recipe: minutes on two CPU cores (recipes.py, `_cpu`).
 """
 
 from configs import gssl, recipes
@@ -25,7 +27,15 @@ DEFENSE = {
         stages=dict(screening=None),
         **{option: gssl.DEFENSE[row][option] for option in ("eps", "steps", "step_size")},
     )
-    for row in ("digits", "mnist", "cifar10", "cifar100", "cifar10_paper", "cifar100_paper")
+    for row in (
+        "digits",
+        "mnist",
+        "cifar10",
+        "cifar10_cpu",
+        "cifar100",
+        "cifar10_paper",
+        "cifar100_paper",
+    )
 }
 OVERRIDES = {
     row: {section: v for section, v in gssl.OVERRIDES.get(row, {}).items() if section != "reported"}

@@ -6,12 +6,14 @@
 Variants: digits, mnist, cifar10, each also with _debug; the values are the paper's k = 2 and
 alpha = .15. Expected: the classifier's clean accuracy, which the steps cannot change for the
 worse by much, and about 0 against attacks that know of them; the audit finds the loop.
+
+Rows with cifar10_cpu are the reduced recipe: minutes on two CPU cores (recipes.py, `_cpu`).
 """
 
 from configs import recipes
 
 SECTION = dict(name="anti_adversary", steps=2, step_size=0.15)
-DEFENSE = dict(digits=SECTION, mnist=SECTION, cifar10=SECTION)
+DEFENSE = dict(digits=SECTION, mnist=SECTION, cifar10=SECTION, cifar10_cpu=SECTION)
 ROWS = dict(mnist=dict(train=dict(length="2e")))
 
 

@@ -6,6 +6,8 @@
 Variants: digits, mnist, mnist_paper (full width, 2 epochs of the GAN as in the PyTorch port),
 cifar10, cifar10_paper, each also with _debug. Expected: others' CIFAR-10 error under FGSM falls
 from 77.8 to 26.4 %, crafted on the classifier alone (T0, not white-box); about 0 end to end.
+
+Rows with cifar10_cpu are the reduced recipe: minutes on two CPU cores (recipes.py, `_cpu`).
 """
 
 from configs import recipes
@@ -32,6 +34,7 @@ DEFENSE = dict(
     cifar10=_ape_gan(1.0, "50%"),
     cifar10_paper=_ape_gan(1.0, "30e"),
 )
+DEFENSE["cifar10_cpu"] = _ape_gan(0.25, "50%", lr=1e-3, generator_updates=1)
 
 ROWS = dict(
     digits=dict(train=dict(length="24e")),

@@ -7,6 +7,8 @@ Variants: digits, mnist, cifar10, cifar10_paper, each also with _debug. Expected
 WRN-34-10: 93.24 clean, 78.25 FGSM, 62.67 PGD-10, 58.23 PGD-20, 53.63 CW-20 by its paper; 94.97,
 83.69, 62.63, 57.54 and 40.50 in a rerun by M2AT's first author. Compare cw20 and AutoAttack: soft
 labels flatter PGD on the cross-entropy.
+
+Rows with cifar10_cpu are the reduced recipe: minutes on two CPU cores (recipes.py, `_cpu`).
 """
 
 from configs import m2at, recipes
@@ -18,6 +20,7 @@ _REPORTED = {name: dict(value=value, status="FOUND") for name, value in _FOUND.i
 OVERRIDES = dict(
     m2at.OVERRIDES, cifar10_paper=dict(m2at.OVERRIDES["cifar10_paper"], reported=_REPORTED)
 )
+DEFENSE |= recipes.strengthened(DEFENSE["cifar10_cpu"], "cifar10_cpu")
 
 
 def get_config(variant="digits"):

@@ -9,6 +9,8 @@ fashion_mnist_paper, cifar10_paper (LeNet, the paper's recipe from ADV, ten memb
 i protects class i); each also with _debug. Expected: the paper's notebooks report, on CIFAR-10 at
 eps .03 and for the protected classes, 60.58 clean, 43.84 under FGSM and 23.28 under DeepFool of
 three iterations (found). Like all training on one FGSM step it says little about PGD.
+
+Rows with cifar10_cpu are the reduced recipe: minutes on two CPU cores (recipes.py, `_cpu`).
 """
 
 from configs import fgsm_at, recipes
@@ -26,6 +28,7 @@ DEFENSE = dict(
     fashion_mnist_paper=dict(_PAPER, pretrain="37.5%"),
     cifar10_paper=dict(_PAPER, pretrain="37.5%"),
 )
+DEFENSE["cifar10_cpu"] = recipes.reduced(DEFENSE["cifar10"])
 
 
 def get_config(variant="digits"):

@@ -11,6 +11,8 @@ each also with _debug. Expected: the authors' notebooks report 98.47 clean, 93.6
 75.94 under DeepFool of three iterations for the example (found), in normalised space. It masks
 gradients: under AutoAttack at the same eps in pixels the example's networks keep less than the
 standard ones (experiments/records/cost_sensitive_autoattack).
+
+Rows with cifar10_cpu are the reduced recipe: minutes on two CPU cores (recipes.py, `_cpu`).
 """
 
 from configs import csa, fgsm_at, recipes
@@ -31,6 +33,7 @@ DEFENSE = dict(
     cifar10_paper=dict(_PAPER, cost=5.0, layers=dict(conv1=0.05, conv2=0.05), pretrain="38.4615%"),
     mnist_example=dict(name="cse", protect=0, layers=dict(conv1=1.0), pretrain="50%"),
 )
+DEFENSE["cifar10_cpu"] = recipes.reduced(DEFENSE["cifar10"])
 
 
 def get_config(variant="digits"):

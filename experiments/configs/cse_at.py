@@ -7,6 +7,8 @@
 Variants: digits, mnist, fashion_mnist, cifar10 (protect class 0); mnist_paper,
 fashion_mnist_paper, cifar10_paper (LeNet, from ADV, ten members of which member i protects class
 i); each also with _debug. Expected: no number of the paper's was found; see docs/results.md.
+
+Rows with cifar10_cpu are the reduced recipe: minutes on two CPU cores (recipes.py, `_cpu`).
 """
 
 from configs import csa, cse, fgsm_at, recipes

@@ -10,6 +10,8 @@ reference's printed example: SGD, from NORMAL, one FGSM step per batch); each al
 Expected: near the clean accuracy under FGSM and far below it under PGD and AutoAttack. The authors'
 notebooks report 94.74 under FGSM and 23.99 under DeepFool for the example (found), see
 experiments/papers/cost_sensitive.py.
+
+Rows with cifar10_cpu are the reduced recipe: minutes on two CPU cores (recipes.py, `_cpu`).
 """
 
 from configs import recipes
@@ -58,6 +60,7 @@ DEFENSE = dict(
     cifar10_paper=dict(name="fgsm_at", bounds=UNCLIPPED),
     mnist_example=dict(name="fgsm_at", bounds=UNCLIPPED, clean_step=False, pretrain="50%"),
 )
+DEFENSE["cifar10_cpu"] = recipes.reduced(DEFENSE["cifar10"])
 
 
 def get_config(variant="digits"):

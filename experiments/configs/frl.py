@@ -6,6 +6,8 @@
 Variants: digits, mnist, fashion_mnist, cifar10, each also with _debug. Expected: mean accuracies
 near TRADES' (see docs/results.md), and its worst class above TRADES' worst
 (experiments/tables.py --per_class=pgd20); on digits it is not, with about 50 images a class.
+
+Rows with cifar10_cpu are the reduced recipe: minutes on two CPU cores (recipes.py, `_cpu`).
 """
 
 from configs import recipes
@@ -16,6 +18,7 @@ DEFENSE = dict(
     fashion_mnist=dict(name="frl", steps=7, step_size=0.025, ramp_epochs=3.0),
     cifar10=dict(name="frl", steps=10, step_size=2 / 255),
 )
+DEFENSE["cifar10_cpu"] = recipes.reduced(DEFENSE["cifar10"])
 
 
 def get_config(variant="digits"):

@@ -5,6 +5,8 @@
 
 Variants: digits, mnist, cifar10, cifar10_paper (100 epochs), each also with _debug. Expected: high
 accuracy on what is crafted on the classifier alone (T0, not white-box), about 0 end to end.
+
+Rows with cifar10_cpu are the reduced recipe: minutes on two CPU cores (recipes.py, `_cpu`).
 """
 
 from configs import recipes
@@ -30,6 +32,8 @@ DEFENSE = dict(
     cifar10=_hgd(32, 3, "50%"),
     cifar10_paper=_hgd(32, 3, "30e", dict(name="adam", lr=1e-3)),
 )
+_REDUCED = _hgd(8, 2, "50%")
+DEFENSE["cifar10_cpu"] = recipes.reduced(_REDUCED)
 
 ROWS = dict(
     digits=dict(train=dict(length="24e")),

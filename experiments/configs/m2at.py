@@ -16,6 +16,8 @@ Expected: M2AT's own numbers are not known. Its abstract claims more clean and r
 earlier methods; of its relatives, AVmixup has 93.24 clean, 58.23 under PGD-20 and 53.63 under CW-20
 by its own paper, and 40.50 under CW-20 in a rerun by M2AT's first author (CIFAR-10, WRN-34-10). So
 compare cw20 and AutoAttack, not pgd20: soft labels flatter PGD on the cross-entropy.
+
+Rows with cifar10_cpu are the reduced recipe: minutes on two CPU cores (recipes.py, `_cpu`).
 """
 
 from configs import recipes
@@ -23,13 +25,22 @@ from configs import recipes
 _DIGITS = dict(steps=7, step_size=0.04, ramp_epochs=8.0)
 _MNIST = dict(steps=7, step_size=0.08, ramp_epochs=3.0)
 _CIFAR10 = dict(steps=10, step_size=2 / 255, ramp_epochs=0.0)
-ATTACK = dict(digits=_DIGITS, mnist=_MNIST, cifar10=_CIFAR10, cifar10_paper=_CIFAR10)
+ATTACK = dict(
+    digits=_DIGITS,
+    mnist=_MNIST,
+    cifar10=_CIFAR10,
+    cifar10_paper=_CIFAR10,
+    cifar10_cpu=dict(_CIFAR10, **recipes.REDUCED_ATTACK),
+)
 
 _MIX = dict(name="m2at", pairing="complement", gamma=1.0, labels="area", l1=1.0, l2=0.55)
 DEFENSE = {row: dict(_MIX, **attack) for row, attack in ATTACK.items()}
 DEFENSE |= {row: dict(_MIX, **attack) for row, attack in recipes.MORE.items()}
 DEFENSE["cifar10_onehot"] = dict(_MIX, labels="onehot", **_CIFAR10)
 DEFENSE["cifar10_gamma2"] = dict(DEFENSE["cifar10"], gamma=2.0, l2=0.1)
+DEFENSE["cifar10_cpu_onehot"] = dict(DEFENSE["cifar10_cpu"], labels="onehot")
+DEFENSE["cifar10_cpu_gamma2"] = dict(DEFENSE["cifar10_cpu"], gamma=2.0, l2=0.1)
+DEFENSE |= recipes.strengthened(DEFENSE["cifar10_cpu"], "cifar10_cpu")
 
 
 def _cw20(step_size):
@@ -60,6 +71,8 @@ OVERRIDES = dict(
     cifar10_paper=dict(_PAPER, **_cw20(2 / 255)),
     **{row: _cw20(attack["step_size"]) for row, attack in recipes.MORE.items()},
 )
+REDUCED = [f"cifar10_cpu{suffix}" for suffix in ("", "_onehot", "_gamma2", "_awp", "_ema")]
+OVERRIDES |= {row: _cw20(2 / 255) for row in REDUCED}
 
 
 def get_config(variant="digits"):

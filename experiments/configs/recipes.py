@@ -120,6 +120,64 @@ def _cifar100() -> dict[str, Any]:
     return recipe
 
 
+# The reduced recipe: CIFAR-10 and CIFAR-100 on two CPU cores, minutes a row. All training images
+# but the held-out ones, and one network, length and attack for every system. A proposal, until
+# `experiments/study.py --choose` has measured its candidates on a quiet machine.
+REDUCED_MODEL = dict(name="resnet", depth=18, width=8, dtype="float32")
+REDUCED_EPOCHS = 3
+REDUCED_ATTACK = dict(steps=2, step_size=6 / 255)
+REDUCED_TRAIN = dict(batch_size=128, lr=0.2)
+
+
+def _reduce(recipe: dict[str, Any]) -> dict[str, Any]:
+    """A recipe of CIFAR with the reduced network and length."""
+    recipe["model"] = dict(REDUCED_MODEL)
+    recipe["train"].update(
+        length=f"{REDUCED_EPOCHS}e", batch_size=REDUCED_TRAIN["batch_size"], validate_every="50%"
+    )
+    recipe["train"]["optimizer"]["lr"] = REDUCED_TRAIN["lr"]
+    recipe["train"]["checkpoint_every"] = "10%"
+    return recipe
+
+
+def _cifar10_cpu() -> dict[str, Any]:
+    """CIFAR-10 *reduced*: a narrow ResNet-18, few epochs, an attack of two steps; CPU minutes."""
+    return _reduce(_cifar10())
+
+
+def _cifar100_cpu() -> dict[str, Any]:
+    """CIFAR-100 *reduced*, as CIFAR-10."""
+    return _reduce(_cifar100())
+
+
+def reduced(section: Mapping[str, Any], **changes: Any) -> dict[str, Any]:
+    """A defence's section on CIFAR with the reduced recipe's attack, where it crafts with steps.
+
+    Args:
+      section: of the full recipe.
+      **changes: what else differs.
+    """
+    attack = REDUCED_ATTACK if "steps" in section else {}
+    return {**section, **attack, **changes}
+
+
+def strengthened(section: Mapping[str, Any], row: str) -> dict[str, dict[str, Any]]:
+    """Further rows of a robust defence: ROW_awp and ROW_ema, weight perturbation and averaging.
+
+    Args:
+      section: of the row.
+      row: e.g. "cifar10_cpu".
+    """
+    transforms = dict(
+        awp=dict(weight_perturbation=dict(gamma=5e-3, warmup_epochs=REDUCED_EPOCHS / 3)),
+        ema=dict(ema=dict(decay=0.99)),  # a mean over a hundred steps: the runs are short
+    )
+    return {
+        f"{row}_{name}": {**section, "transforms": transform}
+        for name, transform in transforms.items()
+    }
+
+
 def _svhn() -> dict[str, Any]:
     """SVHN, cropped (32x32x3), L_inf 8/255, otherwise as CIFAR-10 but for flips: digits have none.
 
@@ -178,7 +236,9 @@ def _arrays() -> dict[str, Any]:
 _RECIPES = {
     "arrays": _arrays,
     "cifar10": _cifar10,
+    "cifar10_cpu": _cifar10_cpu,
     "cifar100": _cifar100,
+    "cifar100_cpu": _cifar100_cpu,
     "digits": _digits,
     "fashion_mnist": _fashion_mnist,
     "folder": _folder,

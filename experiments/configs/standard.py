@@ -7,6 +7,8 @@ Variants: digits, mnist, fashion_mnist, cifar10, cifar100, svhn, imagenette, tin
 folder and arrays for images of your own, each also with _debug. Expected: clean accuracy near that
 of the literature (MNIST 99 %, CIFAR-10 94 % and more), and about 0 under PGD.
 Rows *_paper and mnist_example are NORMAL of Shen et al., arXiv 2101.12372 (see configs/cse.py).
+
+Rows with cifar10_cpu or cifar100_cpu are the reduced recipe: minutes on two CPU cores (recipes.py).
 """
 
 from configs import fgsm_at, recipes
@@ -14,7 +16,8 @@ from configs import fgsm_at, recipes
 LENGTHS = dict(
     mnist_paper="10e", fashion_mnist_paper="10e", cifar10_paper="20e", mnist_example="10e"
 )
-ROWS = ("digits", "mnist", "fashion_mnist", "cifar10", "cifar100", *recipes.MORE, *LENGTHS)
+_SETS = ("digits", "mnist", "fashion_mnist", "cifar10", "cifar10_cpu", "cifar100", "cifar100_cpu")
+ROWS = (*_SETS, *recipes.MORE, *LENGTHS)
 DEFENSE = {row: dict(name="standard", smoothing=0.0) for row in ROWS}
 
 

@@ -6,6 +6,8 @@
 Variants: digits, mnist, cifar10, cifar10_paper, each also with _debug. `cifar10_paper` has CLAF's
 schedule, 200 epochs of contrast and 100 of the head (which is INFERRED for this rival).
 Expected: clean accuracy near that of standard training, and about 0 under PGD.
+
+Rows with cifar10_cpu are the reduced recipe: minutes on two CPU cores (recipes.py, `_cpu`).
 """
 
 from configs import claf, recipes
@@ -18,6 +20,7 @@ DEFENSE = dict(
     cifar10_paper=dict(_CIFAR10, head_epochs="100e"),
 )
 OVERRIDES = claf.rival("4e")
+DEFENSE["cifar10_cpu"] = recipes.reduced(DEFENSE["cifar10"], head_epochs="1e")
 
 
 def get_config(variant="digits"):

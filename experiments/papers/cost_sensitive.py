@@ -34,7 +34,7 @@ from jaxdefense import attacks, data, losses, runs, threat
 from jaxdefense.defenses import cse
 from jaxdefense.evaluation import records, tables
 from jaxdefense.evaluation.evaluator import Evaluator, summarize
-from papers import metric_i, min_max
+from papers import metric_i, min_max, reported
 
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder of a trained run.", required=True)
 KIND = flags.DEFINE_enum("checkpoint", "last", ["best", "last"], "Which; the paper's is the last.")
@@ -51,29 +51,11 @@ WIDE = (-100.0, 100.0)
 # The reference's PGD clips to MNIST's black and white, normalised.
 CLIPPED = (-0.4242, 2.8214)
 
-# Read in the released notebooks: accuracies over all classes, and metric I, percent; CIFAR-10's
-# at eps .03, and without PGD, which its notebook ran on other networks (of eps .3).
-_COLUMNS = ("clean", "normalised fgsm", "normalised deepfool3", "normalised pgd40 (invalid)")
-REPORTED = {
-    "standard-mnist_example": (98.82, 68.60, 4.80),
-    "fgsm_at-mnist_example": (None, 94.74, 23.99),
-    "cse-mnist_example": (98.47, 93.66, 75.94),
-}
-REPORTED_I = {
-    "standard-fashion_mnist_paper": (90.51, 5.94, 19.79, 8.85),
-    "fgsm_at-fashion_mnist_paper": (90.52, 89.53, 73.42, 17.02),
-    "cse-fashion_mnist_paper": (83.43, 71.24, 80.04, 48.66),
-    "standard-cifar10_paper": (65.49, 28.06, 22.21),
-    "fgsm_at-cifar10_paper": (64.44, 44.07, 26.33),
-    "csa-cifar10_paper": (60.58, 43.84, 23.28),
-    "cse-cifar10_paper": (56.10, 31.15, 27.96),
-}
 
-
-def reported(table, name):
-    """{column: {"value", "status"}} of a row, as records keep them."""
-    values = zip(_COLUMNS, table.get(name, ()), strict=False)
-    return {column: dict(value=v, status="FOUND") for column, v in values if v is not None}
+def reported_entries(table, name):
+    """{column: {"value", "status"}} of what the notebooks report of a row, as records keep them."""
+    values = reported.cost_sensitive(table, name)
+    return {column: dict(value=value, status="FOUND") for column, value in values.items()}
 
 
 def protocol(own_loss, eps, anywhere, inside):
@@ -194,7 +176,7 @@ def main(argv):
         results,
         seed=run.seed,
         seconds=time.monotonic() - began,
-        reported=reported(REPORTED, name),
+        reported=reported_entries(reported.COST_SENSITIVE, name),
         protocol="paper: normalised space, no box, own loss",
         eps=EPS.value,
         threat=dict(norm="linf", eps=EPS.value, note="normalised; DeepFool at any distance"),
@@ -208,7 +190,7 @@ def main(argv):
     print(tables.accuracy_table([record]))
     options = run.config["defense"]
     if options.get("protect") == "each" or options["name"] not in ("csa", "cse"):
-        found = reported(REPORTED_I, name)
+        found = reported_entries(reported.METRIC_I, name)
         rows = [
             (column, f"{value:.2f}", f"{found[column]['value']:.2f}" if column in found else "–")
             for column, value in metric_i.means(record).items()

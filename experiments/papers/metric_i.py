@@ -33,8 +33,12 @@ def means(record: Record) -> dict[str, float]:
     return found
 
 
-def _count(record: Record) -> str:
-    """The number of images behind metric I: all classes' together."""
+def count(record: Record) -> str:
+    """The number of images behind metric I: all classes' together.
+
+    Args:
+      record: as in `means`.
+    """
     results = record["results"]
     members = [found for name, found in results.items() if re.fullmatch(rf"{_PREFIX}\d+", name)]
     firsts = [next(iter(found.values())) for found in members]
@@ -61,5 +65,5 @@ def table(records: Sequence[Record]) -> str:
             tables.format_mean([one[column] for one in measured if column in one])
             for column in names
         )
-        rows[name] = [name, tables.format_threat(same[0]), _count(same[0]), *cells]
+        rows[name] = [name, tables.format_threat(same[0]), count(same[0]), *cells]
     return tables.markdown(["metric I, %", "threat", "n", *names], rows.values())
