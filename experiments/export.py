@@ -16,7 +16,7 @@ import cli
 import numpy as np
 from absl import flags
 
-from jaxdefense import data, files, runs
+from jaxdefense import checksums, data, files, runs
 from jaxdefense.evaluation import Evaluator, records
 from jaxdefense.models import zoo
 
@@ -27,6 +27,7 @@ INTO = flags.DEFINE_string("into", str(zoo.FOLDER), "Where --zoo writes NAME-NOR
 KIND = flags.DEFINE_enum("checkpoint", "best", ["best", "last"], "Which checkpoint.")
 RECORD = flags.DEFINE_string("record", None, "The run's record; default WORKDIR/configured.json.")
 
+CARRIED = (".json", ".safetensors")
 ZOO_BYTES = 8_000_000  # the most that the package carries
 ROUNDING = 0.1  # percent of the test images that another machine may see differently
 
@@ -41,6 +42,9 @@ def main(argv):
             raise ValueError(f"no workdir with a configured.json in {folder}")
         for workdir in found:
             export(workdir, None, workdir / "configured.json")
+        carried = (path for path in pathlib.Path(INTO.value).iterdir() if path.suffix in CARRIED)
+        listing = pathlib.Path(INTO.value) / checksums.LISTING
+        files.write_text(listing, checksums.list_files(sorted(carried)))
         size = sum(path.stat().st_size for path in pathlib.Path(INTO.value).iterdir())
         print(f"{INTO.value}: {size / 1e6:.1f} MB")
         if size > ZOO_BYTES:

@@ -16,6 +16,9 @@ import numpy as np
 KEY = "sha256"
 
 
+LISTING = "SHA256SUMS"  # the usual name of a folder's listing
+
+
 def describe_array(array: np.ndarray) -> str:
     """An array's dtype, shape and SHA-256, as text.
 

@@ -287,7 +287,7 @@ def _write(
             builder.download_and_prepare()
         written = pathlib.Path(builder.data_path)
         small = sorted(path for path in written.iterdir() if path.suffix in (".json", ".txt"))
-        (written / prepared.LISTING).write_text(checksums.list_files(small))
+        (written / checksums.LISTING).write_text(checksums.list_files(small))
         try:
             os.rename(written, target)
         except OSError as error:

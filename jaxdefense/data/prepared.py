@@ -27,8 +27,6 @@ from jaxdefense.data import crc32c, decoding
 from jaxdefense.data.arrays import IN_MEMORY, Arrays, Encoded
 
 _INFO = "dataset_info.json"
-# Of the small files that `prepare` wrote; shards hold checksums of their own.
-LISTING = "SHA256SUMS"
 
 
 class Features(NamedTuple):
@@ -154,8 +152,9 @@ def open_folder(name: str, folder: pathlib.Path) -> Prepared:
       ValueError: TFDS cannot read the folder, or the set holds something else.
     """
     way_out = explain_repair(name, folder)
-    for listed in checksums.read_listing(folder / LISTING):
-        checksums.check_file(folder / listed, folder / LISTING, way_out)
+    # Of the small files that `prepare` wrote; shards hold checksums of their own.
+    for listed in checksums.read_listing(folder / checksums.LISTING):
+        checksums.check_file(folder / listed, folder / checksums.LISTING, way_out)
     try:
         builder = tfds.builder_from_directory(folder)
     except Exception as error:  # of TFDS, protobuf or a feature's own reader

@@ -10,7 +10,7 @@ The header's metadata holds one text, "jaxdefense": a JSON object behind its own
 
 A classifier's arrays are called params/... and batch_stats/..., as in its Flax variables. The
 networks that come with the package lie in jaxdefense/zoo, each with its record beside it; their
-SHA-256 are in SHA256SUMS there (`sha256sum *.json *.safetensors > SHA256SUMS` writes it).
+SHA-256 are in SHA256SUMS there (experiments/export.py writes it).
 """
 
 from __future__ import annotations
@@ -134,7 +134,7 @@ def pretrained_path(name: str) -> pathlib.Path:
     for file in (path, path.with_suffix(".json")):
         if not file.is_file():
             raise ValueError(f"{file} is missing; install jaxdefense again")
-        checksums.check_file(file, FOLDER / "SHA256SUMS", "install jaxdefense again")
+        checksums.check_file(file, FOLDER / checksums.LISTING, "install jaxdefense again")
     return path
 
 

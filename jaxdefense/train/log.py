@@ -1,5 +1,6 @@
 """The log of a run: metrics.jsonl, and the same numbers as TensorBoard events."""
 
+import hashlib
 import json
 import os
 import pathlib
@@ -32,13 +33,18 @@ class Log:
       step: that the run starts from; what a killed run wrote of later ones is dropped.
       unfinished: what the run has begun at that step: of a validation that is due again, what was
         written is dropped too.
+      checksum: of `hash_log` at that step, where it is known.
 
     Raises:
       OSError: the disk is full or read-only; the log is as it was.
     """
 
     def __init__(
-        self, workdir: pathlib.Path, step: int, unfinished: Mapping[str, Any] | None = None
+        self,
+        workdir: pathlib.Path,
+        step: int,
+        unfinished: Mapping[str, Any] | None = None,
+        checksum: str = "",
     ):
         self._writes = distributed.is_writer()
         if not self._writes:
@@ -46,14 +52,18 @@ class Log:
         self._path = workdir / "metrics.jsonl"
         again = bool((unfinished or {}).get("validation"))
         if self._path.exists():  # what a killed run wrote after its last checkpoint
-            recovery.note_torn_lines(self._path)
+            torn = recovery.note_torn_lines(self._path)
+            dropped = {"devices", *(_OF_VALIDATION if again else ())}  # written again
             kept = [
                 line
                 for line in read_log(self._path)
-                if line["step"] <= step
-                and not (again and line["step"] == step and not _OF_VALIDATION.isdisjoint(line))
+                if line["step"] < step or (line["step"] == step and dropped.isdisjoint(line))
             ]
             files.write_text(self._path, "".join(json.dumps(line) + "\n" for line in kept))
+            if checksum and not torn and hash_log(workdir) != checksum:
+                recovery.note(
+                    f"{self._path} was changed since it was written: a curve may be wrong"
+                )
         with files.naming(self._path):
             self._file = os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
         self._board: Board | None = None
@@ -97,6 +107,16 @@ class Log:
         os.close(self._file)
         if self._board:
             self._board.close()
+
+
+def hash_log(workdir: pathlib.Path) -> str:
+    """The SHA-256 of a run's log as it is.
+
+    Args:
+      workdir: of the run.
+    """
+    path = workdir / "metrics.jsonl"
+    return hashlib.sha256(path.read_bytes()).hexdigest() if path.exists() else ""
 
 
 class Board:

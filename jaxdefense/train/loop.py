@@ -36,7 +36,7 @@ from jaxdefense.runs import checkpoint, config_file, sources, start
 from jaxdefense.runs.run import Run, best_of, build, read_model
 from jaxdefense.train import collapse, devices, optim, plan, recovery
 from jaxdefense.train.candidates import Candidates, choose_best
-from jaxdefense.train.log import Log
+from jaxdefense.train.log import Log, hash_log
 from jaxdefense.train.pace import Pace
 from jaxdefense.train.step import (
     RunSteps,
@@ -131,6 +131,7 @@ class Trainer:
         self.pretrained_scores: dict[str, Any] = {}
         self.seconds = 0.0
         self.unfinished: dict[str, Any] = {}  # what the last checkpoint has begun, see `_keep`
+        self.logged = ""  # the log's checksum at the last checkpoint
 
     def run_to_end(self, *, progress: bool) -> dict[str, Any]:
         """Trains until the last segment ends.
@@ -161,7 +162,7 @@ class Trainer:
         step = int(state.step)
         self._print_notes(step)
         with (
-            contextlib.closing(Log(self.workdir, step, self.unfinished)) as log,
+            contextlib.closing(Log(self.workdir, step, self.unfinished, self.logged)) as log,
             tqdm(total=self.total, initial=step, disable=not progress, unit="step") as bar,
         ):
             if len(self.devices) > 1 and self.devices[-1]["step"] == step:
@@ -303,7 +304,7 @@ class Trainer:
         self.best, self.seconds = meta["best"], meta["seconds"]
         self.pretrained_scores = meta.get("given", {})
         self.devices = devices.history(meta.get("devices", []), meta["step"])
-        self.unfinished = meta.get("unfinished", {})
+        self.unfinished, self.logged = meta.get("unfinished", {}), meta.get("log", "")
         self.watch.restore(meta)
         if self.candidates is not None:
             self.candidates.scores = meta["kept"]
@@ -368,6 +369,7 @@ class Trainer:
             "devices": self.devices,
         }
         if kind == "last":
+            meta["log"] = distributed.from_writer(lambda: hash_log(self.workdir))
             meta["watch"] = self.watch.state()
             if self.candidates is not None:
                 meta["kept"] = self.candidates.scores

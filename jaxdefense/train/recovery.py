@@ -32,15 +32,19 @@ def note(text: str) -> None:
     say(f"note: {text}")
 
 
-def note_torn_lines(path: pathlib.Path) -> None:
+def note_torn_lines(path: pathlib.Path) -> int:
     """Says how many lines of a log are torn, and therefore dropped.
 
     Args:
       path: of an existing metrics.jsonl.
+
+    Returns:
+      How many.
     """
     written = [line for line in path.read_bytes().split(b"\n") if line.strip()]
     if torn := len(written) - len(read_log(path)):
         note(f"{path}: {torn} damaged line{'s' * (torn > 1)} dropped, {len(written) - torn} kept")
+    return torn
 
 
 def note_lost_last(workdir: pathlib.Path) -> None:
