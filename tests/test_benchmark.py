@@ -7,7 +7,7 @@ import configs
 import jax
 import numpy as np
 import pytest
-from benchmark import peers, pgd, rewritten, tables, verdicts
+from benchmark import peers, pgd, rewritten, tables, training, verdicts
 
 from jaxdefense import models, threat
 from jaxdefense.train import loop
@@ -98,6 +98,13 @@ def test_a_network_of_each_library_is_timed_beside_itself(monkeypatch):
     )
     missing = [row["peer"] for row in rows if "ratio" not in row]
     assert sorted(missing) == ["equinox (not installed)", *["torchattacks (not installed)"] * 3]
+
+
+def test_training_on_all_devices_is_timed_beside_one(monkeypatch):
+    monkeypatch.setattr(training, "CASES", [("cnn", {"width": 0.125}, 8, 1, 2)])
+    (row,) = training.rows(repeats=1)
+    assert row["what"] == "2 steps of PGD-1 training, cnn of width 0.125, batch 8"
+    assert row["ratio"] == pytest.approx(row["peer_ms"] / row["ours_ms"])
 
 
 class TestPeers:

@@ -30,7 +30,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))  # the scripts' folde
 
 import cli
 
-from benchmark import attacks, conv, pgd, rewritten, tables, verdicts
+from benchmark import attacks, conv, pgd, rewritten, tables, training, verdicts
 from jaxdefense import registry
 from jaxdefense.evaluation import records
 
@@ -52,6 +52,11 @@ def conv_suite():
 def pgd_suite():
     """PGD: L_inf on the small CNN and on ResNet-18, against Foolbox on JAX and torchattacks."""
     yield from pgd.rows(REPEATS.value)
+
+
+def training_suite():
+    """Adversarial training on all cores as devices, against one of them."""
+    yield from training.rows(REPEATS.value)
 
 
 def rewritten_suite():
@@ -102,6 +107,7 @@ def _problems():
 SUITES = {
     "conv": conv_suite,
     "pgd": pgd_suite,
+    "training": training_suite,
     "rewritten": rewritten_suite,
     "attacks": attacks_suite,
     "fast": fast_suite,
