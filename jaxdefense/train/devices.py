@@ -1,7 +1,8 @@
 """The devices that a run trains on: kept in its checkpoints, and said where their number changes.
 
-The bits of a run hang on the number of its devices: each draws its own random numbers and sums its
-own part of the batch, and BatchNorm's statistics in training mode are those of each device's part.
+The bits of a run hang on the number of its devices, not of its processes: each device draws its own
+random numbers and sums its own part of the batch, and BatchNorm's statistics in training mode are
+those of each device's part.
 """
 
 from collections.abc import Sequence
@@ -38,7 +39,7 @@ def describe_change(counts: Sequence[dict[str, Any]]) -> str:
       counts: of `history`, at least two.
     """
     was, now = (f"{c['devices']} devices of {c['processes']} processes" for c in counts[-2:])
-    return (
-        f"trained on {was} until step {counts[-1]['step']}, goes on with {now}: it will not end "
-        f"with the bits of a run on one number of devices"
-    )
+    told = f"trained on {was} until step {counts[-1]['step']}, goes on with {now}"
+    if counts[-2]["devices"] == counts[-1]["devices"]:
+        return told
+    return f"{told}: it will not end with the bits of a run on one number of devices"
