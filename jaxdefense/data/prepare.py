@@ -19,7 +19,7 @@ import numpy as np
 import tensorflow_datasets as tfds
 
 from jaxdefense import registry
-from jaxdefense.data import order
+from jaxdefense.data import order, prepared
 from jaxdefense.data.originals import ORIGINALS, Keyed, download, png, read_class_names
 
 FORMAT = "array_record"
@@ -36,7 +36,10 @@ def is_known(name: object) -> bool:
     Args:
       name: as a user gives it, perhaps with /CONFIG or :VERSION.
     """
-    base = str(name).partition(":")[0].partition("/")[0]
+    path = str(name).partition(":")[0]
+    if not prepared.stays_below(path):
+        return False
+    base = path.partition("/")[0]
     return base in ORIGINALS or base in tfds.list_builders(with_community_datasets=False)
 
 
