@@ -69,6 +69,26 @@ def naming(path: str | os.PathLike) -> Iterator[None]:
         raise OSError(error.errno, error.strerror, os.fspath(path)) from error
 
 
+def check_name(what: str, name: object) -> None:
+    """A name that becomes a file's stays in the folder that the file is written to.
+
+    Args:
+      what: is named, for the error: "attack", "the config's name".
+      name: from a config, a record or a caller.
+
+    Raises:
+      ValueError: no text, an empty one, "." or "..", or one with a slash, backslash or NUL.
+
+    >>> from jaxdefense import files
+    >>> files.check_name("attack", "pgd40")
+    >>> files.check_name("attack", "../pgd40")
+    Traceback (most recent call last):
+    ValueError: attack '../pgd40' cannot name a file: give one without slashes
+    """
+    if not isinstance(name, str) or name in ("", ".", "..") or set(name) & set("/\\\0"):
+        raise ValueError(f"{what} {name!r} cannot name a file: give one without slashes")
+
+
 def write_text(path: str | os.PathLike, text: str) -> None:
     """Writes a text file and the folders above it.
 

@@ -74,7 +74,9 @@ def commands(
     words, comments = [], []
     for key, value in now.items():
         if key not in file:
-            comments.append(f"# not in the config file: {key} = {json.dumps(value)}")
+            # As JSON where it is no plain key: a line break would end the comment.
+            plain = key if key.isprintable() else json.dumps(key)
+            comments.append(f"# not in the config file: {plain} = {json.dumps(value)}")
         elif file[key] != value:
             text = value if isinstance(value, str) else json.dumps(value)
             words.append(shlex.quote(f"--config.{key}={text}"))

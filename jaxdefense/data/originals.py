@@ -21,6 +21,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from jaxdefense.files import check_name
+
 Keyed = tuple[int | str, dict[str, Any]]  # the key that TFDS shuffles by, and an example
 Examples = dict[str, Iterator[Keyed]]  # of each split
 
@@ -104,12 +106,15 @@ def _extract(name: str, archive: pathlib.Path, folder: pathlib.Path) -> None:
         raise ValueError(
             f"{name}: the downloaded {archive.name} is damaged: {kind} {digest}, not {published}"
         )
-    if archive.suffix == ".zip":
-        with zipfile.ZipFile(archive) as packed:
-            packed.extractall(folder)
-    else:
-        with tarfile.open(archive) as packed_tar:
-            packed_tar.extractall(folder, filter="data")
+    try:
+        if archive.suffix == ".zip":
+            with zipfile.ZipFile(archive) as packed:
+                packed.extractall(folder)  # drops ".." and leading slashes of names, makes no links
+        else:
+            with tarfile.open(archive) as packed_tar:
+                packed_tar.extractall(folder, filter="data")  # refuses what would lie outside
+    except (tarfile.TarError, zipfile.BadZipFile) as error:
+        raise ValueError(f"{name}: cannot unpack {archive.name}: {error}") from error
     archive.unlink()
 
 
@@ -204,6 +209,8 @@ def _tiny_imagenet_splits(name: str, folder: pathlib.Path) -> Examples:
     if not annotations.is_file():
         raise ValueError(f"{name}: missing original file {annotations}")
     rows = [line.split("\t")[:2] for line in annotations.read_text().splitlines()]
+    for file, _ in rows:
+        check_name(f"{name}: {annotations}: image", file)
     train = sorted((folder / "train").glob("*/images/*.JPEG"))
     files = {
         "train": [(path, path.parents[1].name) for path in train],

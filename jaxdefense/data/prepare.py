@@ -37,7 +37,10 @@ def is_known(name: object) -> bool:
     Args:
       name: as a user gives it, perhaps with /CONFIG or :VERSION.
     """
-    base = str(name).partition(":")[0].partition("/")[0]
+    path = str(name).partition(":")[0]
+    if not prepared.stays_below(path):
+        return False
+    base = path.partition("/")[0]
     return base in ORIGINALS or base in tfds.list_builders(with_community_datasets=False)
 
 

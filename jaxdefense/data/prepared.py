@@ -8,6 +8,7 @@ import contextlib
 import dataclasses
 import functools
 import hashlib
+import json
 import os
 import pathlib
 import re
@@ -22,11 +23,13 @@ from absl import logging
 from tensorflow_datasets.core import decode as tfds_decode
 from tensorflow_datasets.proto import tf_example_pb2
 
-from jaxdefense import checksums
+from jaxdefense import checksums, files
 from jaxdefense.data import crc32c, decoding
 from jaxdefense.data.arrays import IN_MEMORY, Arrays, Encoded
 
 _INFO = "dataset_info.json"
+_FEATURES = "features.json"
+_TFDS = "tensorflow_datasets."
 
 
 class Features(NamedTuple):
@@ -60,6 +63,19 @@ def list_prepared(data_dir: pathlib.Path) -> list[str]:
     return sorted(str(path.relative_to(data_dir)) for path in found if path != data_dir)
 
 
+def stays_below(name: str) -> bool:
+    """Whether NAME[/CONFIG] is a folder below TFDS's: no absolute path, and no "..".
+
+    Args:
+      name: as a config gives it, without :VERSION.
+
+    >>> from jaxdefense.data import prepared
+    >>> prepared.stays_below("imagenette/160px-v2"), prepared.stays_below("../../etc")
+    (True, False)
+    """
+    return not {"", ".", ".."} & set(re.split(r"[/\\]", name))
+
+
 def find_folder(name: str, data_dir: pathlib.Path) -> pathlib.Path | None:
     """The folder of a prepared set in its newest version; None where there is none.
 
@@ -72,7 +88,7 @@ def find_folder(name: str, data_dir: pathlib.Path) -> pathlib.Path | None:
     """
     path, _, version = name.partition(":")
     base = data_dir / path
-    if not path or not base.is_dir():
+    if not stays_below(path) or not base.is_dir():
         return None
     if versions := _versions(base, version):
         return versions[-1]
@@ -149,17 +165,25 @@ def open_folder(name: str, folder: pathlib.Path) -> Prepared:
       folder: of `find_folder`.
 
     Raises:
-      ValueError: TFDS cannot read the folder, or the set holds something else.
+      ValueError: TFDS cannot read the folder, it names code or files outside, or the set holds
+        something else.
     """
     way_out = explain_repair(name, folder)
     # Of the small files that `prepare` wrote; shards hold checksums of their own.
     for listed in checksums.read_listing(folder / checksums.LISTING):
         checksums.check_file(folder / listed, folder / checksums.LISTING, way_out)
+    _check_classes(name, folder / _FEATURES, way_out)
     try:
         builder = tfds.builder_from_directory(folder)
     except Exception as error:  # of TFDS, protobuf or a feature's own reader
         reason = checksums.shorten(error)
         raise ValueError(f"{name}: TFDS cannot read {folder} ({reason}); {way_out}") from error
+    own = pathlib.Path(builder.data_path)
+    for split, info in builder.info.splits.items():
+        files.check_name(f"{name}: split", split)
+        outside = [path for path in info.filepaths if pathlib.Path(path).parent != own]
+        if outside:
+            raise ValueError(f"{name}: {folder / _INFO} names a file elsewhere, {outside[0]}")
     return Prepared(name, builder, _read_features(name, builder), way_out)
 
 
@@ -178,6 +202,30 @@ def explain_repair(name: str, folder: pathlib.Path) -> str:
         f"remove {folder}, and prepare the set again as it was, or by python "
         f"experiments/prepare_data.py --data_dir {data_dir} {base}"
     )
+
+
+def _check_classes(name: str, path: pathlib.Path, way_out: str) -> None:
+    """Refuses a set whose features are of other classes than TFDS's own.
+
+    TFDS imports the module of each class that features.json names: a data set would bring code.
+    """
+    try:
+        left = [json.loads(path.read_text(encoding="utf-8"))]
+        while left:
+            value = left.pop()
+            if isinstance(value, str) and value.lstrip().startswith("{"):
+                value = json.loads(value)  # older sets keep a feature as a text of JSON
+            if isinstance(value, list):
+                left += value
+            if not isinstance(value, dict):
+                continue
+            left += value.values()
+            for key in ("pythonClassName", "python_class_name", "type"):
+                kind = value.get(key, "")
+                if isinstance(kind, str) and "." in kind and not kind.startswith(_TFDS):
+                    raise ValueError(f"it names the class {kind}, which is not one of TFDS")
+    except (OSError, ValueError, RecursionError) as error:
+        raise ValueError(f"{name}: TFDS cannot read {path} ({error}); {way_out}") from error
 
 
 def _read_features(name: str, builder: Any) -> Features:

@@ -112,8 +112,8 @@ class Journal:
       logits: (N, K) the model's clean logits; a folder of another model is refused.
 
     Raises:
-      ValueError: the folder holds an evaluation of something else (what differs is named), or
-        the description cannot tell one attack from another.
+      ValueError: the folder holds an evaluation of something else (what differs is named), the
+        description cannot tell one attack from another, or an attack's name cannot name a file.
     """
 
     def __init__(
@@ -129,6 +129,8 @@ class Journal:
                     f"be gone on with: leave the folder out, or use attacks and losses that are "
                     f"functions with a name ({text})"
                 )
+        for stage in description.get("stages", ()):
+            files.check_name("attack", stage)
         distributed.from_writer(lambda: self._open(folder, description, logits))
         distributed.tell(f"finished dispatches are in {folder}: the same command goes on with them")
 

@@ -16,13 +16,19 @@ Cell = list[float]
 
 _NORMS = {"linf": "L∞", "l2": "L2", "l1": "L1"}
 MIN_PER_CLASS = 30  # images of a class, below which nothing is said of it alone
+_TAG = re.compile(r"<(?=[a-zA-Z/!?])")  # what begins an element, a comment or their end
 _PLACES = ("workdir", "file")  # the config keys that say where another run lies
 
 
 def markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """A Markdown table; columns but the first are right-aligned."""
     lines = [header, ["---"] + ["---:"] * (len(header) - 1), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    return "\n".join("| " + " | ".join(map(_escape, line)) + " |" for line in lines)
+
+
+def _escape(text: str) -> str:
+    """A cell's text, which makes no HTML, no further cell and no further line of Markdown."""
+    return " ".join(_TAG.sub("&lt;", text.replace("|", "\\|")).splitlines())
 
 
 def format_mean(values: Cell) -> str:
@@ -338,7 +344,7 @@ def provenance(records: Sequence[Record]) -> str:
 
     dates = sorted(record["date"][:10] for record in records if "date" in record) or ["–"]
     seeds = ", ".join(map(str, sorted({r["seed"] for r in records if "seed" in r}))) or "–"
-    return (
+    return _escape(
         f"{len(records)} records; {distinct(device)}; {distinct(versions)}; "
         f"git {distinct(lambda r: r.get('git', '–'))}; "
         f"{' to '.join(dict.fromkeys((dates[0], dates[-1])))}; seeds {seeds}."

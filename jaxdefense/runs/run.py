@@ -39,7 +39,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxdefense import attacks, defenses, distributed, models, registry, threat
+from jaxdefense import attacks, defenses, distributed, files, models, registry, threat
 from jaxdefense.attacks import checks
 from jaxdefense.data import Arrays, load_section, to_float
 from jaxdefense.defenses import base
@@ -411,6 +411,8 @@ def build(
     _check_given(config, model=model, data=data)
     splits = dict(zip(("train", "validation", "test"), data or (), strict=False))
     registry.check_known("config section", config, _SECTIONS)
+    if "name" in config:  # exports and records are called so
+        files.check_name("the config's name", config["name"])
     seed = config.get("seed", 0)
     if not isinstance(seed, int) or seed < 0:
         raise ValueError(f"seed must be an integer >= 0, got {seed!r}")

@@ -79,8 +79,9 @@ def locate_source(option: str, spec: Mapping[str, Any], workdir: pathlib.Path | 
       workdir: of the run whose config names it.
 
     Raises:
-      ValueError: an unknown key or kind of checkpoint.
+      ValueError: an unknown key or kind of checkpoint, or an option that cannot name its copy.
     """
+    files.check_name("option of defense", option)
     if "file" in spec:
         registry.check_known(f"key of defense.{option}", spec, ("file",))
         original = pathlib.Path(spec["file"])
