@@ -48,7 +48,14 @@ UNSAFE = {
     "importlib.util.module_from_spec",
 }
 # A registry imports files of its own package, and no others, see `TestNames`.
-IMPORTING = {"jaxdefense/registry.py", "experiments/configs/__init__.py"}
+IMPORTING = {"jaxdefense/registry.py", "experiments/configs/__init__.py", "experiments/soak.py"}
+# Scripts that run others of their own folder, and processes of one run, which tell each other
+# values over the connection that their computation has anyway. Neither reads a file so.
+ALLOWED = {
+    "experiments/soak.py": {"imports runpy"},
+    "experiments/study_step.py": {"imports runpy"},
+    "jaxdefense/distributed.py": {"imports pickle"},
+}
 
 
 def complaints(tree, importing=False):
@@ -73,7 +80,8 @@ def complaints(tree, importing=False):
         words = {word.arg: ast.unparse(word.value) for word in node.keywords}
         last = name.rpartition(".")[2]
         wrong = name in RUNNING | UNSAFE
-        wrong |= last == "import_module" and not importing
+        literal = len(node.args) == 1 and isinstance(node.args[0], ast.Constant)
+        wrong |= last == "import_module" and not (importing or literal)
         wrong |= name in ("np.load", "numpy.load") and words.get("allow_pickle", "False") != "False"
         wrong |= name == "torch.load" and words.get("weights_only") != "True"
         wrong |= last in ("extractall", "extract") and (
@@ -86,8 +94,9 @@ def complaints(tree, importing=False):
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_no_source_runs_what_it_reads(path):
-    importing = str(path.relative_to(ROOT)) in IMPORTING
-    assert complaints(ast.parse(path.read_text("utf-8")), importing) == []
+    name = str(path.relative_to(ROOT))
+    found = complaints(ast.parse(path.read_text("utf-8")), name in IMPORTING)
+    assert set(found) == ALLOWED.get(name, set())
 
 
 @pytest.mark.parametrize(
@@ -178,15 +187,16 @@ class TestFiles:
         with pytest.raises(ValueError, match=r"own\.npz"):
             data.load_section({"name": "arrays", "file": str(path), "num_classes": 2}, "train")
 
-    def test_a_journal(self, tmp_path, trap):
+    def test_a_journal(self, tmp_path, trap, capsys):
         folder, logits = tmp_path / "journal", np.zeros((1, 2), np.float32)
         kept = Journal(folder, {"seed": 0}, logits)
         np.savez(folder / "pgd-00000.npz", asked=trap)
-        with pytest.raises(ValueError, match=r"pgd-00000\.npz is damaged"):
-            list(kept.replay_and_run("pgd", np.arange(1), iter, dict))
+        (done,) = kept.replay_and_run("pgd", np.arange(1), lambda rows: [rows], lambda rows: {})
+        assert done["asked"].tolist() == [0]
+        assert "pgd-00000.npz is damaged" in capsys.readouterr().err  # and was computed again
         np.savez(folder / "clean.npz", logits=trap)
-        with pytest.raises(ValueError, match=r"clean\.npz is damaged"):
-            Journal(folder, {"seed": 0}, logits)
+        Journal(folder, {"seed": 0}, logits)
+        assert "clean.npz is damaged" in capsys.readouterr().err
 
     def test_decoded_images(self, digits, tmp_path, trap):
         before = data.load("digits", "test", data_dir=digits)
@@ -247,6 +257,7 @@ class TestFiles:
         held = {
             "format": records.FORMAT,
             "name": "a",
+            "seed": 0,
             "__class__": f"{module}.Image",
             "results": {"py/object": f"{module}.Image", "py/reduce": [{"py/type": module}]},
             "config": {"__reduce__": ["os.system", ["true"]], "!!python/object": module},
@@ -328,6 +339,7 @@ class TestFiles:
 
     def test_a_workdir(self, tmp_path, module):
         config = plain_config() | {"defense": {"name": module}}
+        (tmp_path / "best").mkdir()
         (tmp_path / "config.json").write_text(json.dumps(config))
         with pytest.raises(ValueError, match="unknown defense"):
             runs.restore(tmp_path)
