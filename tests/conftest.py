@@ -83,7 +83,7 @@ def pytest_addoption(parser):
 def _release_programs():
     """What one file of tests compiled is of little use to the next, and fills gigabytes."""
     yield
-    if resident_bytes() > 1.6e9:
+    if resident_bytes() > 1.2e9:
         jax.clear_caches()
         gc.collect()
 
