@@ -27,7 +27,8 @@ import cli
 import configs
 from absl import flags
 
-from jaxdefense import data, files, runs
+from jaxdefense import data, files, runs, validate
+from jaxdefense.attacks import checks
 from jaxdefense.evaluation import images, protocols, records, robustbench, tables
 from jaxdefense.models import zoo
 
@@ -101,8 +102,12 @@ def main(argv):
     if PROTOCOL.value == "audit":
         from jaxdefense.evaluation import report  # needs an extra: said before the hours
     source, workdir = find_run()
+    if EXAMPLES.value is not None:
+        checks.check_count("--examples", EXAMPLES.value)
     if SAVE_IMAGES.value:
         images.check_folder(SAVE_IMAGES.value)  # said before the hours
+    if RECORD.value:
+        validate.check_file("--record", RECORD.value)
     run, variables, meta = runs.restore(source, kind=KIND.value)
     parts = [PROTOCOL.value, *(["last"] if KIND.value == "last" else [])]
     parts += [str(EXAMPLES.value)] if EXAMPLES.value else []

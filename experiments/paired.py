@@ -28,7 +28,9 @@ ROOT = pathlib.Path(__file__).parents[1]
 
 def _row(found, label):
     """(predictor, {seed: record}) of the row NAME or NAME[PREDICTOR]."""
-    name, predictor = re.fullmatch(r"([^\[\]]*)(?:\[(.*)\])?", label).groups()
+    if not (match := re.fullmatch(r"([^\[\]]*)(?:\[(.*)\])?", label)):
+        raise ValueError(f"a row is NAME or NAME[PREDICTOR], got {label!r}")
+    name, predictor = match.groups()
     rows = {
         key: same
         for key, same in tables.group_by_row(found).items()

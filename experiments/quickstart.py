@@ -28,7 +28,7 @@ from typing import Any
 
 from absl import app, flags
 
-from jaxdefense import extras, files
+from jaxdefense import extras, files, validate
 
 try:
     import fcntl
@@ -567,6 +567,10 @@ def run() -> int:
         not writable or in use by another quickstart.
     """
     names = plan.select(SYSTEMS.value)
+    for name in names:
+        configs.load(name, VARIANT.value)  # an unknown variant is said before a folder is made
+    for option, path in (("--workdir", WORKDIR.value), ("--records", RECORDS.value or ".")):
+        validate.check_folder(option, path)
     folder = pathlib.Path(WORKDIR.value)
     for path in [folder, *([pathlib.Path(RECORDS.value)] if RECORDS.value else [])]:
         check_writable(path)

@@ -10,7 +10,7 @@ import pytest
 ROOT = pathlib.Path(__file__).parents[1]
 FLOORS = (
     (
-        *("types", "extras", "files", "registry", "threat", "losses", "mixing"),
+        *("types", "extras", "files", "registry", "validate", "threat", "losses", "mixing"),
         *("conv", "rewrite", "models"),
     ),
     ("attacks", "data"),

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import tensorflow_datasets as tfds
 
-from jaxdefense import registry
+from jaxdefense import registry, validate
 from jaxdefense.data import order
 from jaxdefense.data.originals import ORIGINALS, Keyed, download, png, read_class_names
 
@@ -37,6 +37,8 @@ def is_known(name: object) -> bool:
       name: as a user gives it, perhaps with /CONFIG or :VERSION.
     """
     base = str(name).partition(":")[0].partition("/")[0]
+    if ".." in str(name).split("/"):
+        return False
     return base in ORIGINALS or base in tfds.list_builders(with_community_datasets=False)
 
 
@@ -47,7 +49,7 @@ def default_data_dir(data_dir: str | os.PathLike | None = None) -> pathlib.Path:
       data_dir: any path, or None.
     """
     chosen = data_dir or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets"
-    return pathlib.Path(chosen).expanduser()
+    return validate.check_folder("data_dir", pathlib.Path(chosen).expanduser())
 
 
 def is_prepared(name: str, data_dir: str | os.PathLike | None = None) -> bool:

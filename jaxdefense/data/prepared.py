@@ -71,7 +71,9 @@ def find_folder(name: str, data_dir: pathlib.Path) -> pathlib.Path | None:
     """
     path, _, version = name.partition(":")
     base = data_dir / path
-    if not path or not base.is_dir():
+    # What is decoded is kept beside the set: a name may not lead out of the folder.
+    leaves = ".." in pathlib.PurePath(path).parts or pathlib.PurePath(path).is_absolute()
+    if not path or leaves or not base.is_dir():
         return None
     if versions := _versions(base, version):
         return versions[-1]

@@ -19,6 +19,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from tqdm import tqdm
 
+from jaxdefense import validate
 from jaxdefense.attacks import checks
 from jaxdefense.attacks.method import takes_targets
 from jaxdefense.attacks.outcome import success_margin
@@ -59,6 +60,7 @@ def attack_keys(seed: int, attack: str, ids: HostArray) -> Key:
     """
     if not isinstance(seed, int | np.integer) or not 0 <= seed < 2**32:
         raise ValueError(f"seed must be an integer in [0, 2**32), got {seed!r}")
+    validate.check_seed("seed", seed)
     key = jax.random.fold_in(jax.random.key(seed), zlib.crc32(attack.encode()))
     return jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.asarray(ids))
 
@@ -135,6 +137,8 @@ class Evaluator:
         devices: Sequence[jax.Device] | None = None,
         grid: int | None = None,
     ):
+        if not callable(apply):
+            raise ValueError(f"apply must be a function (variables, images), got {apply!r}")
         checks.check_threat("Evaluator", threat)
         devices = tuple(devices or jax.local_devices())
         if batch_size is None:

@@ -27,14 +27,14 @@ import tensorboardX
 from tqdm import tqdm
 
 from jaxdefense import files
-from jaxdefense.attacks import checks
 from jaxdefense.data import Arrays, Encoded, OnDevice, Streaming, make_augment, to_float
 from jaxdefense.defenses import base
 from jaxdefense.defenses.base import Metrics
+from jaxdefense.evaluation import protocols
 from jaxdefense.evaluation.evaluator import Evaluator
 from jaxdefense.runs import checkpoint, sources, start
 from jaxdefense.runs.run import Run, build, read_log, read_model
-from jaxdefense.train import optim, plan
+from jaxdefense.train import optim, plan, refused
 from jaxdefense.train.step import (
     RunSteps,
     State,
@@ -138,9 +138,9 @@ class Trainer:
             per_epoch=self.per_epoch,
         )
         self.total = self.segments[-1].end
-        checks.check_count("train.steps_per_dispatch", options["steps_per_dispatch"])
         for name in ("validate_every", "checkpoint_every"):
-            self.interval(name)  # refuses what is no length
+            plan.check_interval(name, options[name])
+        protocols.check_audit_options(run.config["evaluation"].get("audit", {}), run.threat)
         self.example_image = to_float(arrays.images[:1])
         self.held_out = run.arrays("validation")
         self.augment = make_augment(options["augment"])
@@ -488,6 +488,7 @@ def _check_config(config: Mapping[str, Any], path: pathlib.Path) -> None:
         )
 
 
+@refused.leaves_nothing
 def train(
     config: Mapping[str, Any],
     workdir: str | os.PathLike,
