@@ -189,13 +189,11 @@ class HoldOut:
         """Checks that these are numbers of the right kind; how many rows there are is not asked.
 
         Raises:
-          ValueError: a seed that has not 32 bits, or NaN, a text, a negative number held out.
+          ValueError: a seed that has not 32 bits, or a text, NaN or infinity held out.
         """
         validate.check_seed("seed", self.seed)
         for name, value in (("validation", self.validation), ("test", self.test)):
             validate.check_types("dataset", {name: value}, {name: int | float | None})
-            if value is not None and value < 0:
-                raise ValueError(f"dataset.{name} must not be negative, got {value!r}")
 
 
 def assign_roles(name: str, stored: Iterable[str]) -> Roles:
