@@ -28,6 +28,7 @@ PAGES = (
     "conv",
     "types",
     "registry",
+    "validate",
     "extras",
     "files",
     "interrupts",

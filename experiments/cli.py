@@ -83,7 +83,7 @@ def _config_path(value: str) -> str:
     """The path of the config file that NAME:VARIANT means, with its variant."""
     name, colon, variant = value.partition(":")
     if name.endswith(".py") or "/" in name:
-        if not pathlib.Path(name).exists():
+        if not (name.endswith(".py") and pathlib.Path(name).is_file()):
             raise ValueError(f"no config file {name}; names: {', '.join(configs.names())}")
         return value
     if name not in configs.names():
@@ -140,8 +140,11 @@ def parse_flags(argv: Sequence[str]) -> list[str]:
         _check_overrides(argv)
         return flags.FLAGS(argv)
     except (flags.Error, ValueError) as error:
-        print(f"error: {_explain(error)}", file=sys.stderr)
-        sys.exit(2)
+        message = _explain(error)
+    except Exception as error:  # of a config file of the user's own, or of a key that it has not
+        message = f"--config: {type(error).__name__}: {' '.join(str(error).split())}"
+    print(f"error: {message}", file=sys.stderr)
+    sys.exit(2)
 
 
 def _explain(error: Exception) -> str:
@@ -188,10 +191,12 @@ def _check_overrides(argv: Sequence[str]) -> None:
             continue
         section, done = config, "config"
         for key in path:
-            known = list(section) if hasattr(section, "keys") else []
-            if known:
-                registry.check_known(f"key of {done}", [key], known)
-                section, done = section[key], f"{done}.{key}"
+            if not hasattr(section, "keys"):
+                raise ValueError(f"--{word[0]}: {done} is a value, {section!r}, without keys")
+            registry.check_known(f"key of {done}", [key], list(section))
+            section, done = section[key], f"{done}.{key}"
+        if hasattr(section, "keys"):
+            raise ValueError(f"--{word[0]} is a section: set its keys, {', '.join(section)}")
 
 
 def _hide_closed_loops() -> None:

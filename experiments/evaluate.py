@@ -28,7 +28,8 @@ import cli
 import configs
 from absl import flags
 
-from jaxdefense import data, distributed, files, runs
+from jaxdefense import data, distributed, files, runs, validate
+from jaxdefense.attacks import checks
 from jaxdefense.evaluation import images, protocols, records, robustbench, tables
 from jaxdefense.models import zoo
 
@@ -102,8 +103,12 @@ def main(argv):
     if len(argv) > 1:
         raise ValueError(f"unexpected arguments: {argv[1:]}")
     source, workdir = find_run()
+    if EXAMPLES.value is not None:
+        checks.check_count("--examples", EXAMPLES.value)
     if SAVE_IMAGES.value:
         images.check_folder(SAVE_IMAGES.value)  # said before the hours
+    if RECORD.value:
+        validate.check_file("--record", RECORD.value)
     parts = [PROTOCOL.value, *(["last"] if KIND.value == "last" else [])]
     parts += [str(EXAMPLES.value)] if EXAMPLES.value else []
     path = pathlib.Path(RECORD.value or workdir / f"{'-'.join(parts)}.json")

@@ -16,7 +16,7 @@ import cli
 import numpy as np
 from absl import flags
 
-from jaxdefense import checksums, data, files, runs
+from jaxdefense import checksums, data, files, runs, validate
 from jaxdefense.evaluation import Evaluator, records
 from jaxdefense.models import zoo
 
@@ -35,6 +35,8 @@ ROUNDING = 0.1  # percent of the test images that another machine may see differ
 def main(argv):
     if len(argv) > 1:
         raise ValueError(f"unexpected arguments: {argv[1:]}")
+    if ZOO.value and (WORKDIR.value or FILE.value):
+        raise ValueError("--zoo exports every run of a folder: leave out --workdir and --file")
     if ZOO.value:
         folder = pathlib.Path(ZOO.value)
         found = sorted(path.parent for path in folder.glob("*/configured.json"))
@@ -52,6 +54,8 @@ def main(argv):
         return
     if not (WORKDIR.value and FILE.value):
         raise ValueError("give --workdir and --file, or --zoo; --help explains them")
+    if validate.check_file("--file", FILE.value).suffix != ".safetensors":
+        raise ValueError(f"--file must end in .safetensors, got {FILE.value}")
     default = pathlib.Path(WORKDIR.value) / "configured.json"
     record = pathlib.Path(RECORD.value) if RECORD.value else default
     export(WORKDIR.value, FILE.value, record if RECORD.value or record.exists() else None)

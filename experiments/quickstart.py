@@ -27,7 +27,7 @@ from typing import Any
 
 from absl import app, flags
 
-from jaxdefense import checksums, extras, files, interrupts
+from jaxdefense import checksums, extras, files, interrupts, validate
 
 # What the scripts import, by the extra that brings it.
 NEEDED = {name: extras.MODULES[name] for name in ("train", "plots")} | {"digits": {"sklearn"}}
@@ -506,6 +506,10 @@ def run() -> int:
         not writable or in use by another quickstart.
     """
     names = plan.select(SYSTEMS.value)
+    for name in names:
+        configs.load(name, VARIANT.value)  # an unknown variant is said before a folder is made
+    for option, path in (("--workdir", WORKDIR.value), ("--records", RECORDS.value or ".")):
+        validate.check_folder(option, path)
     folder = pathlib.Path(WORKDIR.value)
     for path in [folder, *([pathlib.Path(RECORDS.value)] if RECORDS.value else [])]:
         check_writable(path)

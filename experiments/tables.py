@@ -36,7 +36,7 @@ from accelerators import tables as accelerators
 from benchmark import tables as benchmark
 from papers import metric_i
 
-from jaxdefense import files, registry
+from jaxdefense import files, registry, validate
 from jaxdefense.evaluation import records, tables
 
 PER_CLASS = flags.DEFINE_string("per_class", None, "Accuracy per class under this attack instead.")
@@ -253,6 +253,13 @@ def page(paths, title):
 
 
 def main(argv):
+    for name, path in (("--html", HTML.value), ("--into", INTO.value)):
+        if path:
+            validate.check_file(name, path)
+    if HTML.value and INTO.value:
+        raise ValueError("--html writes a page and --into renews a file: give one of them")
+    if INTO.value and not pathlib.Path(INTO.value).is_file():
+        raise ValueError(f"--into renews a file, and there is none at {INTO.value}")
     paths = argv[1:] or [ROOT / "experiments" / "records"]
     into = [pathlib.Path(INTO.value)] if INTO.value else []
     for path in pages() if RENEW.value else into:

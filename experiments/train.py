@@ -61,6 +61,8 @@ def main(argv):
         config["train"]["init_from"] = start
     elif NEW_HEAD.value:
         raise ValueError("--new_head needs --init_from=WORKDIR")
+    elif CHECKPOINT.present:
+        raise ValueError("--init_checkpoint needs --init_from=WORKDIR")
     if FROZEN.value:
         config["train"]["frozen"] = FROZEN.value
     if SELECT_WITH.value:

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from jaxdefense import registry
+from jaxdefense import mixing, registry
 from jaxdefense.types import Array, Labels, Logits, LossFn, PerExample
 
 
@@ -53,14 +53,21 @@ def one_hot(labels: Labels, num_classes: int, *, smoothing: float = 0.0) -> Arra
 
     Args:
       labels: (B,) integers.
-      num_classes: K.
-      smoothing: share of the target that is spread.
+      num_classes: K, at least 1.
+      smoothing: share of the target that is spread, in [0, 1].
+
+    Raises:
+      ValueError: no classes, or another share.
 
     >>> import jax.numpy as jnp
     >>> from jaxdefense import losses
     >>> losses.one_hot(jnp.array([1]), 4, smoothing=0.5)
     Array([[0.125, 0.625, 0.125, 0.125]], dtype=float32)
     """
+    if not num_classes >= 1:
+        raise ValueError(f"num_classes must be at least 1, got {num_classes!r}")
+    if isinstance(smoothing, int | float):  # an array may be traced
+        mixing.check_share("smoothing", smoothing)
     hot = jax.nn.one_hot(labels, num_classes, dtype=jnp.float32)
     return hot * (1 - smoothing) + smoothing / num_classes
 
@@ -168,6 +175,9 @@ def distillation(
       student_logits: (B, K).
       temperature: tau, positive.
 
+    Raises:
+      ValueError: a temperature that is not.
+
     Reference: Hinton et al., Distilling the knowledge in a neural network, arXiv 1503.02531.
 
     >>> import jax.numpy as jnp
@@ -176,6 +186,8 @@ def distillation(
     >>> losses.distillation(teacher, student, temperature=4.0)
     Array([0.97...], dtype=float32)
     """
+    if isinstance(temperature, int | float):  # an array may be traced
+        mixing.check_positive("temperature", temperature)
     teacher, student = _checked_float32(teacher_logits), _checked_float32(student_logits)
     return temperature**2 * kl(teacher / temperature, student / temperature)
 

@@ -25,7 +25,7 @@ def weights(key: Key, batch: int, *, alpha: float = 1.0, per_sample: bool = True
       (B,).
 
     Raises:
-      ValueError: `alpha` is not positive.
+      ValueError: `alpha` is not positive, or `key` is no typed key.
 
     Reference: Zhang et al., mixup: Beyond empirical risk minimization, arXiv 1710.09412.
 
@@ -149,11 +149,16 @@ def smooth(targets: Array, share: float | PerExample) -> Array:
     Returns:
       (B, K) probabilities.
 
+    Raises:
+      ValueError: a number outside [0, 1]; an array, which may be traced, is not looked at.
+
     >>> import jax.numpy as jnp
     >>> from jaxdefense import mixing
     >>> mixing.smooth(jnp.array([[1.0, 0.0, 0.0]]), 0.5)
     Array([[0.5 , 0.25, 0.25]], dtype=float32)
     """
+    if isinstance(share, int | float):
+        check_share("share", share)
     q = per_example(share, targets)
     return q * targets + (1 - q) * (1 - targets) / (targets.shape[-1] - 1)
 

@@ -11,6 +11,7 @@ number or one per example, and may be traced, so a grid of eps is one program.
 import abc
 import dataclasses
 import math
+from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar, Self
 
 import jax
@@ -53,6 +54,14 @@ def _concrete(value: Any) -> np.ndarray | None:
     return None if isinstance(value, jax.core.Tracer) else np.asarray(value)
 
 
+def _is_box(bounds: Any) -> bool:
+    """Whether it is two finite numbers, the smaller one first."""
+    if not isinstance(bounds, Iterable) or isinstance(bounds, Mapping):
+        return False
+    ends = [float(end) if hasattr(end, "__float__") else math.nan for end in bounds]
+    return len(ends) == 2 and -math.inf < ends[0] < ends[1] < math.inf
+
+
 @dataclasses.dataclass(frozen=True)
 class _Ball(abc.ABC):
     """What the norms share: eps and bounds with their checks, and the box."""
@@ -63,17 +72,21 @@ class _Ball(abc.ABC):
     _exponent: ClassVar[float]  # the norm of n ones is n to this power
 
     def __post_init__(self) -> None:
-        if self.eps is None or isinstance(self.eps, str):
+        if self.eps is None or isinstance(self.eps, str | bytes | Mapping | set):
             raise ValueError(f"eps must be a number or one per example, got {self.eps!r}")
         if isinstance(self.eps, list | tuple):
+            if not self.eps:
+                raise ValueError(f"eps must be a number or one per example, got {self.eps!r}")
             object.__setattr__(self, "eps", np.asarray(self.eps, np.float32))
-        low, high = self.bounds
-        if not low < high:
-            raise ValueError(f"bounds must be (low, high) with low < high, got {self.bounds}")
-        eps = _concrete(self.eps)
+        if not _is_box(self.bounds):
+            raise ValueError(
+                f"bounds must be (low, high), finite and low < high, got {self.bounds!r}"
+            )
+        # An integer of more than 64 bits would be an array of objects.
+        eps = _concrete(float(self.eps) if isinstance(self.eps, int) else self.eps)
         if eps is None or eps.dtype == object:  # traced, or a pytree's placeholder
             return
-        if eps.ndim > 1 or not np.issubdtype(eps.dtype, np.number):
+        if eps.ndim > 1 or eps.dtype.kind not in "iuf" or isinstance(self.eps, bool):
             raise ValueError(f"eps must be a number or one per example, got {self.eps!r}")
         if not np.all(np.isfinite(eps)) or np.any(eps < 0):
             raise ValueError(f"eps must be finite and not negative, got {self.eps!r}")

@@ -186,6 +186,8 @@ def example_keys(key: Key, batch: int) -> Key:
     Raises:
       ValueError: `key` is no typed key, or has another shape.
     """
+    if not hasattr(key, "dtype"):
+        raise ValueError(f"need a typed key, e.g. jax.random.key(0), got {key!r}")
     if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
         raise ValueError(f"need a typed key (jax.random.key), got an array of {key.dtype}")
     if key.shape == (batch,):

@@ -31,7 +31,8 @@ sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))  # the scripts' folde
 import cli
 
 from benchmark import attacks, conv, pgd, rewritten, tables, training, verdicts
-from jaxdefense import registry
+from jaxdefense import registry, validate
+from jaxdefense.attacks import checks
 from jaxdefense.evaluation import records
 
 RECORD = flags.DEFINE_string("record", None, "Write the rows to this JSON file too.")
@@ -91,11 +92,16 @@ def targeted_suite():
 def _runs():
     """(workdir, examples, {"norm", "eps"}) of each of --runs."""
     for run in RUNS.value:
-        workdir, examples, *ball = run.split(":")
-        if len(ball) not in (0, 2):
+        workdir, *rest = run.split(":")
+        if len(rest) not in (1, 3):
             raise ValueError(f"--runs takes WORKDIR:EXAMPLES or WORKDIR:EXAMPLES:NORM:EPS: {run!r}")
-        norm, eps = ball or (None, None)
-        yield workdir, int(examples), {"norm": norm, "eps": eps and float(eps)}
+        examples, norm, eps = [*rest, None, None][:3]
+        try:
+            count, eps = int(examples), eps and float(eps)
+        except ValueError as error:
+            raise ValueError(f"--runs={run}: {error}") from None
+        checks.check_count(f"--runs={run}: EXAMPLES", count)
+        yield workdir, count, {"norm": norm, "eps": eps}
 
 
 def _problems():
@@ -119,6 +125,13 @@ SUITES = {
 def main(argv):
     rows, began = [], time.monotonic()
     registry.check_known("suite", argv[1:], SUITES)
+    checks.check_count("--repeats", REPEATS.value)
+    if RECORD.value:
+        validate.check_file("--record", RECORD.value)
+    # All of --runs is read before the first suite begins; without --runs these have nothing to do.
+    idle = sorted(set(argv[1:]) & set(SUITES) - {"conv", "pgd"})
+    if not list(_runs()) and idle:
+        raise ValueError(f"the suite {idle[0]} needs --runs=WORKDIR:EXAMPLES")
     for name in argv[1:] or SUITES:
         print(f"{name}: {SUITES[name].__doc__}", flush=True)
         for row in SUITES[name]():

@@ -27,6 +27,7 @@ import cli
 from configs import recipes
 
 from jaxdefense import attacks, data, runs, threat
+from jaxdefense.attacks import checks
 from jaxdefense.data import prepare
 from jaxdefense.defenses import claf
 from jaxdefense.evaluation import records
@@ -113,6 +114,7 @@ def draw(columns, shares, accuracies):
 def main(argv):
     if len(argv) > 1:
         raise ValueError(f"unexpected arguments: {argv[1:]}")
+    checks.check_count("--examples", EXAMPLES.value)
     folder = prepare.default_data_dir(None)
     if not prepare.is_prepared("cifar10", folder):
         print(f"skipped: CIFAR-10 is not prepared in {folder}, see experiments/prepare_data.py")

@@ -17,6 +17,7 @@ has to do; see evaluate.py --protocol=autoattack.
 initialisation.
 """
 
+import math
 import pathlib
 import sys
 import time
@@ -31,6 +32,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))  # the scripts' folde
 import cli
 
 from jaxdefense import attacks, data, losses, runs, threat
+from jaxdefense.attacks import checks
 from jaxdefense.defenses import cse
 from jaxdefense.evaluation import records, tables
 from jaxdefense.evaluation.evaluator import Evaluator, summarize
@@ -150,6 +152,10 @@ def weights(run, params):
 def main(argv):
     if len(argv) > 1:
         raise ValueError(f"unexpected arguments: {argv[1:]}")
+    if EXAMPLES.value is not None:
+        checks.check_count("--examples", EXAMPLES.value)
+    if not 0 < EPS.value < math.inf:
+        raise ValueError(f"--eps must be positive and finite, got {EPS.value}")
     began = time.monotonic()
     run, variables, meta = runs.restore(WORKDIR.value, kind=KIND.value)
     if BEFORE.value:

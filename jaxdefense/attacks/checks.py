@@ -133,8 +133,6 @@ def check_keys(key: Any, batch: int) -> None:
     Raises:
       ValueError: something else.
     """
-    if not isinstance(key, jax.Array):
-        raise ValueError(f"need a typed key, e.g. jax.random.key(0), got {key!r}")
     example_keys(key, batch)
 
 
@@ -285,7 +283,7 @@ def check_step(name: str, value: Any) -> None:
     if value is None or not _concrete(value):
         return
     array = np.asarray(value)
-    if array.dtype == object or not np.all(np.isfinite(array)) or np.any(array < 0):
+    if array.dtype.kind not in "iuf" or not np.all(np.isfinite(array)) or np.any(array < 0):
         raise ValueError(f"{name} must be finite and not negative, got {value!r}")
 
 

@@ -34,7 +34,8 @@ def worst_case(*attacks: Attack) -> Attack:
       do.
 
     Raises:
-      ValueError: no attacks, or some that take labels beside some that take targets.
+      ValueError: no attacks, something else, or some that take labels beside some that take
+        targets.
 
     >>> import jax
     >>> from jaxdefense import attacks, threat
@@ -46,6 +47,9 @@ def worst_case(*attacks: Attack) -> Attack:
     """
     if not attacks:
         raise ValueError("worst_case needs at least one attack")
+    for one in attacks:
+        if not callable(one):
+            raise ValueError(f"worst_case takes attacks one after another, got {one!r}")
     kinds = {takes_targets(one) for one in attacks}
     if len(kinds) > 1:
         raise ValueError(f"worst_case of attacks on labels and on targets: {attacks}")

@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxdefense import registry
+from jaxdefense import registry, validate
 from jaxdefense.attacks import checks
 from jaxdefense.conv import explicit_gradients
 from jaxdefense.rewrite import fast_convolutions, is_forward_mode
@@ -236,7 +236,7 @@ def attack_factory(
     """
 
     def decorate(factory: Callable[P, Attack]) -> Callable[P, Method]:
-        signature = inspect.signature(factory)
+        signature, wanted = inspect.signature(factory), validate.declared(factory)
 
         @functools.wraps(factory)
         def make(*args: P.args, **kwargs: P.kwargs) -> Method:
@@ -253,7 +253,10 @@ def attack_factory(
                     bound.arguments[name] = np.asarray(value, np.float32)
             if "threat" in bound.arguments:
                 checks.check_threat(factory.__name__, bound.arguments["threat"])
-            return Method(factory, dict(bound.arguments), flatten_images)
+            made = Method(factory, dict(bound.arguments), flatten_images)
+            # After the factory's own checks, which say more: what it declares and did not look at.
+            validate.check_types(factory.__name__, kwargs, wanted)
+            return made
 
         return make
 

@@ -6,7 +6,7 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 
-from jaxdefense import registry
+from jaxdefense import registry, validate
 from jaxdefense.data import decoding, order
 
 SPLITS = ("train", "validation", "test")
@@ -185,6 +185,16 @@ class HoldOut:
     test: int | float | None = None
     seed: int = 0
 
+    def check(self) -> None:
+        """Checks that these are numbers of the right kind; how many rows there are is not asked.
+
+        Raises:
+          ValueError: a seed that has not 32 bits, or a text, NaN or infinity held out.
+        """
+        validate.check_seed("seed", self.seed)
+        for name, value in (("validation", self.validation), ("test", self.test)):
+            validate.check_types("dataset", {name: value}, {name: int | float | None})
+
 
 def assign_roles(name: str, stored: Iterable[str]) -> Roles:
     """Which of the stored splits is trained on, validated on and tested on.
@@ -231,6 +241,7 @@ def choose_split(
     """
     if split not in SPLITS:
         registry.raise_unknown("split", split, SPLITS)
+    hold_out.check()
     if roles.test and hold_out.test is not None:
         raise ValueError(
             f"{roles.name} has test images, its split {roles.test!r}: test={hold_out.test} is for "

@@ -17,7 +17,7 @@ import pathlib
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
-from jaxdefense import registry
+from jaxdefense import registry, validate
 from jaxdefense.data import arrays as splits
 from jaxdefense.data import convert, decoding, prepare, prepared
 from jaxdefense.data import folder as _folders
@@ -119,6 +119,11 @@ def has_test(section: Mapping[str, Any]) -> bool:
     return stored.roles.test is not None or stored.hold_out.test is not None
 
 
+# Of the options of a section "dataset"; `HoldOut.check` and `decoding.parse_size` see to the rest.
+_TYPES = {"name": str, "data_dir": str, "folder": str, "file": str, "num_classes": int}
+_TYPES |= {"in_memory": bool}
+
+
 class _Stored(NamedTuple):
     """What `arrays.choose_split` needs to know of a data set."""
 
@@ -129,11 +134,14 @@ class _Stored(NamedTuple):
 
 def _open_section(section: Mapping[str, Any]) -> _Stored:
     options = {key: value for key, value in section.items() if value is not None}
-    options.pop("limit", None)
+    limit = {"limit": options.pop("limit", 1)}
+    validate.check_types("dataset", limit, {"limit": int})
+    validate.check_positive_numbers("dataset", limit)
     name = options.pop("name", "folder" if "folder" in options else None)
     opener = _OPENERS.get(str(name), _open_set)
     known = [key for key in inspect.signature(opener).parameters if key != "name"]
     registry.check_known("option of dataset", options, [*known, "name", "limit"])
+    validate.check_types("dataset", options, _TYPES)
     if opener is _open_set:
         return _open_set(name, **options)
     path = "folder" if name == "folder" else "file"
@@ -152,6 +160,7 @@ def _open_set(
     seed: int = 0,
     in_memory: bool | None = None,
 ) -> _Stored:
+    validate.check_types("data", {"in_memory": in_memory}, {"in_memory": bool | None})
     found = _open_prepared(name, prepare.default_data_dir(data_dir))
     read = functools.partial(found.read, size=decoding.parse_size(size), in_memory=in_memory)
     roles = splits.assign_roles(name, found.splits)

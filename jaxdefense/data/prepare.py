@@ -19,7 +19,7 @@ import numpy as np
 import tensorflow_datasets as tfds
 from google.protobuf import json_format
 
-from jaxdefense import checksums, registry
+from jaxdefense import checksums, registry, validate
 from jaxdefense.data import order, prepared
 from jaxdefense.data.originals import ORIGINALS, Keyed, download, png, read_class_names
 
@@ -51,7 +51,7 @@ def default_data_dir(data_dir: str | os.PathLike | None = None) -> pathlib.Path:
       data_dir: any path, or None.
     """
     chosen = data_dir or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets"
-    return pathlib.Path(chosen).expanduser()
+    return validate.check_folder("data_dir", pathlib.Path(chosen).expanduser())
 
 
 def is_prepared(name: str, data_dir: str | os.PathLike | None = None) -> bool:

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from jaxdefense import extras, registry
+from jaxdefense import validate as _validate
 from jaxdefense.types import Threat
 
 with extras.required("train", __name__):
@@ -50,6 +51,8 @@ def make(
     factory = registry.load(sys.modules[__name__], name, "defense").make
     known = list(inspect.signature(factory).parameters)[2:]
     registry.check_known(f"option of defense {name}", options, [*known, "transforms"])
+    _validate.check_types("defense", options, _validate.declared(factory))
+    _validate.check_types("defense", {"transforms": transforms}, _validate.declared(make))
     defense = factory(model, threat, **options)
     chosen = sorted((transforms or {}).items(), key=lambda item: (item[0] == "stacked", item[0]))
     for transform, arguments in chosen:

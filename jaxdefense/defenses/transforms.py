@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 import jax
 import jax.numpy as jnp
 
-from jaxdefense import losses, registry
+from jaxdefense import losses, registry, validate
 from jaxdefense.defenses import base
 from jaxdefense.defenses._stacked import stacked
 from jaxdefense.types import Array, Images, Key, PyTree
@@ -230,4 +230,7 @@ def apply(defense: base.Defense, name: str, **options: Any) -> base.Defense:
     """
     if name not in _NAMED:
         registry.raise_unknown("transform", name, _NAMED)
+    wanted = validate.declared(_NAMED[name])
+    registry.check_known(f"option of transform {name}", options, list(wanted)[1:])
+    validate.check_types(f"defense.transforms.{name}", options, wanted)
     return _NAMED[name](defense, **options)

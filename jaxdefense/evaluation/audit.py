@@ -19,7 +19,7 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
-from jaxdefense import attacks
+from jaxdefense import attacks, validate
 from jaxdefense.attacks import checks as inputs
 from jaxdefense.evaluation import cascade, curves, examine, flags, randomised, tables
 from jaxdefense.evaluation.checks import check_attack
@@ -178,6 +178,7 @@ def audit(
     if purify is not None and base is None:
         raise ValueError("purify needs base: the classifier behind the purifier")
     inputs.check_count("samples", samples)
+    validate.check_seed("seed", seed)
     if random is not None:
         predict = attacks.eot(random, jax.random.key(seed), samples=samples)
     judge = Evaluator(lambda _, x: predict(x), threat, batch_size=batch_size)

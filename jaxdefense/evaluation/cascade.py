@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from jaxdefense import registry
+from jaxdefense import registry, validate
 from jaxdefense.attacks import checks, ensemble
 from jaxdefense.attacks.ensemble import Stage
 from jaxdefense.attacks.square import check_layout
@@ -229,6 +229,7 @@ def run_stages(
       ValueError: bad images or labels, probabilities or NaN instead of logits, a random model,
         BatchNorm in train mode, an attack of another threat, or a folder of another evaluation.
     """
+    validate.check_seed("seed", seed)
     images = evaluator.check_images(images)
     targeted = targets is not None
     threat, diameter = evaluator.threat, evaluator.threat.diameter(images[0].size)

@@ -19,7 +19,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from tqdm import tqdm
 
-from jaxdefense import distributed
+from jaxdefense import distributed, validate
 from jaxdefense.attacks import checks
 from jaxdefense.attacks.method import takes_targets
 from jaxdefense.attacks.outcome import success_margin
@@ -58,8 +58,7 @@ def attack_keys(seed: int, attack: str, ids: HostArray) -> Key:
     Raises:
       ValueError: another seed, which JAX would cut to 32 bits.
     """
-    if not isinstance(seed, int | np.integer) or not 0 <= seed < 2**32:
-        raise ValueError(f"seed must be an integer in [0, 2**32), got {seed!r}")
+    validate.check_seed("seed", seed)
     key = jax.random.fold_in(jax.random.key(seed), zlib.crc32(attack.encode()))
     return jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.asarray(ids))
 
@@ -139,6 +138,8 @@ class Evaluator:
         grid: int | None = None,
         before_dispatch: Callable[[], None] | None = None,
     ):
+        if not callable(apply):
+            raise ValueError(f"apply must be a function (variables, images), got {apply!r}")
         checks.check_threat("Evaluator", threat)
         devices = tuple(devices or jax.devices())
         if batch_size is None:
@@ -553,8 +554,8 @@ class Evaluator:
           {"clean": (N,) bool, attack's name: (N,) bool}.
 
         Raises:
-          ValueError: an attack of another threat, a targeted one without targets, and what
-            `check_images`, `check_model` and `attack` raise.
+          ValueError: attacks without names, one of another threat, a targeted one without targets,
+            and what `check_images`, `check_model` and `attack` raise.
 
         >>> import numpy as np
         >>> from jaxdefense import attacks, evaluation, threat
@@ -566,6 +567,8 @@ class Evaluator:
         >>> {name: int(right.sum()) for name, right in bits.items()}
         {'clean': 8, 'fgsm': 0}
         """
+        if not isinstance(attacks, Mapping):
+            raise ValueError(f"attacks must be a mapping {{name: attack}}, got {attacks!r}")
         images, labels = self.check_images(images), np.asarray(labels)
         ids = check_ids(ids, len(images))
         for name, attack in attacks.items():

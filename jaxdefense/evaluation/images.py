@@ -14,7 +14,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from jaxdefense import distributed, extras, files
+from jaxdefense import distributed, extras, files, validate
 from jaxdefense.evaluation.checks import check_grid, check_ids
 from jaxdefense.evaluation.crafting import round_to_grid
 from jaxdefense.evaluation.evaluator import Apply, Evaluator
@@ -133,7 +133,7 @@ def check_folder(folder: str | os.PathLike) -> pathlib.Path:
     Raises:
       ValueError: it is a file or holds something.
     """
-    path = pathlib.Path(folder)
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+    path = validate.check_folder("the folder of images", folder)
+    if path.exists() and any(path.iterdir()):
         raise ValueError(f"{path} is not empty: images go to a new folder")
     return path

@@ -5,21 +5,22 @@ import math
 import operator
 import pathlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxdefense import attacks, data, registry
+from jaxdefense import attacks, data, registry, validate
+from jaxdefense.attacks import checks
 from jaxdefense.evaluation import cascade, records
 from jaxdefense.evaluation.audit import Audit
 from jaxdefense.evaluation.audit import audit as judge
 from jaxdefense.evaluation.crafting import Apply
 from jaxdefense.evaluation.evaluator import Attacked, Evaluator, Examples, summarize
 from jaxdefense.runs.run import Run
-from jaxdefense.types import HostArray, Images, Predict, PyTree
+from jaxdefense.types import HostArray, Images, Predict, PyTree, Threat
 
 _SHOWN = 6  # examples in a gallery
 
@@ -39,6 +40,8 @@ class _Measurement:
     @classmethod
     def begin(cls, run: Run, variables: PyTree, examples: int | None) -> "_Measurement":
         """Starts the clock and loads the first so many test examples, or all."""
+        if examples is not None:
+            checks.check_count("examples", examples)
         began = time.monotonic()
         return cls(run, variables, run.arrays("test").take(slice(examples)), began)
 
@@ -302,6 +305,22 @@ def _judged(run: Run, variables: PyTree, arrays: data.Arrays) -> dict[str, Any]:
 _AUDIT_OPTIONS = ("queries", "restarts", "samples", "stages", "steps")
 
 
+def check_audit_options(options: Mapping[str, Any], threat: Threat) -> None:
+    """Checks the section "evaluation.audit" of a config.
+
+    Args:
+      options: of `audit.audit`.
+      threat: of the run; the stages are those of its AutoAttack.
+
+    Raises:
+      ValueError: an unknown option, or one of another type or out of range.
+    """
+    registry.check_known("option of evaluation.audit", options, _AUDIT_OPTIONS)
+    validate.check_types("evaluation.audit", options, validate.declared(judge))
+    validate.check_positive_numbers("evaluation.audit", options)
+    cascade.stages(threat, 10, attacks=options.get("stages", ()))  # refuses an unknown one
+
+
 def audit(
     run: Run,
     variables: PyTree,
@@ -331,7 +350,7 @@ def audit(
       ValueError: an unknown option, or see `audit.audit`.
     """
     options = dict(run.config["evaluation"].get("audit", {}))
-    registry.check_known("option of evaluation.audit", options, _AUDIT_OPTIONS)
+    check_audit_options(options, run.threat)
     measurement = _Measurement.begin(run, variables, examples)
     arrays = measurement.arrays
     images, labels = data.to_float(arrays.images), arrays.labels

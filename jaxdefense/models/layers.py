@@ -2,14 +2,16 @@
 
 import dataclasses
 import functools
+import typing
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from jaxdefense import registry
+from jaxdefense import registry, validate
 from jaxdefense.conv import conv, depth_to_space
 
 Module = TypeVar("Module", bound=nn.Module)
@@ -28,7 +30,7 @@ def build(cls: type[Module], num_classes: int, kwargs: Mapping[str, Any]) -> Mod
     Raises:
       ValueError: K < 2, an unknown field, or a dtype that is not one of `DTYPES`.
     """
-    if isinstance(num_classes, bool) or int(num_classes) != num_classes or num_classes < 2:
+    if not isinstance(num_classes, int | np.integer) or num_classes < 2 or num_classes is True:
         raise ValueError(f"need num_classes, an integer of at least 2, got {num_classes!r}")
     return _construct(cls, {"num_classes": int(num_classes)}, kwargs)
 
@@ -44,7 +46,7 @@ def build_generator(cls: type[Module], channels: int, kwargs: Mapping[str, Any])
     Raises:
       ValueError: no channels, an unknown field, or a dtype that is not one of `DTYPES`.
     """
-    if isinstance(channels, bool) or int(channels) != channels or channels < 1:
+    if not isinstance(channels, int | np.integer) or channels < 1 or channels is True:
         raise ValueError(f"need channels, an integer of at least 1, got {channels!r}")
     return _construct(cls, {"channels": int(channels)}, kwargs)
 
@@ -57,7 +59,25 @@ def _construct(cls: type[Module], first: Mapping[str, int], kwargs: Mapping[str,
     kwargs = {key: tuple(v) if isinstance(v, list) else v for key, v in kwargs.items()}
     if "dtype" in kwargs:
         kwargs["dtype"] = dtype_name(kwargs["dtype"])
+    validate.check_types("model", kwargs, typing.get_type_hints(cls))
+    sizes = {key: v for key, v in kwargs.items() if key not in _NOT_SIZES}
+    validate.check_positive_numbers("model", sizes, most=_LARGEST)
+    for key in ("mean", "std"):
+        _check_channels(key, kwargs.get(key))
     return cls(**first, **kwargs)
+
+
+# Fields of networks that are no sizes: they check their own range.
+_LARGEST = 100_000  # channels, blocks: more would not fit any device
+_NOT_SIZES = ("mask", "padding")
+
+
+def _check_channels(name: str, values: Sequence[float] | None) -> None:
+    """Refuses a mean or std that holds anything but finite numbers, or a std of 0 or less."""
+    numbers = {f"{name}[{i}]": value for i, value in enumerate(values or ())}
+    validate.check_types("model", numbers, dict.fromkeys(numbers, float))
+    if name == "std":
+        validate.check_positive_numbers("model", numbers)
 
 
 def dtype_name(dtype: Any) -> str:

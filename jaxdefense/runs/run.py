@@ -39,7 +39,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxdefense import attacks, defenses, distributed, files, models, registry, threat
+from jaxdefense import attacks, defenses, distributed, files, models, registry, threat, validate
 from jaxdefense.attacks import checks
 from jaxdefense.data import Arrays, load_section, to_float
 from jaxdefense.defenses import base
@@ -63,7 +63,17 @@ TRAIN_DEFAULTS: dict[str, Any] = {
     "init_from": None,
     "frozen": (),
 }
-_EVALUATION = ("attacks", "audit", "batch_size")  # keys of the section "evaluation"
+_TRAIN_TYPES = {
+    "batch_size": int,
+    "augment": str,
+    "steps_per_dispatch": int,
+    "streaming": bool,
+    "init_from": Mapping | None,
+    "optimizer": Mapping,
+    "select_with": Mapping,
+}
+# The section "evaluation".
+_EVALUATION = {"attacks": Mapping, "audit": Mapping, "batch_size": int | None}
 _SECTIONS = (
     "seed",
     "name",
@@ -169,6 +179,8 @@ class Run:
 
 
 def _section(config: Mapping[str, Any], name: str, where: str = "") -> dict[str, Any]:
+    if not isinstance(config, Mapping):
+        raise ValueError(f"a config must be a mapping of sections, got {config!r}")
     section = config.get(name)
     if not isinstance(section, Mapping):
         raise ValueError(f"the config needs a section {where + name!r}, got {section!r}")
@@ -178,6 +190,7 @@ def _section(config: Mapping[str, Any], name: str, where: str = "") -> dict[str,
 def _make_threat(options: Mapping[str, Any]) -> Threat:
     known = inspect.signature(threat.make).parameters
     registry.check_known("option of threat", options, known)
+    validate.check_types("threat", options, {"norm": str, "eps": float, "bounds": Sequence})
     for name, parameter in known.items():
         if parameter.default is parameter.empty and name not in options:
             raise ValueError(f"the config's threat needs {name!r}, got {dict(options)}")
@@ -414,8 +427,8 @@ def build(
     if "name" in config:  # exports and records are called so
         files.check_name("the config's name", config["name"])
     seed = config.get("seed", 0)
-    if not isinstance(seed, int) or seed < 0:
-        raise ValueError(f"seed must be an integer >= 0, got {seed!r}")
+    validate.check_seed("seed", seed)
+    _check_reported(config.get("reported", {}))
     ball = _make_threat(_section(config, "threat"))
     network = _section(config, "model")
     held_out = splits.get("validation") or load_section(_section(config, "dataset"), "validation")
@@ -424,6 +437,8 @@ def build(
     train = _train_options(config)
     evaluation = _section(config, "evaluation")
     registry.check_known("evaluation option", evaluation, _EVALUATION)
+    validate.check_types("evaluation", evaluation, _EVALUATION)
+    validate.check_positive_numbers("evaluation", evaluation)
     named_attacks = _make_attacks(_section(evaluation, "attacks", "evaluation."), ball)
     validation = _make_attacks({"validation": _section(config, "validation")}, ball)["validation"]
     named_runs = {}
@@ -453,15 +468,11 @@ def _train_options(config: Mapping[str, Any]) -> dict[str, Any]:
     registry.check_known("train option", options, TRAIN_DEFAULTS)
     if options["select"] not in ("robust", "clean"):
         registry.raise_unknown("train.select", options["select"], ("robust", "clean"))
-    if not isinstance(options["optimizer"], Mapping):
-        raise ValueError("train.optimizer must be a mapping, see jaxdefense.train.optim.make")
-    if not isinstance(options["init_from"], Mapping | None):
-        raise ValueError(
-            f"train.init_from must be a mapping such as {{'workdir': ...}}, got "
-            f"{options['init_from']!r}"
-        )
+    validate.check_types("train", options, _TRAIN_TYPES)
+    sizes = {name: options[name] for name in ("batch_size", "steps_per_dispatch")}
+    validate.check_positive_numbers("train", sizes, most=1_000_000)
     frozen = options["frozen"]
-    if isinstance(frozen, str) or not all(isinstance(name, str) for name in frozen):
+    if not isinstance(frozen, list | tuple) or not all(isinstance(name, str) for name in frozen):
         raise ValueError(f"train.frozen must be a list of names, got {frozen!r}")
     return options
 
@@ -494,10 +505,19 @@ def best_of(train: Mapping[str, Any]) -> int:
     return train["select_with"].get("best_of", 3)
 
 
+def _check_reported(reported: Any) -> None:
+    """Checks the section "reported": what a paper says, {attack: {"value": percent, ...}}."""
+    validate.check_types("config", {"reported": reported}, {"reported": Mapping})
+    for attack, said in reported.items():
+        validate.check_types("reported", {attack: said}, {attack: Mapping})
+        validate.check_types(f"reported.{attack}", said, {"value": float | None, "status": str})
+
+
 def _make_attacks(specs: Mapping[str, Mapping[str, Any]], ball: Threat) -> dict[str, Attack]:
     """The attacks that a config specifies as {"name": ..., options}, by the config's names."""
     made: dict[str, Attack] = {}
     for name, spec in specs.items():
+        validate.check_types("evaluation.attacks", {name: spec}, {name: Mapping})
         options = dict(spec)
         attack = attacks.make(options.pop("name", None), ball, **options)
         if attack.targeted:

@@ -24,17 +24,16 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
-from jaxdefense import distributed
-from jaxdefense.attacks import checks
+from jaxdefense import distributed, validate
 from jaxdefense.data import Arrays, Encoded, OnDevice, Streaming, make_augment, to_float
 from jaxdefense.defenses import base
 from jaxdefense.defenses.base import Batch, Metrics
-from jaxdefense.evaluation import memory
+from jaxdefense.evaluation import memory, protocols
 from jaxdefense.evaluation.evaluator import Evaluator
 from jaxdefense.interrupts import Interrupted, Requests
 from jaxdefense.runs import checkpoint, config_file, sources, start
 from jaxdefense.runs.run import Run, best_of, build, read_model
-from jaxdefense.train import collapse, devices, optim, plan, recovery
+from jaxdefense.train import collapse, devices, optim, plan, recovery, refused
 from jaxdefense.train.candidates import Candidates, choose_best
 from jaxdefense.train.log import Log, hash_log
 from jaxdefense.train.pace import Pace
@@ -88,9 +87,9 @@ class Trainer:
             per_epoch=self.per_epoch,
         )
         self.total = self.segments[-1].end
-        checks.check_count("train.steps_per_dispatch", options["steps_per_dispatch"])
         for name in ("validate_every", "checkpoint_every"):
-            self.interval(name)  # refuses what is no length
+            plan.check_interval(name, options[name])
+        protocols.check_audit_options(run.config["evaluation"].get("audit", {}), run.threat)
         self.example_image = to_float(arrays.images[:1])
         self.held_out = run.arrays("validation")
         augment = make_augment(options["augment"])
@@ -727,7 +726,7 @@ def train(
       KeyboardInterrupt: after Ctrl-C, likewise. A second signal ends the process at once.
       OSError: the disk is full or read-only; the last checkpoint is whole.
     """
-    workdir = pathlib.Path(workdir)
+    workdir = validate.check_folder("workdir", workdir)
     run = build(config, workdir=workdir, model=model, data=data)
     with _claimed(workdir):
         return _train(run, workdir, progress=progress)
@@ -753,6 +752,7 @@ def _write_config(run: Run, workdir: pathlib.Path) -> None:
     sources.copy_sources(run.sources, workdir)
 
 
+@refused.leaves_nothing
 def _train(run: Run, workdir: pathlib.Path, *, progress: bool) -> dict[str, Any]:
     """`train` in a workdir that is claimed."""
     distributed.from_writer(lambda: _check_config(run.config, workdir / config_file.NAME))

@@ -7,13 +7,14 @@ Lengths are steps ("500s"), epochs ("30e", "30" or 30) or shares of the run ("50
 """
 
 import inspect
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import optax
 
-from jaxdefense import registry
+from jaxdefense import registry, validate
 
 
 def steps_of(length: float | str, *, total: int, per_epoch: int) -> int:
@@ -32,6 +33,10 @@ def steps_of(length: float | str, *, total: int, per_epoch: int) -> int:
     [200, 200, 30, 500]
     """
     units = {"e": float(per_epoch), "s": 1.0, "%": total / 100}
+    if isinstance(length, bool) or not isinstance(length, int | float | str):
+        raise ValueError(
+            f"a length is epochs (30 or '30e'), steps ('500s') or a share ('50%'), got {length!r}"
+        )
     text = str(length).strip()
     if text[-1:] not in units:
         text += "e"
@@ -124,6 +129,13 @@ def _call(kind: str, table: Mapping[str, Callable], spec: Mapping[str, Any], *in
         registry.raise_unknown(kind, name, table)
     known = [p.name for p in inspect.signature(table[name]).parameters.values()][len(inputs) :]
     registry.check_known(f"option of {kind} {name}", options, known)
+    validate.check_types(f"{kind} {name}", options, validate.declared(table[name]))
+    for option in ("momentum", "b1", "b2"):
+        if not 0 <= options.get(option, 0) < 1:
+            raise ValueError(f"{kind} {name}.{option} must be in [0, 1), got {options[option]!r}")
+    positive = ("start", "factor", "eps", *(["final"] if name == "one_cycle" else []))
+    rates = {key: value for key, value in options.items() if key in positive}
+    validate.check_positive_numbers(f"{kind} {name}", rates)
     return table[name](*inputs, **options)
 
 
@@ -163,6 +175,13 @@ def _adamw(
     return optax.adamw(rate, b1, b2, eps, weight_decay=decoupled_decay)
 
 
+# What every optimiser of a config may have besides its own options.
+_COMMON = {
+    "schedule": Mapping,
+    "weight_decay": float,
+    "clip_norm": float | None,
+    "decay_kernels_only": bool,
+}
 _OPTIMIZERS: dict[str, Callable] = {"adam": _adam, "adamw": _adamw, "sgd": _sgd}
 
 
@@ -183,11 +202,18 @@ def make(spec: Mapping[str, Any], *, total: int, per_epoch: int) -> optax.Gradie
     """
     spec = dict(spec)
     lr = spec.pop("lr", None)
-    if not isinstance(lr, int | float) or lr <= 0:
+    if not isinstance(lr, int | float) or isinstance(lr, bool) or not 0 < lr < math.inf:
         raise ValueError(f"an optimizer needs a positive lr, got {lr!r}")
     shape = spec.pop("schedule", {"name": "constant"})
     decay, clip = spec.pop("weight_decay", 0.0), spec.pop("clip_norm", None)
     kernels_only = spec.pop("decay_kernels_only", False)
+    given = {"schedule": shape, "weight_decay": decay, "clip_norm": clip}
+    validate.check_types("optimizer", {**given, "decay_kernels_only": kernels_only}, _COMMON)
+    if decay < 0 or (clip or 0) < 0:
+        raise ValueError(
+            f"an optimizer's weight_decay and clip_norm must not be negative, got {decay!r} and "
+            f"{clip!r}"
+        )
     rate = schedule(shape, lr, total=total, per_epoch=per_epoch)
     chain = []
     if clip:

@@ -10,6 +10,8 @@ import optax
 from jaxdefense.defenses.base import Phase
 from jaxdefense.train import optim
 
+_MOST_STEPS = 2**31  # a step is counted in 32 bits
+
 
 @dataclasses.dataclass(frozen=True)
 class Segment:
@@ -42,7 +44,15 @@ def _lengths(phases: Sequence[Phase], length: float | str, per_epoch: int) -> li
     """Steps of each phase; phases without a length share what is left of the run."""
     if str(length).strip().endswith("%"):
         raise ValueError(f"the run's length is epochs ('30e') or steps ('500s'), got {length!r}")
-    total = optim.steps_of(length, total=0, per_epoch=per_epoch)
+    try:
+        total = optim.steps_of(length, total=0, per_epoch=per_epoch)
+    except ValueError as error:
+        raise ValueError(f"train.length: {error}") from None
+    if not 0 < total < _MOST_STEPS:
+        raise ValueError(
+            f"train.length must be at least one step and fewer than {_MOST_STEPS}, got {length!r}, "
+            f"which is {total:.4g} steps"
+        )
     fixed = [
         None if p.length is None else optim.steps_of(p.length, total=total, per_epoch=per_epoch)
         for p in phases
@@ -58,6 +68,24 @@ def _lengths(phases: Sequence[Phase], length: float | str, per_epoch: int) -> li
     if min(lengths, default=0) < 1:
         raise ValueError(f"every phase needs at least one step, got {lengths}")
     return lengths
+
+
+def check_interval(name: str, length: Any) -> None:
+    """Checks that validations or checkpoints come in a length that is larger than none.
+
+    Args:
+      name: "validate_every" or "checkpoint_every", for the message.
+      length: see `optim.steps_of`.
+
+    Raises:
+      ValueError: otherwise.
+    """
+    try:
+        steps = optim.steps_of(length, total=_MOST_STEPS, per_epoch=_MOST_STEPS)
+    except ValueError as error:
+        raise ValueError(f"train.{name}: {error}") from None
+    if not steps:
+        raise ValueError(f"train.{name} must be longer than no step, got {length!r}")
 
 
 def make(
