@@ -25,13 +25,16 @@ def leaves_nothing(train: Callable[P, Result]) -> Callable[P, Result]:
 
     @functools.wraps(train)
     def guarded(*args: P.args, **kwargs: P.kwargs) -> Result:
-        workdir: Any = args[1]
+        given: Any = kwargs.get("workdir", args[1] if len(args) > 1 else None)
+        workdir, existed = pathlib.Path(given), pathlib.Path(given).exists()
         before = {path.name for path in workdir.glob("*")}
         try:
             return train(*args, **kwargs)
         except (ValueError, TypeError):
             if "config.json" not in before and distributed.is_writer():
                 _remove_new(workdir, before)
+                if not existed and workdir.is_dir() and not any(workdir.iterdir()):
+                    workdir.rmdir()
             raise
 
     return guarded
