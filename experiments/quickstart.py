@@ -628,6 +628,22 @@ def run_systems(names: Sequence[str], folder: pathlib.Path) -> int:
     return 1 if failed or unkept or page.error else 0
 
 
+def parse_flags(argv: Sequence[str]) -> list[str]:
+    """absl's parser of flags, whose errors end the script with one line and exit code 2.
+
+    Args:
+      argv: of the script, its name first.
+
+    Returns:
+      The words that are no flags.
+    """
+    try:
+        return flags.FLAGS(argv)
+    except flags.Error as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(2)
+
+
 def main(argv):
     if len(argv) > 1:
         sys.exit(f"error: unexpected arguments: {argv[1:]}")
@@ -644,4 +660,4 @@ def main(argv):
 
 
 if __name__ == "__main__":
-    app.run(main)
+    app.run(main, flags_parser=parse_flags)

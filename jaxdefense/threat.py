@@ -77,7 +77,8 @@ class _Ball(abc.ABC):
         if isinstance(self.eps, list | tuple):
             if not self.eps:
                 raise ValueError(f"eps must be a number or one per example, got {self.eps!r}")
-            object.__setattr__(self, "eps", np.asarray(self.eps, np.float32))
+            with np.errstate(over="ignore"):  # to infinity, which is refused below
+                object.__setattr__(self, "eps", np.asarray(self.eps, np.float32))
         if not _is_box(self.bounds):
             raise ValueError(
                 f"bounds must be (low, high), finite and low < high, got {self.bounds!r}"

@@ -250,7 +250,8 @@ def attack_factory(
             bound.apply_defaults()
             for name, value in bound.arguments.items():
                 if isinstance(value, list) and value and isinstance(value[0], int | float):
-                    bound.arguments[name] = np.asarray(value, np.float32)
+                    with np.errstate(over="ignore"):  # to infinity, which is refused
+                        bound.arguments[name] = np.asarray(value, np.float32)
             if "threat" in bound.arguments:
                 checks.check_threat(factory.__name__, bound.arguments["threat"])
             made = Method(factory, dict(bound.arguments), flatten_images)

@@ -53,6 +53,8 @@ def make(
     registry.check_known(f"option of defense {name}", options, [*known, "transforms"])
     _validate.check_types("defense", options, _validate.declared(factory))
     _validate.check_types("defense", {"transforms": transforms}, _validate.declared(make))
+    sections = dict.fromkeys(transforms or {}, Mapping)
+    _validate.check_types("defense.transforms", transforms or {}, sections)
     defense = factory(model, threat, **options)
     chosen = sorted((transforms or {}).items(), key=lambda item: (item[0] == "stacked", item[0]))
     for transform, arguments in chosen:

@@ -167,8 +167,6 @@ class Run:
 
 
 def _section(config: Mapping[str, Any], name: str, where: str = "") -> dict[str, Any]:
-    if not isinstance(config, Mapping):
-        raise ValueError(f"a config must be a mapping of sections, got {config!r}")
     section = config.get(name)
     if not isinstance(section, Mapping):
         raise ValueError(f"the config needs a section {where + name!r}, got {section!r}")
@@ -378,6 +376,8 @@ def build(
     >>> run.threat, list(run.defense.predictors), run.train["batch_size"]
     (Linf(eps=0.1, bounds=(0.0, 1.0)), ['classifier'], 128)
     """
+    if not isinstance(config, Mapping):
+        raise ValueError(f"a config must be a mapping of sections, got {config!r}")
     if model is not None:
         config = own_model(config, model)
     if data is not None:

@@ -16,7 +16,7 @@ Result = TypeVar("Result")
 
 
 def leaves_nothing(train: Callable[P, Result]) -> Callable[P, Result]:
-    """A decorator of `train`: after a ValueError, a workdir that was new is as it was.
+    """A decorator of `train`: after a ValueError or TypeError, a new workdir is as it was.
 
     Most of what is wrong is said before anything is written. The rest (a network that needs larger
     images) shows when the first state is made. A run that has a checkpoint, and files that were in
@@ -34,7 +34,7 @@ def leaves_nothing(train: Callable[P, Result]) -> Callable[P, Result]:
         existed = workdir.exists()
         try:
             return train(*args, **kwargs)
-        except ValueError:
+        except (ValueError, TypeError):
             if "config.json" not in before and jax.process_index() == 0:
                 _remove_new(workdir, before, existed)
             raise
