@@ -331,11 +331,13 @@ def test_a_page_that_fails_once_is_made_again(tmp_path, monkeypatch):
 
 def test_a_folder_that_cannot_be_written_is_said(start, tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(ValueError, match=f"cannot write to {tmp_path}/file/runs"):
+    with pytest.raises(ValueError, match=f"--workdir must be a folder, and {tmp_path}/file is a f"):
         start(systems="standard", workdir=str(tmp_path / "file" / "runs"))
-    with pytest.raises(ValueError, match=f"cannot write to {tmp_path}/file/kept"):
+    with pytest.raises(ValueError, match=f"--records must be a folder, and {tmp_path}/file is a f"):
         start(systems="standard", records=str(tmp_path / "file" / "kept"))
-    assert not (tmp_path / "runs" / "standard").exists()
+    assert not (tmp_path / "runs").exists()
+    with pytest.raises(ValueError, match=f"cannot write to {tmp_path}/file/runs"):
+        quickstart.check_writable(tmp_path / "file" / "runs")
 
 
 def test_records_that_cannot_be_kept_do_not_end_what_runs(start, tmp_path, capsys):
