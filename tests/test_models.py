@@ -224,7 +224,7 @@ class TestEveryModel:
         ("kwargs", "message"),
         [
             ({"mean": (0.5,)}, "mean .* does not fit 3 channels"),
-            ({"std": (0.5, 0.0, 0.5)}, "std must be positive"),
+            ({"std": (0.5, 0.0, 0.5)}, r"std\[1\] must be larger than 0"),
         ],
     )
     def test_bad_normalisation(self, name, kwargs, message):
