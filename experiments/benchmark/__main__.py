@@ -11,8 +11,8 @@ Suites with --runs: `rewritten` is a plain network of Flax linen, NNX and Equino
 fast convolutions and beside torchattacks (a run of the MNIST CNN), `attacks` AutoAttack against
 peers, `fast` AutoAttack's version fast beside standard (on any trained run: its deployed
 predictor), `half` float32 beside bfloat16, `targeted` targeted attacks, PGD and CW against
-torchattacks'. With --journal the last three go on where they were killed. A record is written at
-the end, whole.
+torchattacks'. With --journal the last three go on where they were killed. A record is written after
+each row.
 
 Peers are Foolbox on JAX, torchattacks where it and torch are installed (they are not among the
 library's requirements) and the authors' AutoAttack (--reference, a checkout of
@@ -129,22 +129,25 @@ def main(argv):
     if RECORD.value:
         validate.check_file("--record", RECORD.value)
     # All of --runs is read before the first suite begins; without --runs these have nothing to do.
-    idle = sorted(set(argv[1:]) & set(SUITES) - {"conv", "pgd"})
+    idle = sorted(set(argv[1:]) & set(SUITES) - {"conv", "pgd", "training"})
     if not list(_runs()) and idle:
         raise ValueError(f"the suite {idle[0]} needs --runs=WORKDIR:EXAMPLES")
     for name in argv[1:] or SUITES:
         print(f"{name}: {SUITES[name].__doc__}", flush=True)
         for row in SUITES[name]():
             rows.append(row)
+            if RECORD.value:  # what is measured stays, however the suite ends
+                records.save(_record(rows, began), RECORD.value)
             if "suite" in row:  # its verdicts have been printed
                 continue
             shown = f"{row['ratio']:.2f} times" if "ratio" in row else "not measured"
             print(f"  {row['what']}: {row['peer']} takes {shown} ours", flush=True)
+    print(tables.render(_record(rows, began)))
+
+
+def _record(rows, began):
     spent = time.monotonic() - began
-    record = records.make("benchmark", {}, {}, seed=0, seconds=spent, rows=rows)
-    print(tables.render(record))
-    if RECORD.value:
-        records.save(record, RECORD.value)
+    return records.make("benchmark", {}, {}, seed=0, seconds=spent, rows=rows)
 
 
 if __name__ == "__main__":
