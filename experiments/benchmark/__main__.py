@@ -1,7 +1,7 @@
 """Times this library against its peers: same machine, same weights, in turn.
 
     python experiments/benchmark                      # all suites
-    python experiments/benchmark conv pgd             # some
+    python experiments/benchmark conv pgd training    # some
     python experiments/benchmark --record=experiments/records/benchmark/cpu.json pgd
     python experiments/benchmark --runs=runs/pgd_at-mnist-0:1000 --reference=auto-attack attacks
     python experiments/benchmark --runs=runs/pgd_at-mnist-0:500 --repeats=2 rewritten
@@ -128,6 +128,7 @@ def main(argv):
     checks.check_count("--repeats", REPEATS.value)
     if RECORD.value:
         validate.check_file("--record", RECORD.value)
+        cli.ending.told = f"the rows that were measured are in {RECORD.value}"
     # All of --runs is read before the first suite begins; without --runs these have nothing to do.
     idle = sorted(set(argv[1:]) & set(SUITES) - {"conv", "pgd", "training"})
     if not list(_runs()) and idle:
