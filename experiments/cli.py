@@ -4,14 +4,26 @@ import contextlib
 import os
 import pathlib
 import re
+import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-import jax
-from absl import app, flags, logging
 
-from jaxdefense import distributed, extras, interrupts, registry
+def _end_early(number, _):
+    """Ctrl-C while Python imports, which takes seconds: one line; `run` takes over later."""
+    os.write(2, b"\ninterrupted; nothing was written\n")
+    os._exit(128 + number)
+
+
+_OURS = pathlib.Path(sys.argv[0]).resolve().parent == pathlib.Path(__file__).resolve().parent
+if _OURS and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, _end_early)
+
+import jax  # noqa: E402
+from absl import app, flags, logging  # noqa: E402
+
+from jaxdefense import distributed, extras, interrupts, registry  # noqa: E402
 
 
 @contextlib.contextmanager

@@ -199,7 +199,7 @@ def locked(path: str | os.PathLike, user: str) -> Iterator[None]:
     ...         with files.locked(f"{folder}/lock", "training"):
     ...             print("never here")
     ...     except ValueError as error:
-    ...         print("is in use by a training: process" in str(error))
+    ...         print("is in use by another training: process" in str(error))
     True
     """
     path = pathlib.Path(path)
@@ -281,8 +281,8 @@ def _refusal(path: pathlib.Path, holder: dict[str, Any]) -> str:
     who = "another process"
     if holder:
         who = (
-            f"a {holder.get('user')}: process {holder.get('pid')} on {holder.get('host')} since "
-            f"{holder.get('since')}"
+            f"another {holder.get('user')}: process {holder.get('pid')} on {holder.get('host')} "
+            f"since {holder.get('since')}"
         )
     line = f"{path.parent} is in use by {who}; wait for its end, or choose another place"
     if holder.get("host") != _host():

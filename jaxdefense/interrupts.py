@@ -166,9 +166,20 @@ def _watched(ending: Ending) -> Iterator[None]:
     ours, theirs = socket.socketpair()
     theirs.setblocking(False)
     done = threading.Event()
-    handler = signal.getsignal(signal.SIGTERM)
-    if handler == signal.SIG_DFL:
-        signal.signal(signal.SIGTERM, _raise_interrupted)
+    before = {number: signal.getsignal(number) for number in _SIGNALS}
+
+    def end_now(number: int, _: FrameType | None) -> None:
+        ending.end_now(number)
+
+    if ending.grace is None:
+        # Where it saves, `Requests` takes the signal; before that there is nothing to save, and an
+        # exception could be lost: JAX and orbax call Python where nobody passes it on.
+        handlers: dict[int, Any] = dict.fromkeys(_SIGNALS, end_now)
+    else:
+        handlers = {signal.SIGTERM: _raise_interrupted, signal.SIGINT: signal.default_int_handler}
+    taken = [number for number in _SIGNALS if before[number] not in (signal.SIG_IGN, None)]
+    for number in taken:
+        signal.signal(number, handlers[number])
     descriptor = signal.set_wakeup_fd(theirs.fileno(), warn_on_full_buffer=False)
     watcher = threading.Thread(target=_watch, args=(ours, done, ending), daemon=True)
     watcher.start()
@@ -177,8 +188,8 @@ def _watched(ending: Ending) -> Iterator[None]:
     finally:
         done.set()
         signal.set_wakeup_fd(descriptor)
-        if handler == signal.SIG_DFL:
-            signal.signal(signal.SIGTERM, handler)
+        for number in taken:
+            signal.signal(number, before[number])
         theirs.close()  # ends the thread
         watcher.join()
         ours.close()

@@ -245,7 +245,7 @@ class TestSecondAttack:
             ({"select_with": {"name": "apgdd"}}, "nearest: apgd"),
             ({"select_with": {"name": "apgd", "best_of": 0}}, "best_of"),
             ({"select_with": {"name": "apgd", "step": 3}}, "nearest: steps"),
-            ({"select_with": "apgd"}, "mapping such as"),
+            ({"select_with": "apgd"}, "select_with must be a mapping"),
             ({"select_with": {"name": "apgd"}, "select": "clean"}, "select is 'clean'"),
         ],
     )

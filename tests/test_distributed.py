@@ -209,7 +209,7 @@ class TestTwoProcesses:
         shutil.copytree(root / "killed", tmp_path / "resumed")
         train.train(config(tfds_dir), tmp_path / "resumed", progress=False)
         (line,) = [x for x in capsys.readouterr().err.splitlines() if "devices" in x]
-        assert "4 devices of 2 processes until step 3, goes on with 2 devices of 1" in line
+        assert "4 devices of 2 processes until step 3, goes on with 2 devices of 1 process" in line
         log = (tmp_path / "resumed" / "metrics.jsonl").read_text().splitlines()
         changes = [json.loads(line) for line in log if "devices" in line]
         assert changes == [{"step": 3, "devices": 2, "processes": 1}]

@@ -111,7 +111,9 @@ class TestTraining:
         workdir = tmp_path / "run"
         with (
             files.locked(workdir / "train.lock", "training"),
-            pytest.raises(ValueError, match=f"run is in use by a training: process {os.getpid()}"),
+            pytest.raises(
+                ValueError, match=f"run is in use by another training: process {os.getpid()}"
+            ),
         ):
             train.train(values(tfds_dir), workdir, progress=False)
         assert not workdir.exists()
@@ -221,7 +223,7 @@ class TestLock:
     def test_an_evaluation_folder_is_locked(self, tmp_path):
         with (
             files.locked(tmp_path / "evaluation.lock", "evaluation"),
-            pytest.raises(ValueError, match=f"{tmp_path} is in use by a evaluation"),
+            pytest.raises(ValueError, match=f"{tmp_path} is in use by another evaluation"),
         ):
             run(folder=tmp_path)
 

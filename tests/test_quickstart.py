@@ -381,7 +381,7 @@ def test_a_second_quickstart_in_the_same_folder_is_refused(start, tmp_path):
     pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     with subprocess.Popen(command, **pipes) as other:
         assert other.stdout.readline() == "held\n"
-        message = f"{tmp_path / 'runs'} is in use by a quickstart: process 1234 on "
+        message = f"{tmp_path / 'runs'} is in use by another quickstart: process 1234 on "
         with pytest.raises(ValueError, match=message):
             start(systems="standard")
         assert not (tmp_path / "runs" / "standard").exists()

@@ -78,7 +78,8 @@ class Store:
         """Writes named trees of arrays, and metadata, under `step`.
 
         A resumed run comes by a step again with the same bits: what stands there is kept if it is
-        whole, since replacing it would leave a moment without any. Later steps than this one, which
+        whole, since replacing it would leave a moment without any; not if its bits are others, of a
+        run that went on with another number of devices. Later steps than this one, which
         the run had reached before it was killed, are removed.
 
         Args:
@@ -88,12 +89,12 @@ class Store:
         """
         if not distributed.is_writer():
             return
-        if step in self._manager.all_steps():
-            if self._is_whole(step):
-                return
-            self._manager.delete(step)
         trees = {name: jax.tree.map(np.asarray, tree) for name, tree in items.items()}
         arrays = {name: _describe(tree) for name, tree in trees.items()}
+        if step in self._manager.all_steps():
+            if self._is_whole(step) and self._header(step).arrays in (arrays, None):
+                return
+            self._manager.delete(step)
         header = _seal(step, meta, arrays)
         saved = {name: ocp.args.StandardSave(tree) for name, tree in trees.items()}
         args = ocp.args.Composite(**saved, meta=ocp.args.JsonSave(header))

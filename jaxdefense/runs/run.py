@@ -480,11 +480,6 @@ def _train_options(config: Mapping[str, Any]) -> dict[str, Any]:
 def _make_second_attack(train: Mapping[str, Any], ball: Threat) -> Attack | None:
     """The attack of `train.select_with`, {"name": ..., options, "best_of": 3}; None where empty."""
     spec = train["select_with"]
-    if not isinstance(spec, Mapping):
-        raise ValueError(
-            f"train.select_with must be a mapping such as {{'name': 'apgd', 'best_of': 3}}, got "
-            f"{spec!r}"
-        )
     if not spec:
         return None
     if train["select"] != "robust":

@@ -38,8 +38,16 @@ def describe_change(counts: Sequence[dict[str, Any]]) -> str:
     Args:
       counts: of `history`, at least two.
     """
-    was, now = (f"{c['devices']} devices of {c['processes']} processes" for c in counts[-2:])
+    was, now = (
+        f"{_number(c['devices'], 'device')} of {_number(c['processes'], 'process')}"
+        for c in counts[-2:]
+    )
     told = f"trained on {was} until step {counts[-1]['step']}, goes on with {now}"
     if counts[-2]["devices"] == counts[-1]["devices"]:
         return told
     return f"{told}: it will not end with the bits of a run on one number of devices"
+
+
+def _number(count: int, what: str) -> str:
+    plural = {"device": "devices", "process": "processes"}[what]
+    return f"{count} {what if count == 1 else plural}"

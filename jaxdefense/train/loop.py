@@ -323,6 +323,8 @@ class Trainer:
 
     def _check_best(self, state: State) -> None:
         """Says so if the best checkpoint is lost; one of the step of `last` is written again."""
+        if self.candidates is not None:  # `best` is chosen at the end
+            return
         if not (lost := recovery.explain_lost_best(self.stores["best"], self.best)):
             return
         if self.best["step"] == int(state.step):
