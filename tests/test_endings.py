@@ -273,3 +273,23 @@ class TestScripts:
         assert process.returncode == 1
         assert "No space left on device; free some space" in said
         assert len(said.splitlines()) == 1
+
+    def test_ctrl_c_during_imports_is_one_line(self, tmp_path):
+        """Importing JAX takes seconds; a stand-in is interrupted there."""
+        (tmp_path / "jax.py").write_text(
+            "import os, signal, time\nos.kill(os.getpid(), signal.SIGINT)\ntime.sleep(60)\n"
+        )
+        heard = (  # a process in the background ignores Ctrl-C, and what it starts does too
+            "import os, signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler); "
+            "os.execv(sys.executable, [sys.executable, *sys.argv[1:]])"
+        )
+        done = subprocess.run(
+            [sys.executable, "-c", heard, str(ROOT / "experiments" / "train.py")],
+            env={**os.environ, "PYTHONPATH": str(tmp_path)},
+            capture_output=True,
+            text=True,
+            timeout=240,
+            check=False,
+        )
+        assert done.returncode == 130
+        assert done.stderr == "\ninterrupted; nothing was written\n"
