@@ -234,6 +234,7 @@ class TestScripts:
     def start(self, block, grace="0.2"):
         script = (
             "import ctypes, os, signal, time\n"
+            "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # heard in the background
             "from jaxdefense import interrupts\n"
             f"with interrupts.one_line_endings(interrupts.Ending('goes on', grace={grace})):\n"
             f"    {block}\n"
