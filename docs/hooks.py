@@ -29,6 +29,8 @@ PAGES = (
     "types",
     "registry",
     "validate",
+    "checksums",
+    "distributed",
     "extras",
     "files",
     "interrupts",

@@ -448,7 +448,7 @@ def test_a_stack_trains_validates_and_is_recorded(tmp_path, tfds_dir, monkeypatc
     bits = [record["results"][f"protect{i}"]["clean"]["bits"] for i in range(2)]
     assert bits[0] != bits[1]
     weak = cascade.Stage("apgd-ce", attacks.apgd(threat.Linf(0.15), steps=3), 4, 3)
-    monkeypatch.setattr(cascade, "stages", lambda *_: [weak])
+    monkeypatch.setattr(cascade, "stages", lambda *_, **__: [weak])
     honest = protocols.autoattack(run, variables, training=meta, examples=64)
     assert list(honest["results"]) == ["protect0"]  # seeds of one defence: the deployed one
     assert honest["results"]["protect0"]["clean"]["bits"] == bits[0]
@@ -460,7 +460,7 @@ def test_a_stack_trains_validates_and_is_recorded(tmp_path, tfds_dir, monkeypatc
 def test_autoattack_judges_each_member_on_its_own_class(tmp_path, tfds_dir, monkeypatch):
     monkeypatch.setenv("TFDS_DATA_DIR", tfds_dir)
     weak = cascade.Stage("apgd-ce", attacks.apgd(threat.Linf(0.15), steps=3), 4, 3)
-    monkeypatch.setattr(cascade, "stages", lambda *_: [weak])
+    monkeypatch.setattr(cascade, "stages", lambda *_, **__: [weak])
     config = configs.load("cse", "digits_debug").to_dict()
     config["defense"] |= dict(
         protect="each", transforms={"stacked": {"members": 10, "prefix": "protect"}}

@@ -168,7 +168,7 @@ class TestMAE:
             small("mae", mask=1.0)
         with pytest.raises(ValueError, match="width must be a multiple of 8"):
             small("mae", width=20)
-        with pytest.raises(ValueError, match="patch must be at least 1"):
+        with pytest.raises(ValueError, match="patch must be larger than 0"):
             small("mae", patch=0)
         with pytest.raises(ValueError, match=r"patch \(4\) divides"):
             shapes(small("mae", patch=4), (2, 10, 8, 1))

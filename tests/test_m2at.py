@@ -260,7 +260,7 @@ def test_m2at_beside_another_defence_averaged_at_perturbed_weights():
         ("m2at", {"steps": 0}, "steps must be an integer >= 1, got 0"),
         ("avmixup", {"l1": -0.1}, r"l1 must be in \[0, 1\], got -0.1"),
         ("avmixup", {"step_size": -1.0}, "step_size must be finite and not negative"),
-        ("iat", {"alpha": float("nan")}, "alpha must be positive and finite, got nan"),
+        ("iat", {"alpha": float("nan")}, "alpha must be a finite number, got nan"),
         ("mart", {"beta": -5.0}, "beta must not be negative, got -5.0"),
         ("mart", {"ramp_epochs": -1.0}, "ramp_epochs must not be negative, got -1.0"),
         ("pgd_at", {"attack_loss": "hinge"}, "unknown loss 'hinge'"),

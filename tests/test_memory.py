@@ -48,7 +48,9 @@ class TestFreed:
         trainer = loop.Trainer(build(few_steps(tfds_dir)), tmp_path)
         chunk = trainer.compiled_steps(trainer.segments[0])
         state = loop.replicate(trainer.begin_segment(trainer.initial_state(), trainer.segments[0]))
-        chunk(state, trainer.batches.resident, trainer._padded_items(0, 1), jnp.int32(1))
+        items = trainer._padded_items(0, 1)
+        sums = trainer._zero_sums(trainer.segments[0], state, items)
+        chunk(state, trainer.batches.resident, items, jnp.int32(1), sums)
         refs = [weakref.ref(trainer), weakref.ref(trainer.run), weakref.ref(chunk)]
         for store in trainer.stores.values():
             store.close()

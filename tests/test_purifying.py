@@ -293,7 +293,7 @@ def test_bad_options():
         ipg(generator="unett")
     with pytest.raises(ValueError, match=r"argument of UNet.*nearest: width"):
         ipg(generator_options={"widht": 3})
-    with pytest.raises(ValueError, match="width must be at least 1"):
+    with pytest.raises(ValueError, match="width must be larger than 0"):
         ipg(generator_options={"width": 0})
     with pytest.raises(ValueError, match="unknown layer 'conv9'; nearest: conv"):
         ipg(layer="conv9").init(KEY, IMAGES[:1])
