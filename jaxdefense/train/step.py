@@ -56,7 +56,7 @@ class RunSteps:
 
     JAX keeps what `pmap` has traced as long as the process lives: the entry of its cache refers to
     the function that is its key. So what is mapped here is a small function that only looks up the
-    steps. Both are taken out again by `release`, or when this object is no longer used.
+    steps. Both are taken out again by `release`; the steps also when this object is no longer used.
 
     Args:
       run: (state, resident data, items (n, ...), how many of them, metric sums so far) -> (state,
@@ -81,7 +81,10 @@ class RunSteps:
             devices=devices,
             donate_argnums=0,
         )
-        self._free = weakref.finalize(self, _free_mapped, steps, look_up)
+        self._look_up = look_up
+        # Where nobody calls `release`, the garbage collector may run this in the middle of another
+        # trace, in which JAX's caches must stay as they are: the small function stays in them.
+        self._free = weakref.finalize(self, steps.clear)
 
     def __call__(
         self, state: State, resident: PyTree, items: PyTree, count: Array, sums: Metrics
@@ -131,11 +134,11 @@ class RunSteps:
     def release(self) -> None:
         """Frees the compiled program and all that the steps refer to; it cannot be called again."""
         self._free()
+        _evict(self._look_up)
 
 
-def _free_mapped(steps: dict[str, Any], mapped: Callable[..., Any]) -> None:
-    """Takes out what `RunSteps` mapped, and JAX's entry of it."""
-    steps.clear()
+def _evict(mapped: Callable[..., Any]) -> None:
+    """Takes out JAX's entry of what was mapped."""
     # JAX has no public call for one function's entry. Where a version has it under another name,
     # the program stays until the process ends, but nothing else of the run does.
     with contextlib.suppress(ImportError, AttributeError):
