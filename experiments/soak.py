@@ -17,7 +17,6 @@ what they need, with XLA's compiled programs kept in WORK/xla.
 import argparse
 import collections
 import contextlib
-import hashlib
 import importlib
 import json
 import os
@@ -184,6 +183,7 @@ def fingerprint(workdir: pathlib.Path) -> dict[str, Any]:
     from jaxdefense.evaluation.journal import hash_arrays
     from jaxdefense.models import zoo
     from jaxdefense.runs.checkpoint import Store
+    from jaxdefense.train.log import hash_log
 
     found: dict[str, Any] = {}
     for kind in ("last", "best"):
@@ -194,9 +194,8 @@ def fingerprint(workdir: pathlib.Path) -> dict[str, Any]:
             meta = {key: meta.get(key) for key in ("step", "best", "unfinished")}
             found[kind] = [hash_arrays(*(leaves[name] for name in sorted(leaves))), meta]
             store.close()
-    log = workdir / "metrics.jsonl"
-    if log.exists():
-        found["log"] = hashlib.sha256(log.read_bytes()).hexdigest()
+    if log := hash_log(workdir):
+        found["log"] = log
     for path in sorted(workdir.glob("*.json")):
         content = json.loads(path.read_text())
         if "results" in content:

@@ -78,7 +78,7 @@ def list_files(paths: Iterable[pathlib.Path]) -> str:
     Args:
       paths: of the files.
     """
-    return "".join(f"{_hash_file(path)}  {path.name}\n" for path in paths)
+    return "".join(f"{hash_file(path)}  {path.name}\n" for path in paths)
 
 
 def list_text(name: str, text: str) -> str:
@@ -120,7 +120,7 @@ def check_file(path: pathlib.Path, listing: pathlib.Path, way_out: str) -> None:
         return
     if not path.is_file():
         raise ValueError(f"{path} is missing, and {listing.name} lists it; {way_out}")
-    if read_listing(listing).get(path.name) != _hash_file(path):
+    if read_listing(listing).get(path.name) != hash_file(path):
         raise ValueError(
             f"{path} is damaged or was edited: its SHA-256 is not the one in {listing.name}; "
             f"{way_out}"
@@ -157,6 +157,11 @@ def shorten(error: Exception) -> str:
     return f"{type(error).__name__}: {line[:120]}"
 
 
-def _hash_file(path: str | os.PathLike) -> str:
+def hash_file(path: str | os.PathLike) -> str:
+    """The SHA-256 of a file's bytes.
+
+    Args:
+      path: of the file.
+    """
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

@@ -21,7 +21,14 @@ from jaxdefense.defenses import base
 from jaxdefense.runs import checkpoint
 from jaxdefense.runs.run import build
 from jaxdefense.train import loop, optim, plan
-from jaxdefense.train.step import State, compile_steps, make_step, unreplicate, zero_sums
+from jaxdefense.train.step import (
+    State,
+    compile_steps,
+    make_step,
+    metric_shapes,
+    unreplicate,
+    zero_sums,
+)
 
 ROOT = pathlib.Path(__file__).parents[1]
 
@@ -244,7 +251,9 @@ class TestStep:
         compiled = compile_steps(counted, gather)
 
         def run(state, resident, items, count, sums=None):
-            sums = zero_sums(step, gather, state, resident, items) if sums is None else sums
+            if sums is None:
+                shapes = metric_shapes(step, gather, state, resident, items)
+                sums = zero_sums(shapes, state.step)
             return compiled(state, resident, items, count, sums)
 
         return (

@@ -9,7 +9,7 @@ from benchmark.pgd import timed_pairs
 from jaxdefense import data, defenses, models, threat
 from jaxdefense.defenses.base import AXIS
 from jaxdefense.train import optim
-from jaxdefense.train.step import State, compile_steps, make_step, zero_sums
+from jaxdefense.train.step import State, compile_steps, make_step, metric_shapes, zero_sums
 
 # Network, its options, batch size, steps of the attack, steps in one dispatch.
 CASES = (
@@ -40,7 +40,9 @@ def trainer(name, options, batch, attack_steps, count, devices):
     def replicated():
         return flax.jax_utils.replicate(first, devices, axis_name=AXIS)
 
-    sums = zero_sums(step, batches.gather, replicated(), batches.resident, items)
+    state = replicated()
+    shapes = metric_shapes(step, batches.gather, state, batches.resident, items)
+    sums = zero_sums(shapes, state.step)
 
     def run():
         state = replicated()  # which the steps take for their result

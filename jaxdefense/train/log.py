@@ -1,6 +1,5 @@
 """The log of a run: metrics.jsonl, and the same numbers as TensorBoard events."""
 
-import hashlib
 import json
 import os
 import pathlib
@@ -15,7 +14,7 @@ from tensorboardX import record_writer, summary
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tqdm import tqdm
 
-from jaxdefense import distributed, files
+from jaxdefense import checksums, distributed, files
 from jaxdefense.runs.run import read_log
 from jaxdefense.train import recovery
 
@@ -116,7 +115,7 @@ def hash_log(workdir: pathlib.Path) -> str:
       workdir: of the run.
     """
     path = workdir / "metrics.jsonl"
-    return hashlib.sha256(path.read_bytes()).hexdigest() if path.exists() else ""
+    return checksums.hash_file(path) if path.exists() else ""
 
 
 class Board:

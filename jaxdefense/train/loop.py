@@ -14,7 +14,6 @@ import contextlib
 import json
 import os
 import pathlib
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NoReturn
@@ -42,6 +41,7 @@ from jaxdefense.train.step import (
     State,
     compile_steps,
     make_step,
+    metric_shapes,
     replicate,
     replicate_like,
     unreplicate,
@@ -466,9 +466,9 @@ class Trainer:
         """The metric sums that a dispatch of a segment begins with."""
         name = _program(segment)
         if name not in self._zeros:
-            self._zeros[name] = zero_sums(
-                self._step(segment), self.batches.gather, state, self.batches.resident, items
-            )
+            data = (self.batches.resident, items)
+            shapes = metric_shapes(self._step(segment), self.batches.gather, state, *data)
+            self._zeros[name] = zero_sums(shapes, state.step)
         return self._zeros[name]
 
     def _piece(self, segment: plan.Segment, most: int) -> int:
@@ -641,16 +641,13 @@ class Trainer:
 
     def _print_notes(self, step: int) -> None:
         """Writes to stderr what a user should know of the data, devices and pretrained networks."""
-        if not distributed.is_writer():
-            return
         if len(self.devices) > 1 and self.devices[-1]["step"] == step:
-            tqdm.write(devices.describe_change(self.devices), file=sys.stderr)
+            recovery.say(devices.describe_change(self.devices))
         for note in self.held_out.notes:
-            tqdm.write(f"{self.held_out.name}: {note}", file=sys.stderr)
+            recovery.say(f"{self.held_out.name}: {note}")
         for role, scores in self.pretrained_scores.items():
             accuracies = {name: v for name, v in scores.items() if name != "source"}
-            line = f"{role} {scores['source']}: {_format_scores(accuracies)}"
-            tqdm.write(line, file=sys.stderr)
+            recovery.say(f"{role} {scores['source']}: {_format_scores(accuracies)}")
 
 
 class _LeftValidation(Exception):

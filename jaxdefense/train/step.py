@@ -307,7 +307,7 @@ def metric_shapes(
     resident: PyTree,
     items: PyTree,
 ) -> Metrics:
-    """The shapes of the metric sums that `compile_steps` takes, see `zero_sums` for the arguments.
+    """The shapes of the metric sums that `compile_steps` takes.
 
     Args:
       step: of `make_step`.
@@ -325,26 +325,15 @@ def metric_shapes(
     return jax.eval_shape(jax.vmap(metrics, axis_name=AXIS), state, resident, items)
 
 
-def zero_sums(
-    step: Callable[[State, Batch], tuple[State, Metrics]],
-    gather: Callable[[PyTree, PyTree], Batch],
-    state: State,
-    resident: PyTree,
-    items: PyTree,
-) -> Metrics:
+def zero_sums(shapes: Metrics, leaf: Array) -> Metrics:
     """The metric sums of no step, replicated as `compile_steps` takes them.
 
     Args:
-      step: of `make_step`.
-      gather: see `compile_steps`.
-      state: replicated.
-      resident: the data on the devices.
-      items: of at least one step.
+      shapes: of `metric_shapes`.
+      leaf: of a `replicate`d state.
     """
-
-    shapes = metric_shapes(step, gather, state, resident, items)
-    zeros = jax.tree.map(lambda leaf: np.zeros(leaf.shape[1:], leaf.dtype), shapes)
-    return replicate_like(zeros, state.step)
+    zeros = jax.tree.map(lambda shape: np.zeros(shape.shape[1:], shape.dtype), shapes)
+    return replicate_like(zeros, leaf)
 
 
 def replicate_like(tree: PyTree, leaf: Array) -> PyTree:
