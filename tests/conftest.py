@@ -11,6 +11,7 @@ import importlib.metadata
 import json
 import os
 import pathlib
+import re
 import time
 
 if not os.environ.get("XLA_FLAGS"):
@@ -70,9 +71,64 @@ LONG = (
 )
 
 
+RIVALS = (
+    "acl|adaad|advprop|anti_adversary|ape_gan|ard|avmixup|cse_at|defensive_distillation|fgsm_at|frl"
+    "|gssl_baseline|hgd|iad|iat|m2at_shuffle|mart|rocl|supcon|zhang_evans"
+)
+# Contracts with many cases: the costliest are slow tests, the others run each time.
+SLOW_CASES = {
+    "test_apgd.py::test_more_restarts_never_lower_the_loss": "l1|l2",
+    "test_apgd.py::test_reaches_the_exact_maximum": ".*-(3-1|2-3)",
+    "test_audit.py::test_each_check_is_tripped_by_a_model": "optimising.*|rippled.*",
+    "test_cascade.py::test_any_batch_size": "1|256",
+    "test_contrastive.py::TestClaf::test_a_refresh_moves_the_head_and_not.*": "eval",
+    "test_cost_sensitive.py::test_a_warm_start_is_computed_once_for_all_members": "True",
+    "test_defenses.py::test_contract": RIVALS,
+    "test_defenses.py::test_crafting_leaves_statistics_alone_and_training_moves_them": RIVALS,
+    "test_defenses.py::test_transforms_keep_the_contract": "ema|soft_labels|stacked",
+    "test_distillation.py::TestSoftLabels::test_any_defence_learns_from_them": "m2at",
+    "test_docstrings.py::test_the_example_runs_as_it_stands": (
+        r".*\.(apgd|apgd_targeted|audit|leaderboard|minimal_distances|square|ensemble\.autoattack)"
+    ),
+    "test_endings.py::TestTraining::test_it_saves_and_ends_with_the_same_bits": "_validate_at-2.*",
+    "test_ensemble.py::test_an_examples_result_does_not_depend_on_its_batch": ".*-(l1|l2)",
+    "test_ensemble.py::test_bf16_models_and_float64_images": "(?!fmn).*",
+    "test_ensemble.py::test_eager_is_jitted": "apgd|square",
+    "test_ensemble.py::test_one_program_for_a_grid_of_eps": "apgd_targeted|fab",
+    "test_fab.py::test_finds_the_exact_distance": ".*-(3-1|2-3)-.*",
+    "test_generators.py::TestEveryGenerator::test_images_to_images": "mae",
+    "test_golden.py::test_the_verdicts_on_some_images_are_still_those": "pgd_at-cifar10-linf",
+    "test_gradient.py::test_contract": "(apgd|autoattack|fab|square).*-(l1|l2)",
+    "test_gssl.py::test_ablations_trace": "options2.*",
+    "test_judge.py::TestARandomModelProperly::test_the_verdict_is_what_fresh_draws_say": "1e-06",
+    "test_judge.py::TestGrid::test_results_are_images_of_8_bits_in_the_ball": "l1|l2",
+    "test_judge.py::TestHalfPrecision::test_a_win_that_a_plain_pass_does_not_confirm.*": "fab",
+    "test_judge.py::TestHalfPrecision::test_the_verdict_is_that_of_float32": ".*",
+    "test_judge.py::TestNonFiniteGradients::test_every_attack_goes_on": ".*_targeted",
+    "test_judge.py::TestOtherBounds::test_equal_problems_have_equal_verdicts": "(fab|square)-.*",
+    "test_judge.py::TestTargets::test_of_three_classes_it_is_the_target_that_is_hit": "(?!apgd).*",
+    "test_judge.py::TestTargets::test_the_nearest_point_of_a_target.*": ".*-(l1|l2)",
+    "test_judge.py::TestWhatIsGiven::test_square_takes_vectors": "l1|l2",
+    "test_minimal.py::test_finds_the_exact_distance": ".*-(3-1|2-3)",
+    "test_models.py::TestEveryModel::.*": ".*(preact_resnet|wide_resnet).*",
+    "test_prepare.py::test_the_recipe_of_a_set_trains_on_it": ".*",
+    "test_purifying.py::test_the_discriminator_raises_what_the_generator_lowers": "ape_gan.*",
+    "test_readme.py::test_examples_run": "docs/(judge|train|your_model|your_weights).md",
+    "test_square.py::test_fools_without_gradients": "l1|l2",
+    "test_square.py::test_more_queries_never_lower_the_margin": "l1|l2",
+    "test_square.py::test_small_and_oblong_images": "shape0-l[12]|shape1-l(1|inf)|shape2-l(2|inf)",
+}
+
+
+@pytest.hookimpl(tryfirst=True)  # before the slow ones are left out
 def pytest_collection_modifyitems(items):
     """Long files begin; `--no-loadscope-reorder` keeps the order among several workers."""
     items.sort(key=lambda item: LONG.index(item.path.name) if item.path.name in LONG else len(LONG))
+    slow = [re.compile(rf"{test}\[({cases})\]") for test, cases in SLOW_CASES.items()]
+    for item in items:
+        name = item.nodeid.removeprefix("tests/")
+        if any(pattern.fullmatch(name) for pattern in slow):
+            item.add_marker(pytest.mark.slow)
 
 
 def pytest_addoption(parser):

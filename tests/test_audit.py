@@ -166,6 +166,7 @@ def test_a_purifier_is_judged_in_all_tiers():
         audit(honest, IMAGES, LABELS, BALL, purify=purify)
 
 
+@pytest.mark.slow
 def test_a_random_defence_is_averaged():
     def noisy(key, x):
         return honest(x + 0.02 * jax.random.normal(key, x.shape))

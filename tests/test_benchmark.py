@@ -100,6 +100,7 @@ def test_a_network_of_each_library_is_timed_beside_itself(monkeypatch):
     assert sorted(missing) == ["equinox (not installed)", *["torchattacks (not installed)"] * 3]
 
 
+@pytest.mark.slow
 def test_training_on_all_devices_is_timed_beside_one(monkeypatch):
     monkeypatch.setattr(training, "CASES", [("cnn", {"width": 0.125}, 8, 1, 2)])
     (row,) = training.rows(repeats=1)

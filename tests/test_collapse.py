@@ -213,6 +213,7 @@ class TestSecondAttack:
             (candidates.Candidates, "clear", 1),  # the winner is written
         ],
     )
+    @pytest.mark.slow
     def test_killed_anywhere_it_ends_with_the_same_bits(
         self, tmp_path, monkeypatch, whole, owner, method, call
     ):

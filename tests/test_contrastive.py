@@ -24,8 +24,8 @@ pytestmark = pytest.mark.usefixtures("autodiff_convolutions")
 claf_literal = import_script("papers.claf_literal")
 
 KEY = jax.random.key(0)
-IMAGES = jax.random.uniform(jax.random.key(1), (8, 8, 8, 1))
-LABELS = jnp.asarray([0, 1, 0, 2, 3, 3, 1, 0])
+IMAGES = np.asarray(jax.random.uniform(jax.random.key(1), (8, 8, 8, 1)))
+LABELS = np.asarray(jnp.asarray([0, 1, 0, 2, 3, 3, 1, 0]))
 BALL = threat.Linf(0.1)
 SMALL = dict(dataset="digits", steps=2, projection=8)
 
@@ -394,6 +394,7 @@ class TestRivals:
             defenses.make(name, CNN, BALL, **options)
 
 
+@pytest.mark.slow
 def test_claf_trains_with_weight_perturbation_and_averages(tmp_path, tfds_dir):
     """All phases twice over, through the loop, and the averaged classifier is the deployed one."""
     config = {

@@ -434,6 +434,7 @@ def test_metric_i_takes_each_class_from_its_protector():
     assert table.splitlines()[2] == "| cse | – | – | 67.50 ± 24.75 (2) |"
 
 
+@pytest.mark.slow
 def test_a_stack_trains_validates_and_is_recorded(tmp_path, tfds_dir, monkeypatch):
     monkeypatch.setenv("TFDS_DATA_DIR", tfds_dir)
     config = configs.load("standard", "digits_debug").to_dict()
@@ -457,6 +458,7 @@ def test_a_stack_trains_validates_and_is_recorded(tmp_path, tfds_dir, monkeypatc
     assert list(min_max.report(weights)) == ["conv1", "conv2"]
 
 
+@pytest.mark.slow
 def test_autoattack_judges_each_member_on_its_own_class(tmp_path, tfds_dir, monkeypatch):
     monkeypatch.setenv("TFDS_DATA_DIR", tfds_dir)
     weak = cascade.Stage("apgd-ce", attacks.apgd(threat.Linf(0.15), steps=3), 4, 3)

@@ -19,8 +19,8 @@ from jaxdefense.train.step import State, make_step
 pytestmark = pytest.mark.usefixtures("autodiff_convolutions")
 
 KEY = jax.random.key(0)
-IMAGES = jax.random.uniform(jax.random.key(1), (8, 8, 8, 1))
-LABELS = jnp.arange(8) % 4
+IMAGES = np.asarray(jax.random.uniform(jax.random.key(1), (8, 8, 8, 1)))
+LABELS = np.asarray(jnp.arange(8) % 4)
 BALL = threat.Linf(0.1)
 
 # The options of defences that have no config of their own.
@@ -109,14 +109,7 @@ def run_steps(defense, phase, start=None, n=2, view=lambda key, x: {"image": x})
     return params, state, metrics
 
 
-# Rivals whose contract takes longest to compile; files of their own test their losses.
-LONG = ("acl", "adaad", "ape_gan", "ard", "hgd", "iad", "rocl")
-
-
-@pytest.mark.parametrize(
-    "name",
-    [pytest.param(n, marks=[pytest.mark.slow] if n in LONG else []) for n in defenses.names()],
-)
+@pytest.mark.parametrize("name", defenses.names())
 def test_contract(name):
     """init, every phase's step, finite metrics, moved parameters, working predictors.
 

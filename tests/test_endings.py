@@ -88,6 +88,7 @@ class TestTraining:
         train.train(values(tfds_dir), tmp_path, progress=False)
         assert_equal_runs(tmp_path, whole)
 
+    @pytest.mark.slow
     def test_a_validation_that_is_left_twice_is_logged_once(
         self, tmp_path, tfds_dir, whole, monkeypatch
     ):

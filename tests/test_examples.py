@@ -24,6 +24,7 @@ def run(tmp_path, tfds_dir, monkeypatch):
     return call
 
 
+@pytest.mark.slow
 def test_attack_my_model(run):
     found, made = run("attack_my_model")
     assert made == {"attack.png"}

@@ -15,14 +15,6 @@ from jaxdefense.evaluation import records
 ROOT = pathlib.Path(__file__).parents[1]
 
 
-def script(name, *arguments, data=None):
-    env = {**os.environ, "JAX_CACHE_DIR": str(ROOT / ".cache" / "xla"), "COLUMNS": "80"}
-    if data:
-        env["TFDS_DATA_DIR"] = data
-    command = [sys.executable, str(ROOT / "experiments" / name), *arguments]
-    return subprocess.run(command, capture_output=True, text=True, env=env, timeout=400)
-
-
 # Runs scripts in forks of one process that has imported what they need: starting takes seconds.
 RUN_ALL = """
 import json, os, runpy, sys, traceback
@@ -54,13 +46,13 @@ for number, command in enumerate(json.load(sys.stdin)):
 """
 
 
-def scripts(folder, commands):
-    """[(exit code, stdout, stderr)] of commands (script, arguments)."""
+def scripts(folder, commands, **environment):
+    """[(exit code, stdout, stderr)] of commands (script, arguments), one after another."""
     paths = [[str(ROOT / "experiments" / name), *arguments] for name, *arguments in commands]
     result = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", RUN_ALL],
         input=json.dumps(paths),
-        env=os.environ | {"COLUMNS": "80"},
+        env=os.environ | {"COLUMNS": "80"} | environment,
         cwd=folder,
         capture_output=True,
         text=True,
@@ -98,30 +90,39 @@ def test_unknown_names_list_the_nearest():
 
 def test_train_evaluate_and_tables(tmp_path, tfds_dir):
     """The three commands of the README on the debug variant, and an override."""
-    result = script(
-        "train.py", "--config=trades:digits_debug", f"--workdir={tmp_path}/run",
-        "--config.train.optimizer.lr=0.002", "--progress", data=tfds_dir,
+    run = str(tmp_path / "run")
+    trained, early, judged, table, per_class = scripts(
+        tmp_path,
+        [
+            (
+                "train.py", "--config=trades:digits_debug", f"--workdir={run}",
+                "--config.train.optimizer.lr=0.002", "--progress",
+            ),
+            ("tables.py", run),
+            ("evaluate.py", f"--workdir={run}"),
+            ("tables.py", run),
+            ("tables.py", "--per_class=pgd20", run),
+        ],
+        TFDS_DATA_DIR=tfds_dir,
+        JAX_CACHE_DIR=str(ROOT / ".cache" / "xla"),
     )  # fmt: skip
-    assert result.returncode == 0, result.stderr
-    assert "best checkpoint" in result.stdout
-    assert "6/6" in result.stderr  # the progress bar's end
-    assert (
-        json.loads((tmp_path / "run" / "config.json").read_text())["train"]["optimizer"]["lr"]
-        == 0.002
-    )
-    result = script("tables.py", str(tmp_path / "run"))
-    assert result.returncode == 1
-    assert f"run experiments/evaluate.py --workdir={tmp_path}/run first" in result.stderr
-    result = script("evaluate.py", f"--workdir={tmp_path}/run", data=tfds_dir)
-    assert result.returncode == 0, result.stderr
-    assert "image/s" not in result.stderr  # stderr is no terminal: no bar
+    code, out, err = trained
+    assert code == 0, err
+    assert "best checkpoint" in out
+    assert "6/6" in err  # the progress bar's end
+    config = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert config["train"]["optimizer"]["lr"] == 0.002
+    code, out, err = early
+    assert code == 1
+    assert f"run experiments/evaluate.py --workdir={run} first" in err
+    code, out, err = judged
+    assert code == 0, err
+    assert "image/s" not in err  # stderr is no terminal: no bar
     record = records.load(tmp_path / "run" / "configured.json")
     assert record["results"]["classifier"]["clean"]["n"] == 256
-    assert f"{record['results']['classifier']['pgd20']['accuracy']:.2f}" in result.stdout
-    result = script("tables.py", str(tmp_path / "run"))
-    assert "| trades-digits-debug |" in result.stdout
-    result = script("tables.py", "--per_class=pgd20", str(tmp_path / "run"))
-    assert "| pgd20, % | threat | n | 0 | 1 |" in result.stdout
+    assert f"{record['results']['classifier']['pgd20']['accuracy']:.2f}" in out
+    assert "| trades-digits-debug |" in table[1]
+    assert "| pgd20, % | threat | n | 0 | 1 |" in per_class[1]
 
 
 def test_scripts_answer_bad_input_without_a_traceback(tmp_path):

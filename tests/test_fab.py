@@ -76,7 +76,8 @@ def test_finds_the_exact_distance(norm, classes, batch, targeted):
         attack = attacks.fab_targeted(ball, targets=classes - 1, steps=15, minimal=True)
     x_adv = attacked(attack, predict, KEY, x, labels)
     assert bool(attacks.fooled(predict(x_adv), labels).all())
-    assert bool(jnp.all((x_adv >= 0) & (x_adv <= 1)))
+    assert np.min(x_adv) >= 0
+    assert np.max(x_adv) <= 1
     share = np.asarray(ball.distance(x_adv, x)) / distances(norm, x, labels, weights)
     assert share.min() > 1 - 1e-4
     assert share.max() < 1.02
@@ -124,6 +125,7 @@ def test_refine_only_comes_nearer_and_stays_fooling():
     np.testing.assert_array_equal(moved, before)
 
 
+@pytest.mark.slow
 def test_passes_are_the_calls_of_the_model():
     """Counted by hand for 2 steps: the image, two forward a step, the search."""
     calls = {"forward": 0, "backward": 0}

@@ -170,7 +170,7 @@ def test_contract(name, norm):
     x_adv = fast(WEIGHTS, keys, IMAGES, LABELS)
     assert x_adv.shape == IMAGES.shape
     assert x_adv.dtype == IMAGES.dtype
-    assert bool(jnp.all(jnp.isfinite(x_adv)))
+    assert np.all(np.isfinite(x_adv))
     assert x_adv.min() >= 0
     assert x_adv.max() <= 1
     if not getattr(attack, "minimal", False):

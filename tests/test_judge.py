@@ -203,6 +203,7 @@ class TestEachImageHasItsOwnEps:
         np.testing.assert_array_equal(found.robust[eps == 0], clean[eps == 0])
         assert found.robust[(eps > 0.1)].mean() < 0.1
 
+    @pytest.mark.slow
     def test_in_a_cascade_of_any_batch_size_and_order(self):
         def run(rows, batch_size=None):
             ball = threat.Linf(EPS[rows])
@@ -505,6 +506,7 @@ class TestARandomModelProperly:
         assert {stage.attack.samples for stage in found} == {7}
         assert found[0].passes == (1 + 7 * 101, 7 * 101)
 
+    @pytest.mark.slow
     def test_seeds_reproduce(self):
         first, again, other = self.run(), self.run(), self.run(seed=1)
         np.testing.assert_array_equal(first.share, again.share)
@@ -605,9 +607,9 @@ class TestHalfPrecision:
         ("dtype", "eps"),
         [
             (jnp.bfloat16, 0.1),
-            pytest.param(jnp.float16, 0.02, marks=pytest.mark.slow),
-            pytest.param(jnp.bfloat16, 0.02, marks=pytest.mark.slow),
-            pytest.param(jnp.bfloat16, 0.04, marks=pytest.mark.slow),
+            (jnp.float16, 0.02),
+            (jnp.bfloat16, 0.02),
+            (jnp.bfloat16, 0.04),
         ],
     )
     def test_the_verdict_is_that_of_float32(self, dtype, eps):

@@ -9,9 +9,9 @@ import scipy.stats
 
 from jaxdefense import losses
 
-LOGITS = jax.random.normal(jax.random.key(0), (7, 5)) * 4
-OTHER = jax.random.normal(jax.random.key(1), (7, 5)) * 4
-LABELS = jnp.asarray([0, 1, 2, 3, 4, 0, 1])
+LOGITS = np.asarray(jax.random.normal(jax.random.key(0), (7, 5)) * 4)
+OTHER = np.asarray(jax.random.normal(jax.random.key(1), (7, 5)) * 4)
+LABELS = np.asarray(jnp.asarray([0, 1, 2, 3, 4, 0, 1]))
 Z, Q, Y = (np.asarray(a, np.float64) for a in (LOGITS, OTHER, LABELS))
 ROWS, Y = np.arange(7), np.asarray(LABELS)
 

@@ -136,7 +136,9 @@ class TestEveryModel:
         answer = applied(name)(variables, images())
         jax.tree.map(np.testing.assert_array_equal, answer["statistics"], statistics)
         assert answer["train logits"].shape == (4, CLASSES)
-        moved = jax.tree.map(lambda a, b: jnp.any(a != b), statistics, answer["train statistics"])
+        moved = jax.tree.map(
+            lambda a, b: not np.array_equal(a, b), statistics, answer["train statistics"]
+        )
         assert all(jax.tree.leaves(moved))
 
     def test_new_weights_do_not_recompile(self, name):
@@ -157,8 +159,8 @@ class TestEveryModel:
 
         params, x = jax.jit(jax.grad(loss, (0, 1)))(variables["params"], images())
         for leaf in jax.tree.leaves((params, x)):
-            assert jnp.all(jnp.isfinite(leaf))
-            assert jnp.any(leaf != 0)
+            assert np.all(np.isfinite(leaf))
+            assert np.any(leaf)
 
     def test_normalisation_is_inside(self, name):
         mean, std = (0.4, 0.5, 0.6), (0.2, 0.3, 0.4)
@@ -200,11 +202,12 @@ class TestEveryModel:
         assert {jax.tree_util.keystr(p) for p, _ in alone} < {
             jax.tree_util.keystr(p) for p, _ in jax.tree.leaves_with_path(variables)
         }
-        _, new = two.apply(variables, x, train=True, bn_set=1, mutable=["batch_stats"])
+        train = functools.partial(two.apply, train=True, bn_set=1, mutable=["batch_stats"])
+        _, new = jax.jit(train)(variables, x)
         before = jax.tree.leaves_with_path(variables["batch_stats"])
         after = jax.tree.leaves(new["batch_stats"])
         for (path, was), now in zip(before, after, strict=True):
-            assert bool(jnp.any(was != now)) == ("_set1" in jax.tree_util.keystr(path))
+            assert np.array_equal(was, now) == ("_set1" not in jax.tree_util.keystr(path))
         with pytest.raises(ValueError, match="bn_set"):
             one.apply(variables, x, bn_set=1)
 

@@ -223,8 +223,8 @@ def test_sets_of_jpeg_files_are_prepared_and_read(name, options, shape, tiny, tm
     ("row", "name", "shape", "classes"),
     [
         ("svhn", "svhn_cropped", (32, 32, 3), 10),
-        pytest.param("imagenette", "imagenette", (160, 160, 3), 10, marks=pytest.mark.slow),
-        pytest.param("tiny_imagenet", "tiny_imagenet", (64, 64, 3), 200, marks=pytest.mark.slow),
+        ("imagenette", "imagenette", (160, 160, 3), 10),
+        ("tiny_imagenet", "tiny_imagenet", (64, 64, 3), 200),
     ],
 )
 def test_the_recipe_of_a_set_trains_on_it(row, name, shape, classes, tiny, tmp_path):

@@ -19,13 +19,7 @@ def blocks(text, language):
     return re.findall(rf"^```{language}\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
 
 
-# Pages whose examples take longer than ten seconds.
-LONG = ("docs/judge.md", "docs/train.md", "docs/your_model.md")
-
-
-@pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=[pytest.mark.slow] if n in LONG else []) for n in WITH_CODE]
-)
+@pytest.mark.parametrize("name", WITH_CODE)
 def test_examples_run(name, tfds_dir, tmp_path, monkeypatch):
     """All of a page in one namespace, in a folder of its own, as a reader would paste it."""
     import matplotlib

@@ -387,6 +387,7 @@ class TestInside:
             *(np.asarray(y, np.float32) for y in (found, wanted)), rtol=0.02, atol=0.02
         )
 
+    @pytest.mark.slow
     def test_second_derivatives_in_reverse(self):
         def value(f):
             return lambda x: jnp.sum(jnp.sin(f(x, W)))

@@ -34,7 +34,8 @@ def test_fools_without_gradients(norm):
     attack = attacks.square(ball, queries=1000)
     x_adv = attacked(attack, lambda z: predict(_no_gradient(z)), KEY, x, labels)
     assert bool(attacks.fooled(predict(x_adv), labels).all())
-    assert bool(jnp.all((x_adv >= 0) & (x_adv <= 1)))
+    assert np.min(x_adv) >= 0
+    assert np.max(x_adv) <= 1
     assert float(ball.distance(x_adv, x).max()) <= eps * (1 + 1e-5)
     with pytest.raises(AssertionError, match="gradient"):
         attacks.fgsm(ball)(lambda z: predict(_no_gradient(z)), KEY, x, labels)

@@ -335,6 +335,7 @@ class TestLoop:
         monkeypatch.setattr(data, "load", load)
         train.train(config(tfds_dir), tmp_path, progress=False)
 
+    @pytest.mark.slow
     def test_killed_at_a_random_step_it_ends_with_the_same_bits(self, tmp_path, tfds_dir):
         """SIGKILL, twice, at moments that a seed from the clock chooses; all arrays equal."""
         values = config(
@@ -397,6 +398,7 @@ class TestLoop:
         process.wait()
         return steps[-1]
 
+    @pytest.mark.slow
     def test_sigterm_saves_and_says_how_to_go_on(self, tmp_path, tfds_dir):
         values = config(tfds_dir, **{"train.length": "40s"})
         train.train(values, tmp_path / "whole", progress=False)
