@@ -5,6 +5,7 @@ emitters three quarters of that: they are off unless XLA_FLAGS is given, which a
 on one compiler's rounding. `make test-slow` has them on.
 """
 
+import ctypes
 import gc
 import importlib
 import importlib.metadata
@@ -12,6 +13,7 @@ import json
 import os
 import pathlib
 import re
+import sys
 import time
 
 if not os.environ.get("XLA_FLAGS"):
@@ -80,15 +82,20 @@ SLOW_CASES = {
     "test_apgd.py::test_more_restarts_never_lower_the_loss": "l1|l2",
     "test_apgd.py::test_reaches_the_exact_maximum": ".*-(3-1|2-3)",
     "test_audit.py::test_each_check_is_tripped_by_a_model": "optimising.*|rippled.*",
+    "test_augment.py::TestContract::test_runs_inside_scan_and_pmap": "(?!all).*",
     "test_cascade.py::test_any_batch_size": "1|256",
+    "test_contrastive.py::TestRivals::test_the_head_phase_moves_the_head_only": "acl|rocl",
     "test_contrastive.py::TestClaf::test_a_refresh_moves_the_head_and_not.*": "eval",
     "test_cost_sensitive.py::test_a_warm_start_is_computed_once_for_all_members": "True",
+    "test_damage.py::test_each_file_of_a_checkpoint": "(empty|truncate|zero).*",
+    "test_data.py::TestDecodedCopy::test_may_be_damaged_anywhere": "-?[1-9]0*0",
     "test_defenses.py::test_contract": RIVALS,
     "test_defenses.py::test_crafting_leaves_statistics_alone_and_training_moves_them": RIVALS,
     "test_defenses.py::test_transforms_keep_the_contract": "ema|soft_labels|stacked",
     "test_distillation.py::TestSoftLabels::test_any_defence_learns_from_them": "m2at",
     "test_docstrings.py::test_the_example_runs_as_it_stands": (
-        r".*\.(apgd|apgd_targeted|audit|leaderboard|minimal_distances|square|ensemble\.autoattack)"
+        r".*\.(apgd|apgd_targeted|audit|box_mask|eot|fab|fab_targeted|leaderboard|minimal_distances)"
+        r"|.*\.(square|steps_of|worst_case|ensemble\.autoattack)"
     ),
     "test_endings.py::TestTraining::test_it_saves_and_ends_with_the_same_bits": "_validate_at-2.*",
     "test_ensemble.py::test_an_examples_result_does_not_depend_on_its_batch": ".*-(l1|l2)",
@@ -97,22 +104,24 @@ SLOW_CASES = {
     "test_ensemble.py::test_one_program_for_a_grid_of_eps": "apgd_targeted|fab",
     "test_fab.py::test_finds_the_exact_distance": ".*-(3-1|2-3)-.*",
     "test_generators.py::TestEveryGenerator::test_images_to_images": "mae",
+    "test_generators.py::test_autoencoders_return_images_and_train_every_parameter": "mae",
     "test_golden.py::test_the_verdicts_on_some_images_are_still_those": "pgd_at-cifar10-linf",
-    "test_gradient.py::test_contract": "(apgd|autoattack|fab|square).*-(l1|l2)",
+    "test_gradient.py::test_contract": "(?!pgd).*-(l1|l2)|autoattack.*",
     "test_gssl.py::test_ablations_trace": "options2.*",
     "test_judge.py::TestARandomModelProperly::test_the_verdict_is_what_fresh_draws_say": "1e-06",
     "test_judge.py::TestGrid::test_results_are_images_of_8_bits_in_the_ball": "l1|l2",
     "test_judge.py::TestHalfPrecision::test_a_win_that_a_plain_pass_does_not_confirm.*": "fab",
     "test_judge.py::TestHalfPrecision::test_the_verdict_is_that_of_float32": ".*",
     "test_judge.py::TestNonFiniteGradients::test_every_attack_goes_on": ".*_targeted",
-    "test_judge.py::TestOtherBounds::test_equal_problems_have_equal_verdicts": "(fab|square)-.*",
+    "test_judge.py::TestOtherBounds::test_equal_problems_have_equal_verdicts": "(?!apgd-linf).*",
     "test_judge.py::TestTargets::test_of_three_classes_it_is_the_target_that_is_hit": "(?!apgd).*",
     "test_judge.py::TestTargets::test_the_nearest_point_of_a_target.*": ".*-(l1|l2)",
+    "test_judge.py::TestWhatIsGiven::test_channels_first_is_the_same_problem": "l2",
     "test_judge.py::TestWhatIsGiven::test_square_takes_vectors": "l1|l2",
     "test_minimal.py::test_finds_the_exact_distance": ".*-(3-1|2-3)",
-    "test_models.py::TestEveryModel::.*": ".*(preact_resnet|wide_resnet).*",
+    "test_models.py::(TestEveryModel::)?test_.*": ".*(preact_resnet|vgg|wide_resnet)(?!-shape).*",
     "test_prepare.py::test_the_recipe_of_a_set_trains_on_it": ".*",
-    "test_purifying.py::test_the_discriminator_raises_what_the_generator_lowers": "ape_gan.*",
+    "test_purifying.py::test_the_discriminator_raises_what_the_generator_lowers": ".*",
     "test_readme.py::test_examples_run": "docs/(judge|train|your_model|your_weights).md",
     "test_square.py::test_fools_without_gradients": "l1|l2",
     "test_square.py::test_more_queries_never_lower_the_margin": "l1|l2",
@@ -131,6 +140,11 @@ def pytest_collection_modifyitems(items):
             item.add_marker(pytest.mark.slow)
 
 
+def pytest_collection_finish():
+    """What was imported stays: the garbage collector need not look at it again."""
+    gc.freeze()
+
+
 def pytest_addoption(parser):
     parser.addoption("--results", help="write each test's outcome and seconds to this JSON file")
 
@@ -139,9 +153,11 @@ def pytest_addoption(parser):
 def _release_programs():
     """What one file of tests compiled is of little use to the next, and fills gigabytes."""
     yield
-    if resident_bytes() > 1.2e9:
+    if resident_bytes() > 1.4e9:
         jax.clear_caches()
         gc.collect()
+        if sys.platform == "linux":  # glibc keeps what was freed
+            ctypes.CDLL("libc.so.6").malloc_trim(0)
 
 
 def resident_bytes():

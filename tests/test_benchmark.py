@@ -71,6 +71,7 @@ class TestTables:
         assert tables.verdict_table({"rows": [timed]}) == ""
 
 
+@pytest.mark.slow
 def test_pgd_times_each_peer_or_says_that_it_is_missing(monkeypatch):
     monkeypatch.setattr(pgd, "CASES", [("cnn", 2, 1)])
     monkeypatch.setattr(pgd.importlib.util, "find_spec", lambda peer: peer == "foolbox")

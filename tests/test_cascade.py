@@ -71,6 +71,7 @@ def test_any_order(verdict):
     same(verdict, run(order), order)
 
 
+@pytest.mark.slow
 def test_any_number_of_devices(verdict):
     same(verdict, run(devices=jax.local_devices()[:1]))
     assert len(jax.local_devices()) == 2
@@ -141,6 +142,7 @@ class TestAutoattack:
     def predict(self, x):
         return NET.apply(VARIABLES, x)
 
+    @pytest.mark.slow
     def test_on_a_bare_function(self):
         found = evaluation.autoattack(
             self.predict, IMAGES[:20], LABELS[:20], threat.Linf(0.01), attacks=("apgd-ce", "apgd-t")

@@ -189,6 +189,7 @@ def whole(tmp_path_factory):
 class TestSecondAttack:
     pgd = {"name": "pgd", "steps": 3, "best_of": 6}  # noqa: RUF012
 
+    @pytest.mark.slow
     def test_it_turns_down_what_the_first_attack_prefers(self, tmp_path, capsys):
         first, _ = toy_train(tmp_path / "first")
         assert first["best"]["step"] == 12

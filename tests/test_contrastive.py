@@ -100,6 +100,7 @@ class TestSupCon:
         assert got.dtype == jnp.float32
         np.testing.assert_array_equal(got, SUPCON(half.astype(jnp.float32), LABELS))
 
+    @pytest.mark.slow
     def test_two_devices_equal_one(self):
         """Loss and gradient: own anchors against all views, then the mean over devices."""
         x = jax.random.normal(jax.random.key(5), (2, 8, 6))
@@ -238,6 +239,7 @@ class TestClaf:
         renewed = defenses.make("claf", CNN, BALL, **SMALL, cycles=1, keep_head=False)
         assert renewed.phases[1].fresh_params == ("head",)
 
+    @pytest.mark.slow
     def test_two_devices_equal_one(self):
         """The first phase of one step on given views: the pool of a device is all devices'."""
         defense = defenses.make("claf", CNN, BALL, **SMALL, cycles=1)

@@ -102,6 +102,7 @@ def test_a_missing_extra_is_named(program, said):
     assert after in last
 
 
+@pytest.mark.slow
 def test_a_script_says_it_in_one_line():
     for name in ("train.py", "tables.py", "quickstart.py", "papers/claf_literal.py"):
         path = str(ROOT / "experiments" / name)

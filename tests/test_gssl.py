@@ -249,6 +249,7 @@ def test_stages_keep_their_order():
     ]  # fmt: skip
 
 
+@pytest.mark.slow
 def test_composes_with_trades_from_a_config(tfds_dir, monkeypatch):
     """robust_loss adds exactly what that defence's own loss would be, on its own examples."""
     monkeypatch.setenv("TFDS_DATA_DIR", tfds_dir)

@@ -514,6 +514,7 @@ class TestARandomModelProperly:
         assert np.any(first.share != other.share)
         assert first.interval[0] < first.accuracy < first.interval[1]
 
+    @pytest.mark.slow
     def test_goes_on_from_a_folder(self, tmp_path, monkeypatch):
         whole, real, calls = self.run(), Evaluator.craft, []
 

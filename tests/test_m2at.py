@@ -221,6 +221,7 @@ def unmapped(*trees):
     return jax.tree.map(lambda leaf: leaf[0], trees)
 
 
+@pytest.mark.slow
 def test_m2at_beside_another_defence_averaged_at_perturbed_weights():
     parts = {"m2at": {"pairing": "shuffle", "steps": 1}, "mart": {"weight": 0.5, "steps": 1}}
     defense = defenses.make(

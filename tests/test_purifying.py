@@ -131,6 +131,7 @@ def test_a_trained_classifier_is_taken_as_it_is():
         ipg(classifier=given, lengths={"classifier": "2e"})
 
 
+@pytest.mark.slow
 def test_phases_craft_on_the_classifier_and_on_the_whole():
     """A gradient step's shares: FGSM on that phase's own target, PGD in the ball, clean."""
     defense, params, carry = started("ipg")

@@ -479,6 +479,7 @@ class TestBrowser:
         opened.execute_script("arguments[0].click()", button)
         assert not self.find(opened, "td.detail")
 
+    @pytest.mark.slow
     def test_narrow_and_dark(self, opened, committed):
         size = dict(width=400, height=900, deviceScaleFactor=1, mobile=True)
         media = dict(features=[dict(name="prefers-color-scheme", value="dark")])

@@ -116,6 +116,7 @@ class Other(nn.Module):
     """Not the network that was trained."""
 
 
+@pytest.mark.slow
 def test_own_network_is_given_again_and_frozen_statistics_stay(tfds_dir, tmp_path):
     own = config(tfds_dir, frozen=["classifier/conv", "classifier/bn"])
     del own["model"]

@@ -435,6 +435,7 @@ class TestLoop:
         again = train.train(config(tfds_dir), tmp_path, progress=False)
         assert again["steps"] == 12
 
+    @pytest.mark.slow
     def test_streaming_gives_the_same_bits(self, tmp_path, tfds_dir):
         train.train(config(tfds_dir), tmp_path / "device", progress=False)
         streaming = config(tfds_dir, **{"train.streaming": True})

@@ -1,7 +1,7 @@
 """A user's own network, as it stands and with fast convolutions, beside torchattacks.
 
 One trained MNIST CNN (a run of the model "cnn") written as a plain network of several libraries,
-with the same weights: PGD-40 on the given images, and standard AutoAttack on 64 of them. The
+with the same weights: PGD-40 on the given images, and standard AutoAttack on 32 of them. The
 network as it stands is attacked inside `models.explicit_gradients(False)`, which switches
 `jaxdefense.rewrite` off and changes nothing else.
 """
@@ -21,7 +21,7 @@ from jaxdefense import attacks, data, models, runs
 from jaxdefense.evaluation import cascade
 from jaxdefense.evaluation.evaluator import Evaluator
 
-AUTOATTACK_IMAGES = 64  # plain, an image takes it some four seconds
+AUTOATTACK_IMAGES = 32  # plain, an image takes it some four seconds
 PGD_STEPS, PGD_STEP_SIZE = 40, 0.01
 
 
