@@ -1,8 +1,8 @@
 """Threat models: a norm ball around each image, cut by the box of valid images.
 
-Each norm is one frozen dataclass with exact operations. Elsewhere a norm is only a key of a table:
-of step rules (`attacks.apgd`), proposals (`attacks.square`), budgets (`attacks.ensemble`), names
-(`evaluation.tables`).
+Each norm is one frozen dataclass with exact operations. Elsewhere a norm is a key of a table: of
+step rules (`attacks.apgd`), proposals (`attacks.square`), budgets (`attacks.ensemble`), names
+(`evaluation.tables`). What knows one norm only refuses the others.
 
 `eps` and distances are in image units ([0, 1] pixels unless `bounds` says otherwise). `eps` is one
 number or one per example, and may be traced, so a grid of eps is one program.

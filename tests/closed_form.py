@@ -58,6 +58,7 @@ def largest_gain(norm, eps, direction, x):
         order = np.argsort(-size)
         before = np.cumsum(room[order]) - room[order]
         return np.sum(size[order] * np.clip(eps - before, 0, room[order]))
+    assert norm == "l2", norm
     low, high = 0.0, 1e6
     for _ in range(200):
         t = (low + high) / 2
@@ -77,7 +78,7 @@ def distance_to_plane(norm, normal, gap, x):
         last = np.searchsorted(gains, gap)
         before = gains[last - 1] if last else 0.0
         return np.sum(room[order][:last]) + (gap - before) / size[order][last]
-    rate = size if norm == "l2" else np.ones_like(size)
+    rate = {"l2": size, "linf": np.ones_like(size)}[norm]
     low, high = 0.0, 1e6
     for _ in range(200):
         t = (low + high) / 2

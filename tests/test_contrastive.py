@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import test_train
 from conftest import import_script
 
 from jaxdefense import attacks, defenses, losses, models, runs, threat
@@ -399,35 +400,17 @@ class TestRivals:
 @pytest.mark.slow
 def test_claf_trains_with_weight_perturbation_and_averages(tmp_path, tfds_dir):
     """All phases twice over, through the loop, and the averaged classifier is the deployed one."""
-    config = {
-        "seed": 0,
-        "name": "tiny",
-        "dataset": {"name": "digits", "validation": 64, "limit": 192, "data_dir": tfds_dir},
-        "model": {"name": "cnn", "width": 0.25},
-        "threat": {"norm": "linf", "eps": 0.1},
-        "defense": {
-            "name": "claf",
-            **SMALL,
-            "cycles": 2,
-            "refresh_epochs": "1s",
-            "refresh_every": "1s",
-            "final_epochs": "2s",
-            "transforms": {
-                "ema": {"decay": 0.9},
-                "weight_perturbation": {"gamma": 5e-3},
-            },
-        },
-        "train": {
-            "length": "8s",
-            "batch_size": 32,
-            "optimizer": {"name": "sgd", "lr": 0.1, "momentum": 0.9},
-            "validate_every": "4s",
-            "checkpoint_every": "8s",
-            "steps_per_dispatch": 2,
-        },
-        "validation": {"name": "pgd", "steps": 2},
-        "evaluation": {"attacks": {"pgd2": {"name": "pgd", "steps": 2}}},
+    defense = {
+        "name": "claf",
+        **SMALL,
+        "cycles": 2,
+        "refresh_epochs": "1s",
+        "refresh_every": "1s",
+        "final_epochs": "2s",
+        "transforms": {"ema": {"decay": 0.9}, "weight_perturbation": {"gamma": 5e-3}},
     }
+    train = {"train.length": "8s", "train.validate_every": "4s", "train.checkpoint_every": "8s"}
+    config = test_train.config(tfds_dir, defense=defense, **train)
     summary = loop.train(config, tmp_path, progress=False)
     assert summary["steps"] == summary["best"]["step"] == 8
     lines = [json.loads(x) for x in (tmp_path / "metrics.jsonl").read_text().splitlines()]

@@ -11,6 +11,7 @@ import numpy as np
 import optax
 import pytest
 import scipy.special
+import test_train
 
 from jaxdefense import data, defenses, losses, models, runs, threat, train
 from jaxdefense.defenses import _teachers, base
@@ -341,24 +342,16 @@ class TestSoftLabels:
 
 def config(tfds_dir, **defense):
     """A run of seconds on digits."""
-    return {
-        "seed": 0,
-        "name": "tiny",
-        "dataset": {"name": "digits", "validation": 64, "limit": 64, "data_dir": tfds_dir},
-        "model": {"name": "cnn", "width": 0.25},
-        "threat": {"norm": "linf", "eps": 0.1},
+    changes = {
         "defense": defense,
-        "train": {
-            "length": "6s",
-            "batch_size": 16,
-            "optimizer": {"name": "sgd", "lr": 0.1},
-            "validate_every": "3s",
-            "checkpoint_every": "3s",
-            "steps_per_dispatch": 1,
-        },
-        "validation": {"name": "pgd", "steps": 2},
-        "evaluation": {"attacks": {"pgd2": {"name": "pgd", "steps": 2}}},
+        "dataset.limit": 64,
+        "train.length": "6s",
+        "train.batch_size": 16,
+        "train.optimizer": {"name": "sgd", "lr": 0.1},
+        "train.validate_every": "3s",
+        "train.steps_per_dispatch": 1,
     }
+    return test_train.config(tfds_dir, **changes)
 
 
 @pytest.fixture(scope="module")

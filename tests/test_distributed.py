@@ -14,6 +14,7 @@ import time
 import jax
 import numpy as np
 import pytest
+import test_train
 
 from jaxdefense import data, distributed, runs, train
 from jaxdefense.evaluation import Evaluator, cascade
@@ -67,25 +68,14 @@ distributed.barrier("never")
 
 
 def config(tfds_dir):
-    return {
-        "seed": 0,
-        "name": "tiny",
-        "dataset": {"name": "digits", "validation": 64, "limit": 192, "data_dir": tfds_dir},
-        "model": {"name": "cnn", "width": 0.25},
-        "threat": {"norm": "linf", "eps": 0.1},
-        "defense": {"name": "pgd_at", "steps": 1},
-        "train": {
-            "length": "9s",
-            "batch_size": 32,
-            "optimizer": {"name": "sgd", "lr": 0.1, "momentum": 0.9},
-            "augment": "none",
-            "validate_every": "6s",
-            "checkpoint_every": "3s",
-            "steps_per_dispatch": 3,
-        },
+    changes = {
+        "defense.steps": 1,
+        "train.length": "9s",
+        "train.steps_per_dispatch": 3,
         "validation": {"name": "fgsm"},
-        "evaluation": {"attacks": {"fgsm": {"name": "fgsm"}}},
+        "evaluation.attacks": {"fgsm": {"name": "fgsm"}},
     }
+    return test_train.config(tfds_dir, **changes)
 
 
 def environment(count, **more):

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import test_train
 from closed_form import attacked, distances, linear
 
 from jaxdefense import attacks, evaluation, losses, threat
@@ -774,17 +775,13 @@ class TestTargets:
     def test_a_config_refuses_one(self, section, tfds_dir):
         targeted = {"name": "pgd", "targeted": True}
         plain = {"name": "pgd", "steps": 1}
-        config = {
-            "seed": 0,
-            "name": "tiny",
-            "dataset": {"name": "digits", "limit": 32, "validation": 8, "data_dir": tfds_dir},
-            "model": {"name": "cnn", "width": 0.25},
-            "threat": {"norm": "linf", "eps": 0.1},
-            "defense": {"name": "standard"},
-            "train": {"length": "1s", "batch_size": 8, "optimizer": {"name": "sgd", "lr": 0.1}},
-            "validation": targeted if section == "validation" else plain,
-            "evaluation": {"attacks": {"mine": targeted if section == "evaluation" else plain}},
-        }
+        config = test_train.config(
+            tfds_dir,
+            **{
+                "validation": targeted if section == "validation" else plain,
+                "evaluation.attacks": {"mine": targeted if section == "evaluation" else plain},
+            },
+        )
         name = "validation" if section == "validation" else "mine"
         with pytest.raises(ValueError, match=f"{name}: pgd.*targeted=True.* is targeted"):
             build(config)

@@ -17,6 +17,12 @@ What a defence may change is what these dataclasses hold:
     Phase    its length, optimisers, view of the data, what begins anew, what follows each batch
     Update   a loss, the roles that it trains, the craft before it
 
+What is asked of it, which the contract of tests/test_defenses.py tries: `make(model, threat, *,
+...)` raises ValueError before anything is compiled; a loss is a scalar, finite, with the same
+structure of carry each time; each trained parameter moves in one phase at least, and no other;
+crafting leaves BatchNorm's statistics alone; predictors answer float32 logits (B, K). A craft adds
+entries to the batch and hands on the others as they are.
+
 The carry's "member" is a stack's, "ema" the averages'; the batch's "target" are a teacher's soft
 labels, "parts" a combination's and "members" a stack's crafts.
 

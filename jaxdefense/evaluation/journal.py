@@ -1,7 +1,8 @@
 """How a verdict is resumed: a `Journal` keeps each finished dispatch, and gives it back.
 
 FOLDER/journal.json tells what is judged, and by what attacks; FOLDER/clean.npz holds the clean
-logits, and FOLDER/STAGE-00000.npz what one dispatch found. Each file is written whole or not at
+logits, by which other weights are noticed, and FOLDER/STAGE-00000.npz what one dispatch found: its
+examples under "asked", those that it fooled under "rows". Each file is written whole or not at
 all. A folder of another evaluation is refused. Nothing depends on how many images a dispatch has,
 so a killed evaluation may go on with other devices and in other batches. Of several processes the
 writer alone reads and writes the folder, and tells the others what it read.
