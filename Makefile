@@ -14,8 +14,8 @@ test: .venv/installed
 	.venv/bin/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 test-slow: .venv/installed
-	XLA_FLAGS=--xla_backend_optimization_level=3 .venv/bin/python -m pytest -m slow \
-	    --numprocesses 2 --dist loadfile --no-loadscope-reorder --results=tests/slow.json
+	.venv/bin/python -m pytest -m slow --numprocesses 2 --dist loadfile --no-loadscope-reorder \
+	    --results=tests/slow.json
 
 lint: .venv/installed
 	.venv/bin/ruff check .

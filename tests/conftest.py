@@ -2,7 +2,7 @@
 
 Compiling takes most of the tests' time, and LLVM's optimisations and XLA:CPU's newer fusion
 emitters three quarters of that: they are off unless XLA_FLAGS is given, which also shows what hangs
-on one compiler's rounding. `make test-slow` has them on.
+on one compiler's rounding (XLA_FLAGS=--xla_backend_optimization_level=3 make test).
 """
 
 import ctypes
