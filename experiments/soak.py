@@ -178,7 +178,8 @@ def fingerprint(workdir: pathlib.Path) -> dict[str, Any]:
       workdir: of a run; what it lacks is left out.
 
     Returns:
-      Hashes of the checkpoints' parameters, of the log and of each record's verdicts.
+      Hashes of the checkpoints' parameters, what each says was chosen, the log's hash, and each
+      record's verdicts.
     """
     from jaxdefense.evaluation.journal import hash_arrays
     from jaxdefense.models import zoo
@@ -191,8 +192,9 @@ def fingerprint(workdir: pathlib.Path) -> dict[str, Any]:
             store = Store(workdir / kind)
             leaves = zoo.leaves_by_path(store.restore_as_saved("model"))
             meta = store.meta()
-            meta = {key: meta.get(key) for key in ("step", "best", "unfinished")}
-            found[kind] = [hash_arrays(*(leaves[name] for name in sorted(leaves))), meta]
+            own = {key: meta.get(key) for key in ("step", "unfinished")}
+            found[kind] = [hash_arrays(*(leaves[name] for name in sorted(leaves))), own]
+            found[f"chosen, says {kind}"] = meta.get("best")
             store.close()
     if log := hash_log(workdir):
         found["log"] = log
@@ -283,10 +285,17 @@ class Soak:
             return f"the same command fails: {command.said()}"
         return self.compare(script, workdir)
 
-    def compare(self, script: str, workdir: pathlib.Path) -> str:
-        """ "well" where a run ended as the undisturbed one; else in what it differs."""
+    def compare(self, script: str, workdir: pathlib.Path, but: Sequence[str] = ()) -> str:
+        """ "well" where a run ended as the undisturbed one; else in what it differs.
+
+        Args:
+          script: that ran.
+          workdir: of the run.
+          but: parts of its fingerprint that may differ.
+        """
         found, wanted = self.fingerprint(workdir), self.wanted[script]
-        differs = [key for key in {**wanted, **found} if found.get(key) != wanted.get(key)]
+        keys = [key for key in {**wanted, **found} if key not in but]
+        differs = [key for key in keys if found.get(key) != wanted.get(key)]
         left = [str(path) for path in workdir.rglob("*tmp*")]
         return f"differs in {differs}, leaves {left}" if differs or left else "well"
 
@@ -319,10 +328,14 @@ class Soak:
         code, text = command.end(), command.said()
         told = str(told).replace(f"{workdir}/", "")
         if code == 0:
-            outcome = self.compare("train.py", workdir)
-            if outcome.startswith("differs in ['log'], leaves []"):  # of which a line is a line
-                outcome = "well" if f"note: {workdir / 'metrics.jsonl'}" in text else outcome
-            return f"well: mended: {told}" if outcome == "well" else f"{told}: {outcome}"
+            # What is lost for good is said: a line of the log, and a best checkpoint that no later
+            # validation equals.
+            lost = ["log"] if f"note: {workdir / 'metrics.jsonl'}" in text else []
+            if "note: the best checkpoint" in text and f"{workdir / 'best'}" in text:
+                lost += ["best", "chosen, says best", "chosen, says last"]
+            outcome = self.compare("train.py", workdir, but=lost)
+            how = "said" if lost else "mended"
+            return f"well: {how}: {told}" if outcome == "well" else f"{told}: {outcome}"
         lines = [line for line in text.splitlines() if line.startswith("error: ")]
         named = lines and str(workdir) in lines[0]
         if code == 1 and named and "Traceback" not in text:

@@ -67,8 +67,8 @@ def build(name, model=None, **options):
 
 def batch(**more):
     return {
-        "image": IMAGES,
-        "label": LABELS,
+        "image": jnp.asarray(IMAGES),
+        "label": jnp.asarray(LABELS),
         "id": jnp.arange(8),
         "step": jnp.int32(3),
         "epoch": jnp.float32(1.5),
