@@ -186,7 +186,8 @@ def pytest_sessionstart(session):
 
 def pytest_terminal_summary(terminalreporter, config):
     """Writes --results: the last run of the slow tests is kept in the repository."""
-    if not (path := config.getoption("--results")):
+    path = config.getoption("--results")
+    if not path or hasattr(config, "workerinput"):  # a worker knows its own tests alone
         return
     from jaxdefense import files
     from jaxdefense.evaluation import records
