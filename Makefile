@@ -1,5 +1,6 @@
 # Each target makes .venv from nothing where it is not there; PYTHON chooses the interpreter.
 PYTHON ?= python3
+PYTEST = .venv/bin/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 .PHONY: quickstart quickstart-all test test-slow lint docs tpu-check
 
@@ -11,11 +12,10 @@ quickstart-all: .venv/installed
 	.venv/bin/python experiments/quickstart.py --systems=all $(ARGS)
 
 test: .venv/installed
-	.venv/bin/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
+	$(PYTEST)
 
 test-slow: .venv/installed
-	.venv/bin/python -m pytest -m slow --numprocesses 2 --dist loadfile --no-loadscope-reorder \
-	    --results=tests/slow.json
+	$(PYTEST) -m slow --results=tests/slow.json
 
 lint: .venv/installed
 	.venv/bin/ruff check .

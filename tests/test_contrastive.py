@@ -26,7 +26,7 @@ claf_literal = import_script("papers.claf_literal")
 
 KEY = jax.random.key(0)
 IMAGES = np.asarray(jax.random.uniform(jax.random.key(1), (8, 8, 8, 1)))
-LABELS = np.asarray(jnp.asarray([0, 1, 0, 2, 3, 3, 1, 0]))
+LABELS = np.array([0, 1, 0, 2, 3, 3, 1, 0], np.int32)
 BALL = threat.Linf(0.1)
 SMALL = dict(dataset="digits", steps=2, projection=8)
 

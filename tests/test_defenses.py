@@ -19,8 +19,8 @@ from jaxdefense.train.step import State, make_step
 pytestmark = pytest.mark.usefixtures("autodiff_convolutions")
 
 KEY = jax.random.key(0)
-IMAGES = np.asarray(jax.random.uniform(jax.random.key(1), (8, 8, 8, 1)))
-LABELS = np.asarray(jnp.arange(8) % 4)
+IMAGES = jax.random.uniform(jax.random.key(1), (8, 8, 8, 1))
+LABELS = jnp.arange(8) % 4
 BALL = threat.Linf(0.1)
 
 # The options of defences that have no config of their own.
@@ -67,8 +67,8 @@ def build(name, model=None, **options):
 
 def batch(**more):
     return {
-        "image": jnp.asarray(IMAGES),
-        "label": jnp.asarray(LABELS),
+        "image": IMAGES,
+        "label": LABELS,
         "id": jnp.arange(8),
         "step": jnp.int32(3),
         "epoch": jnp.float32(1.5),

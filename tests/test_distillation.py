@@ -23,7 +23,7 @@ pytestmark = pytest.mark.usefixtures("autodiff_convolutions")
 
 KEY = jax.random.key(0)
 IMAGES = np.asarray(jax.random.uniform(jax.random.key(1), (4, 8, 8, 1), minval=0.3, maxval=0.7))
-LABELS = np.asarray(jnp.arange(4))
+LABELS = np.arange(4, dtype=np.int32)
 BALL = threat.Linf(0.1)
 STUDENT = models.make("cnn", 4, width=0.25)
 DISTILLING = ("adaad", "add", "ard", "defensive_distillation", "iad")

@@ -21,7 +21,7 @@ pytestmark = pytest.mark.usefixtures("autodiff_convolutions")
 
 KEY = jax.random.key(0)
 IMAGES = np.asarray(jax.random.uniform(jax.random.key(1), (8, 8, 8, 1)))
-LABELS = np.asarray(jnp.arange(8) % 4)
+LABELS = np.arange(8, dtype=np.int32) % 4
 BALL = threat.Linf(0.1)
 OPTIONS = dict(eps=0.05, steps=1, generator_options=dict(width=0.125, latent=4), patch=2)
 

@@ -614,6 +614,7 @@ class TestHalfPrecision:
             (jnp.bfloat16, 0.04),
         ],
     )
+    @pytest.mark.slow
     def test_the_verdict_is_that_of_float32(self, dtype, eps):
         """Within half a point on 512 images, after all of AutoAttack's stages."""
         wide = network(dtype, jnp.float32)

@@ -11,7 +11,7 @@ from jaxdefense import losses
 
 LOGITS = np.asarray(jax.random.normal(jax.random.key(0), (7, 5)) * 4)
 OTHER = np.asarray(jax.random.normal(jax.random.key(1), (7, 5)) * 4)
-LABELS = np.asarray(jnp.asarray([0, 1, 2, 3, 4, 0, 1]))
+LABELS = np.array([0, 1, 2, 3, 4, 0, 1], np.int32)
 Z, Q, Y = (np.asarray(a, np.float64) for a in (LOGITS, OTHER, LABELS))
 ROWS, Y = np.arange(7), np.asarray(LABELS)
 

@@ -22,7 +22,7 @@ BALL = threat.Linf(EPS)
 # Some pixels at the box's ends, where clipping acts; row 7 stays inside.
 IMAGES = jnp.round(jax.random.uniform(jax.random.key(1), (8, 8, 8, 1)) * 1.4 - 0.2, 3).clip(0, 1)
 IMAGES = IMAGES.at[7].set(IMAGES[7] * 0.5 + 0.25)
-LABELS = np.asarray(jnp.arange(8) % 4)
+LABELS = np.arange(8, dtype=np.int32) % 4
 BATCH = {"image": IMAGES, "label": LABELS, "step": jnp.int32(0), "epoch": jnp.float32(9.0)}
 SOFT = np.asarray(jax.nn.softmax(jax.random.normal(jax.random.key(2), (8, 4))))
 

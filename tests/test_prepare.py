@@ -227,6 +227,7 @@ def test_sets_of_jpeg_files_are_prepared_and_read(name, options, shape, tiny, tm
         ("tiny_imagenet", "tiny_imagenet", (64, 64, 3), 200),
     ],
 )
+@pytest.mark.slow
 def test_the_recipe_of_a_set_trains_on_it(row, name, shape, classes, tiny, tmp_path):
     folder, _ = tiny(name)
     prepare.prepare(name, folder.parent, tmp_path / "tfds")

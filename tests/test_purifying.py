@@ -25,7 +25,7 @@ pytestmark = pytest.mark.usefixtures("autodiff_convolutions")
 
 KEY = jax.random.key(0)
 IMAGES = np.asarray(jax.random.uniform(jax.random.key(1), (6, 8, 8, 1)))
-LABELS = np.asarray(jnp.arange(6) % 4)
+LABELS = np.arange(6, dtype=np.int32) % 4
 BATCH = {"image": IMAGES, "label": LABELS, "id": jnp.arange(6)}
 BALL = threat.Linf(0.1)
 SMALL = {"generator_options": {"width": 2, "depth": 1}, "steps": 2}
@@ -183,6 +183,7 @@ def test_activations_of_a_layer(layer):
 
 
 @pytest.mark.parametrize(("name", "options"), [("ape_gan", {}), ("ipg", {"adversarial_weight": 1})])
+@pytest.mark.slow
 def test_the_discriminator_raises_what_the_generator_lowers(name, options):
     """Each role's own step, on BCE(D(purify(x')), 1)."""
     # Nothing else in the generator's loss, so that its step must lower this.
