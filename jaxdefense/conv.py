@@ -12,12 +12,12 @@ and 0.11.2 agreeing within the noise (`python experiments/benchmark conv` compar
   the image's patches as well with a stride and at most four channels (28x28x1 -> 16, 4x4,
   stride 2, 1,000 images: 4.8 -> 3.4); else a convolution of the images by the cotangent, the batch
   being the contracted channel.
-* Several at once. With 2 to 16 outputs, XLA's vectors are nearly empty; there, of at most 16
-  channels, up to 32 are made at once, of 2 to 16 neighbours in a row, by a kernel that holds the
+* Several at once. With at most 16 outputs, XLA's vectors are nearly empty; there, of at most 16
+  channels, up to 32 are made at once, of 2 to 8 neighbours in a row, by a kernel that holds the
   kernel as often, shifted, and a stride as many times as long. The wider kernel's zeros cost less
-  than full vectors gain, and nothing is moved: result and images are only reshaped (64 images on
-  one core: 32x32x8 -> 8, 3x3 4.2 -> 1.7; 14x14x6 -> 16, 5x5 2.6 -> 0.8; 32x32x3 -> 8, 3x3
-  4.5 -> 0.7; 28x28x1 -> 16, 4x4, stride 2 0.9 -> 0.2).
+  than full vectors gain, and nothing is moved: the result is only reshaped (64 images on one core:
+  28x28x1 -> 6, 5x5 9.3 -> 1.3; 14x14x16 -> 6, 5x5 4.3 -> 1.8; 32x32x8 -> 3, 3x3 6.2 -> 2.3;
+  28x28x1 -> 16, 4x4, stride 2 2.8 -> 1.3).
 * Phases. The gradient with respect to the images of a convolution with stride s is s*s ordinary
   convolutions of the cotangent, one for each pixel of an s x s block; where s divides the kernel
   they have one shape, hence are one convolution, whose channels are then spread over the block
@@ -25,7 +25,8 @@ and 0.11.2 agreeing within the noise (`python experiments/benchmark conv` compar
   the case of one phase: the kernel flipped, in and out exchanged.
 * Overlapping add. Where s does not divide the kernel, the phases waste work or fall apart, and
   where an output pixel has at most 64 values to give back, a matrix product is cheaper than their
-  convolution (28x28x1 -> 16: 9 dilated, 6 by phases, 2 to 4 so). There every cotangent pixel is
+  convolution (28x28x1 -> 16: 9 dilated, 6 by phases, 2 to 4 so), unless those are several at once
+  (64 images on one core, 28x28x1 -> 6, 5x5: 22 so, 6 by phases). There every cotangent pixel is
   multiplied by the whole kernel, and the kernel-sized results are added up where they overlap
   (64 images, 3x3, stride 2: 32x32x64 -> 128 40 -> 21, 8x8x256 -> 512 14 -> 11).
 * Tap by tap. A depthwise convolution (one kernel per channel) has no matrix product in it: it and
@@ -54,6 +55,8 @@ Pair = tuple[int, int]
 Pads = tuple[Pair, Pair]
 
 _VECTOR = 32  # outputs of a convolution at which XLA:CPU's matrix product has full vectors
+_NARROW = 16  # most channels, in and out, of a convolution that makes several pixels at once
+_NEIGHBOURS = 8  # most of those pixels
 _LAYOUT = ("NHWC", "HWIO", "NHWC")
 _forced: contextvars.ContextVar[bool | None] = contextvars.ContextVar("forced", default=None)
 
@@ -182,7 +185,7 @@ def _conv(x: Array, w: Array, strides: Pair, pads: Pads, precision: Any) -> Arra
     if w.shape[:2] == (1, 1):
         patches = _patches(x, w.shape[:2], strides, pads)
         return _dot(patches, w[0, 0], (3, 0), precision)
-    if w.shape[2] <= 16 and 2 <= w.shape[3] <= _VECTOR // 2:
+    if max(w.shape[2:]) <= _NARROW:
         return _several_at_once(x, w, strides, pads, precision)
     return _lax_conv(x, w, strides, pads, precision)
 
@@ -200,7 +203,8 @@ def _forward(x: Array, w: Array, strides: Pair, pads: Pads, precision: Any) -> t
 def _backward(strides: Pair, pads: Pads, precision: Any, saved: tuple, dy: Array) -> tuple:
     x, w = saved
     (kh, kw, c, _), size = w.shape, x.shape[1:3]
-    if kh * kw * c <= 64 or kh % strides[0] or kw % strides[1]:
+    narrow = strides == (1, 1) and max(w.shape[2:]) <= _NARROW
+    if (kh * kw * c <= 64 and not narrow) or kh % strides[0] or kw % strides[1]:
         wide = jnp.promote_types(dy.dtype, jnp.float32)
         z = jnp.tensordot(dy, w, (3, 3), precision=precision, preferred_element_type=wide)
         dx = _overlapping_add(lambda a, b: z[:, :, :, a, b], (kh, kw), strides, pads, size)
@@ -271,21 +275,19 @@ def _patches(x: Array, window: Sequence[int], strides: Pair, pads: Pads) -> Arra
 def _several_at_once(x: Array, w: Array, strides: Pair, pads: Pads, precision: Any) -> Array:
     """The convolution, n neighbours of a row at once: n K outputs of a kernel n - 1 strides wider.
 
-    Its result is that of the convolution, reshaped, and so are its images, whose rows are taken as
-    W C pixels of one channel: nothing is moved.
+    Its result is that of the convolution, reshaped: nothing is moved.
     """
-    (b, height, width, c), (kh, kw, _, k), (sh, sw) = x.shape, w.shape, strides
-    (_, (left, right)) = pads
+    (kh, kw, c, k), (sh, sw), (rows, (left, right)) = w.shape, strides, pads
+    width = x.shape[2]
     seen = (width + left + right - kw) // sw + 1
-    n = 1 << (_VECTOR // k).bit_length() - 1
+    n = min(1 << (_VECTOR // k).bit_length() - 1, _NEIGHBOURS)
     steps = -(-seen // n)
     shifts = [((0, 0), (sw * i, sw * (n - 1 - i)), (0, 0), (0, 0)) for i in range(n)]
-    wide = jnp.stack([jnp.pad(w, shift) for shift in shifts], 3)
-    wide = wide.reshape(kh, -1, 1, n * k)
+    wide = jnp.stack([jnp.pad(w, shift) for shift in shifts], 3).reshape(kh, -1, c, n * k)
     right = (steps * n - 1) * sw + kw - width - left
-    x, edges = _cut(x.reshape(b, height, width * c, 1), (pads[0], (left * c, right * c)))
-    y = _lax_conv(x, wide, (sh, n * sw * c), edges, precision)
-    return y.reshape(b, -1, steps * n, k)[:, :, :seen]
+    x, edges = _cut(x, (rows, (left, right)))
+    y = _lax_conv(x, wide, (sh, n * sw), edges, precision)
+    return y.reshape(*y.shape[:2], steps * n, k)[:, :, :seen]
 
 
 def depth_to_space(x: Array, block: Pair) -> Array:
