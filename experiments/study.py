@@ -37,7 +37,7 @@ HERE = pathlib.Path(__file__).parent
 
 HOURS = flags.DEFINE_float("hours", None, "Stop after so long; default when all is done.", 0.0)
 GRID = flags.DEFINE_enum("grid", "cpu", grid.GRIDS, "Which rows; debug takes minutes.")
-ROWS = flags.DEFINE_string("rows", "*", "Of the grid only rows with such a name, with * and ?.")
+ROWS = flags.DEFINE_string("rows", "*", "Only rows or candidates with such a name, with * and ?.")
 AGAIN = flags.DEFINE_bool("again", False, "Try again what has failed.")
 LIST = flags.DEFINE_bool("list", False, "Print the rows with their minutes, and run nothing.")
 CHOOSE = flags.DEFINE_bool("choose", False, "Measure candidates of the reduced recipe instead.")
@@ -715,7 +715,8 @@ def main(argv):
         if CHOOSE.value:
             import study_choose
 
-            code = study_choose.main(pathlib.Path(WORKDIR.value) / "choose", 60 * MINUTES.value)
+            folder = pathlib.Path(WORKDIR.value) / "choose"
+            code = study_choose.main(folder, 60 * MINUTES.value, ROWS.value)
         else:
             code = run()
     except ValueError as error:

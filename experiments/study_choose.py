@@ -1,6 +1,7 @@
 """Measures candidates of the reduced recipe: how far PGD-AT comes in so many minutes of training.
 
     python experiments/study.py --choose --minutes=8
+    python experiments/study.py --choose --rows='resnet8-*'    # some of them
 
 Each candidate is timed over a few steps, trained for as many as fit into the time, and judged by
 AutoAttack on the first 1,000 test images. Run it on a quiet machine, then write the best one into
@@ -9,6 +10,7 @@ shorter its AutoAttack the shorter the whole grid. Killed, it goes on where it w
 """
 
 import dataclasses
+import fnmatch
 import json
 import pathlib
 from collections.abc import Callable, Mapping
@@ -17,7 +19,7 @@ from typing import Any
 import cli
 import study_grid as grid
 
-from jaxdefense import files, runs
+from jaxdefense import files, registry, runs
 from jaxdefense.evaluation import protocols, records, tables
 from jaxdefense.train import train
 
@@ -188,23 +190,31 @@ def line(candidate: Candidate, found: Mapping[str, Any]) -> list[str]:
 def main(
     folder: pathlib.Path,
     seconds: float,
+    pattern: str = "*",
     candidates: tuple[Candidate, ...] = CANDIDATES,
     measured: Callable[..., dict[str, Any]] = measure,
 ) -> int:
-    """Measures all candidates and prints their table; returns the exit code.
+    """Measures candidates and prints their table; returns the exit code.
 
     Args:
       folder: of the runs.
       seconds: of training, for each.
-      candidates: to be measured.
+      pattern: of the names of those that are measured, with * and ?.
+      candidates: that there are.
       measured: as `measure`.
+
+    Raises:
+      ValueError: no candidate has such a name; the nearest are named.
     """
+    chosen = [one for one in candidates if fnmatch.fnmatchcase(one.name, pattern)]
+    if not chosen:
+        registry.raise_unknown("candidate", pattern, [one.name for one in candidates])
     cli.enable_cache()
     cli.spread_over_cores()
     header = ["candidate", "million operations forward", "ms a step", "epochs", "clean, %"]
     header += ["aa-fast, %", "autoattack, %", "training, min", "AutoAttack, min"]
     lines = []
-    for candidate in candidates:
+    for candidate in chosen:
         print(f"{candidate.name}: {candidate.epochs(seconds):.1f} epochs should fit", flush=True)
         lines.append(line(candidate, measured(candidate, folder / candidate.name, seconds)))
         print(tables.markdown(header, lines), flush=True)

@@ -652,11 +652,12 @@ def claims(name: str) -> str:
 
 def _epoch_seconds(record: Record) -> float | None:
     """Seconds of training over epochs of the training images; None where neither is known."""
-    seconds, step = (record.get("training", {}).get(key) for key in ("seconds", "step"))
+    training = record.get("training", {})
+    seconds, step, steps = (training.get(key) for key in ("seconds", "step", "steps"))
     length = record["config"]["train"]["length"]
-    if not seconds or not step or not length.endswith("e"):
+    if not seconds or not step or not steps or not length.endswith("e"):
         return None
-    return seconds / float(length[:-1])
+    return seconds / (float(length[:-1]) * step / steps)  # until the checkpoint that is judged
 
 
 def cross_table(folder: str) -> str:
@@ -668,10 +669,10 @@ def cross_table(folder: str) -> str:
     path = ROOT / STUDY / folder
     robust = records.load_all([path / "autoattack"]) if (path / "autoattack").exists() else []
     clean = records.load_all([path / "configured"]) if (path / "configured").exists() else []
-    ranked = []
-    grouped = tables.group_by_row(robust)
     attacked = tables.group_by_row(clean)
-    for (name, predictor), same in grouped.items():
+    pgd = _longest_pgd(clean)
+    ranked = []
+    for (name, predictor), same in tables.group_by_row(robust).items():
         results = [record["results"][predictor] for record in same]
         values = [result["autoattack"]["accuracy"] for result in results]
         worst = [
@@ -679,40 +680,59 @@ def cross_table(folder: str) -> str:
             for result in results
             if (found := tables.class_accuracies(result["autoattack"]))
         ]
-        beside = attacked.get((name, predictor), [])
-        pgd = [
-            record["results"][predictor]["pgd20"]["accuracy"]
-            for record in beside
-            if "pgd20" in record["results"][predictor]
-        ]
-        epochs = [value for record in same if (value := _epoch_seconds(record)) is not None]
-        size = same[0].get("parameters", {}).get(predictor)
+        beside = [record["results"][predictor] for record in attacked.get((name, predictor), [])]
         cells = [
             name,
             tables.format_threat(same[0]),
             tables.format_count([result["autoattack"] for result in results]),
             tables.format_mean([result["clean"]["accuracy"] for result in results]),
-            tables.format_mean(pgd),
+            tables.format_mean([result[pgd]["accuracy"] for result in beside if pgd in result]),
             tables.format_mean(values),
             tables.format_mean(worst),
-            f"{statistics.fmean(epochs):.0f}" if epochs else "–",
-            f"{size:,}" if size else "–",
+            *_costs(same),
+            _thousands(same[0].get("parameters", {}).get(predictor)),
         ]
         ranked.append((statistics.fmean(values), cells))
     ranked.sort(key=lambda found: -found[0])
     lines = [cells for _, cells in ranked]
-    names = {name for name, _ in grouped}
-    rows = [row for row in grid.rows("full") if row.folder == folder and not row.best]
-    missing = sorted({f"{row.config}-{row.variant}" for row in rows} - names)
-    header = ["accuracy, %", "threat", "n", "clean", "pgd20", "autoattack", "worst class"]
-    header += ["s an epoch", "parameters"]
-    parts = [tables.markdown(header, lines)] if lines else []
-    parts += [tables.provenance(robust)] if robust else []
-    if missing:
-        machine = "cpu" if folder.endswith("_cpu") else "gpu"
-        command = f"python experiments/study.py --grid={machine}"
-        parts.append(f"Open, {len(missing)} rows: {', '.join(missing)}; `{command}`.")
-    return "\n\n".join(parts)
+    header = ["accuracy, %", "threat", "n", "clean", pgd, "autoattack", "worst class"]
+    header += ["s an epoch", "GB", "parameters"]
+    parts = [tables.markdown(header, lines), tables.provenance(robust)] if lines else []
+    return "\n\n".join([*parts, *_open_rows(folder, {record["name"] for record in robust})])
+
+
+def _longest_pgd(found: Sequence[Record]) -> str:
+    """The PGD of most steps that the records have, as they name it; "pgd20" where there is none."""
+    names = {name for record in found for result in record["results"].values() for name in result}
+    pgd = [name for name in names if name.startswith("pgd") and name[3:].isdigit()]
+    return max(pgd, key=lambda name: int(name[3:]), default="pgd20")
+
+
+def _costs(same: Sequence[Record]) -> list[str]:
+    """Seconds of an epoch in the mean over seeds, and the most memory of them."""
+    epochs = [value for record in same if (value := _epoch_seconds(record)) is not None]
+    memory = [held for record in same if (held := record.get("training", {}).get("memory"))]
+    return [
+        f"{statistics.fmean(epochs):.0f}" if epochs else "–",
+        f"{max(memory) / 1e9:.2f}" if memory else "–",
+    ]
+
+
+def _thousands(count: int | None) -> str:
+    return f"{count:,}" if count else "–"
+
+
+def _open_rows(folder: str, done: set[str]) -> list[str]:
+    """What has no record under AutoAttack yet, and the command of each grid that makes it."""
+    told, listed = [], set(done)
+    for machine in ("cpu", "gpu"):
+        rows = [row for row in grid.rows(machine) if row.folder == folder and not row.best]
+        rows = [row for row in rows if "autoattack" in row.protocols]
+        if missing := sorted({f"{row.config}-{row.variant}" for row in rows} - listed):
+            command = f"python experiments/study.py --grid={machine}"
+            told.append(f"Open, {len(missing)} rows: {', '.join(missing)}; `{command}`.")
+            listed |= set(missing)
+    return told
 
 
 def reported_values() -> set[float]:

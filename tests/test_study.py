@@ -388,6 +388,11 @@ def test_candidates_are_measured_one_after_another(tmp_path, capsys, monkeypatch
         record = {"results": results, "seconds": 600.0}
         return {"epochs": 3.0, "step_ms": 400.0, "training": 470.0, "record": record}
 
-    assert study_choose.main(tmp_path, 480, study_choose.CANDIDATES[:1], measured) == 0
+    assert study_choose.main(tmp_path, 480, study_choose.CANDIDATES[0].name, measured=measured) == 0
     said = capsys.readouterr().out
     assert "| resnet8-pgd2 | 17.3 | 400 | 3.0 | 50.0 | 26.0 | 25.0 | 7.8 | 10.0 |" in said
+
+
+def test_candidates_are_named_where_none_is_meant(tmp_path):
+    with pytest.raises(ValueError, match=r"unknown candidate .resnet8-pgd3.*resnet8-pgd2"):
+        study_choose.main(tmp_path, 480, "resnet8-pgd3")

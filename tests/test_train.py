@@ -320,7 +320,8 @@ class TestLoop:
         assert [x["step"] for x in lines if "loss" in x] == [2, 3, 5, 6, 8, 9, 11, 12]
         assert list((tmp_path / "tensorboard").iterdir())
         run, model, meta = runs.restore(tmp_path)
-        assert meta["step"] == summary["best"]["step"]
+        assert (meta["step"], meta["steps"]) == (summary["best"]["step"], 12)
+        assert meta["memory"] > 1e8  # of this process, which has loaded JAX
         assert [point[2] for point in meta["validation"]] == [round(scores[n], 4) for n in (6, 12)]
         images = jnp.asarray(run.arrays("test").images[:4] / 255.0, jnp.float32)
         assert run.apply("classifier")(model, images).shape == (4, 10)

@@ -9,8 +9,9 @@ Optional keys describe the measurement: "attacks": {attack: how it was built}, "
 "eps", "note"} where the attacks were allowed something else than the config's threat, "parameters":
 {predictor: how many numbers it computes with, without BatchNorm's statistics}, "command": [lines
 that train and evaluate it], and "examples": a few images that the hardest attack fooled. "training"
-may hold "validation": [[epoch, clean, robust]], percent, and "warnings": [{"step", "epoch", "name",
-"evidence"}] of the run.
+may hold "validation": [[epoch, clean, robust]], percent, "warnings": [{"step", "epoch", "name",
+"evidence"}] of the run, its "steps" in all, the "step" that was judged with the "seconds" until it,
+and the most "memory" till then: bytes of one accelerator, or on a CPU of the whole process.
 Bits are one per example in the order of the test set, base64 of NumPy's packbits.
 """
 

@@ -129,6 +129,7 @@ class Trainer:
         self.devices: list[dict[str, Any]] = []  # of `devices.history`
         self.pretrained_scores: dict[str, Any] = {}
         self.seconds = 0.0
+        self.memory: int | None = None  # of `devices.peak_memory`
         self.unfinished: dict[str, Any] = {}  # what the last checkpoint has begun, see `_keep`
         self.logged = ""  # the log's checksum at the last checkpoint
 
@@ -301,6 +302,7 @@ class Trainer:
             return self.initial_state()
         meta = last.meta()
         self.best, self.seconds = meta["best"], meta["seconds"]
+        self.memory = meta.get("memory")
         self.pretrained_scores = meta.get("given", {})
         self.devices = devices.history(meta.get("devices", []), meta["step"])
         self.unfinished, self.logged = meta.get("unfinished", {}), meta.get("log", "")
@@ -363,9 +365,12 @@ class Trainer:
 
     def _meta(self, kind: str, unfinished: Mapping[str, Any] | None = None) -> dict[str, Any]:
         """A checkpoint's metadata."""
+        self.memory = max(self.memory or 0, devices.peak_memory() or 0) or None
         meta: dict[str, Any] = {
             "best": self.best,
+            "steps": self.total,
             "seconds": self.seconds,
+            "memory": self.memory,
             "warnings": self.watch.told(),
             "devices": self.devices,
         }

@@ -1,0 +1,69 @@
+"""The cross-table: who is first, what it cost, what is open."""
+
+import pytest
+import study_grid as grid
+import study_pages
+
+from jaxdefense.evaluation import records
+
+
+def measured(accuracies):
+    """Results of ten classes: each attack's accuracy, the last class the worst."""
+    return {
+        name: {"accuracy": value, "per_class": [value] * 9 + [value - 5.0], "n": 1000}
+        for name, value in accuracies.items()
+    }
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """A folder of records of two MNIST rows: trades, then pgd_at with two seeds."""
+    monkeypatch.setattr(study_pages, "ROOT", tmp_path)
+
+    def add(name, seed, robust, seconds, memory):
+        row = grid.Row(name, "mnist", seed)
+        config = grid.settings(row)
+        training = {"step": 6000, "steps": 12000, "seconds": seconds, "memory": memory}
+        for protocol, accuracies in {
+            "configured": {"clean": 98.0, "fgsm": 95.0, "pgd10": 92.0, "pgd40": 91.0},
+            "autoattack": {"clean": 98.5, "autoattack": robust},
+        }.items():
+            results = {"classifier": measured(accuracies)}
+            more = {"training": training, "protocol": protocol}
+            made = records.make(config["name"], config, results, seed=seed, seconds=1.0, **more)
+            path = tmp_path / study_pages.STUDY / row.folder / protocol / f"{row.name}.json"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            records.save(made, path)
+
+    add("trades", 0, 88.0, seconds=120.0, memory=2e9)
+    add("pgd_at", 0, 90.0, seconds=60.0, memory=1e9)
+    add("pgd_at", 1, 91.0, seconds=72.0, memory=1.5e9)
+    return "mnist"
+
+
+def cells(table, name):
+    (line,) = [line for line in table.splitlines() if line.startswith(f"| {name} ")]
+    return [cell.strip() for cell in line.strip("|").split("|")]
+
+
+def test_the_most_robust_is_first_with_its_costs(folder):
+    table = study_pages.cross_table(folder)
+    header = table.splitlines()[0]
+    assert [cell.strip() for cell in header.strip("|").split("|")][4:6] == ["pgd40", "autoattack"]
+    assert table.index("pgd_at-mnist") < table.index("trades-mnist")
+    found = cells(table, "trades-mnist")
+    # 120 s until step 6000 of 12000: half of twelve epochs.
+    assert found[3:] == ["98.50", "91.00", "88.00", "83.00", "20", "2.00", "–"]
+    found = cells(table, "pgd_at-mnist")
+    assert found[5:9] == ["90.50 ± 0.71 (2)", "85.50 ± 0.71 (2)", "11", "1.50"]
+
+
+def test_what_is_open_has_the_command_of_its_grid(folder):
+    (told,) = [line for line in study_pages.cross_table(folder).splitlines() if "Open" in line]
+    assert "m2at-mnist," in told
+    assert "pgd_at-mnist" not in told
+    assert "trades-mnist" not in told
+    assert told.endswith("`python experiments/study.py --grid=cpu`.")
+    both = study_pages.cross_table("cifar10")
+    assert "`python experiments/study.py --grid=gpu`" in both
+    assert "--grid=cpu" in both
