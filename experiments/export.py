@@ -4,9 +4,12 @@
     python experiments/evaluate.py --pretrained=trades.safetensors
 
     python experiments/export.py --zoo=runs/quickstart     # every run in there, into jaxdefense/zoo
+    python experiments/export.py --zoo=runs/study/m2at-mnist-0,runs/study/csa-mnist-0 \
+        --record=experiments/records/study/mnist/configured
 
-A record (by default WORKDIR/configured.json, where there is one) is copied beside the file, after a
-check that it is of this run and that the file classifies the clean test images as it says.
+A record (by default WORKDIR/configured.json, where there is one; with --zoo, --record is a folder
+of NAME.json) is copied beside the file, after a check that it is of this run and that the file
+classifies the clean test images as it says.
 """
 
 import pathlib
@@ -22,10 +25,12 @@ from jaxdefense.models import zoo
 
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder of a trained run.")
 FILE = flags.DEFINE_string("file", None, "Where to write it, *.safetensors.")
-ZOO = flags.DEFINE_string("zoo", None, "Instead: a folder of workdirs, each with configured.json.")
+ZOO = flags.DEFINE_list("zoo", [], "Instead: workdirs with a record, or folders of such workdirs.")
 INTO = flags.DEFINE_string("into", str(zoo.FOLDER), "Where --zoo writes NAME-NORM.safetensors.")
 KIND = flags.DEFINE_enum("checkpoint", "best", ["best", "last"], "Which checkpoint.")
-RECORD = flags.DEFINE_string("record", None, "The run's record; default WORKDIR/configured.json.")
+RECORD = flags.DEFINE_string(
+    "record", None, "The run's record, or with --zoo their folder; default WORKDIR/configured.json."
+)
 
 CARRIED = (".json", ".safetensors")
 ZOO_BYTES = 8_000_000  # the most that the package carries
@@ -38,12 +43,9 @@ def main(argv):
     if ZOO.value and (WORKDIR.value or FILE.value):
         raise ValueError("--zoo exports every run of a folder: leave out --workdir and --file")
     if ZOO.value:
-        folder = pathlib.Path(ZOO.value)
-        found = sorted(path.parent for path in folder.glob("*/configured.json"))
-        if not found:
-            raise ValueError(f"no workdir with a configured.json in {folder}")
-        for workdir in found:
-            export(workdir, None, workdir / "configured.json")
+        found = find_runs(ZOO.value, RECORD.value)
+        for workdir, record in found.items():
+            export(workdir, None, record)
         carried = (path for path in pathlib.Path(INTO.value).iterdir() if path.suffix in CARRIED)
         listing = pathlib.Path(INTO.value) / checksums.LISTING
         files.write_text(listing, checksums.list_files(sorted(carried)))
@@ -59,6 +61,32 @@ def main(argv):
     default = pathlib.Path(WORKDIR.value) / "configured.json"
     record = pathlib.Path(RECORD.value) if RECORD.value else default
     export(WORKDIR.value, FILE.value, record if RECORD.value or record.exists() else None)
+
+
+def find_runs(folders, records_folder):
+    """{workdir: its record}, of workdirs and of folders of workdirs.
+
+    Args:
+      folders: both.
+      records_folder: of WORKDIR's name with .json; None for WORKDIR/configured.json.
+
+    Raises:
+      ValueError: one of them has no run with a record.
+    """
+    found = {}
+    for folder in map(pathlib.Path, folders):
+        mine = {}
+        for workdir in (folder, *sorted(folder.glob("*/"))):
+            record = workdir / "configured.json"
+            if records_folder:
+                record = pathlib.Path(records_folder, f"{workdir.name}.json")
+            if record.exists() and (workdir / "config.json").exists():
+                mine[workdir] = record
+        if not mine:
+            where = f"of a record in {records_folder}" if records_folder else "with configured.json"
+            raise ValueError(f"no workdir {where} in {folder}")
+        found |= mine
+    return found
 
 
 def export(workdir, path, record_path):

@@ -283,3 +283,23 @@ def test_scripts_export_and_judge_a_file(untrained, tmp_path, monkeypatch, capsy
     flags.pretrained = None
     with pytest.raises(ValueError, match="give --workdir=FOLDER or --pretrained=NAME or FILE"):
         evaluate.main([""])
+
+
+def test_the_zoo_finds_workdirs_by_their_records(tmp_path):
+    export = conftest.import_script("export")
+    for name in ("a-0", "b-0", "c-0"):
+        (tmp_path / "study" / name).mkdir(parents=True)
+        (tmp_path / "study" / name / "config.json").touch()
+    (tmp_path / "records").mkdir()
+    for name in ("a-0", "c-0", "d-0"):
+        (tmp_path / "records" / f"{name}.json").touch()
+    (tmp_path / "study" / "b-0" / "configured.json").touch()
+    study, folder = tmp_path / "study", tmp_path / "records"
+    assert export.find_runs([study], None) == {study / "b-0": study / "b-0" / "configured.json"}
+    a, c = (folder / f"{name}.json" for name in ("a-0", "c-0"))
+    assert export.find_runs([study], folder) == {study / "a-0": a, study / "c-0": c}
+    assert export.find_runs([study / "c-0"], folder) == {study / "c-0": c}
+    with pytest.raises(ValueError, match=r"no workdir of a record in .*records in .*b-0"):
+        export.find_runs([study / "c-0", study / "b-0"], folder)
+    with pytest.raises(ValueError, match=r"no workdir with configured\.json in .*a-0"):
+        export.find_runs([study / "a-0"], None)
