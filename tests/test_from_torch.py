@@ -6,9 +6,12 @@ without it.
 
 import importlib
 import json
+import math
 import pathlib
+import re
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import safetensors.numpy
@@ -82,6 +85,31 @@ def test_a_missing_normalisation_is_named():
         models.from_torch("cnn", state, images=images, logits=logits)
     again = models.from_torch("cnn", state, mean=mean, std=std, images=images, logits=logits)
     assert again.meta["difference"] == 0
+
+
+def test_small_logits_are_checked_as_closely_as_large_ones():
+    """Of an untrained network, or one with a small head, a wrong function moves them little."""
+    state, check = cnn()
+    head = list(state)[-2:]
+    small = {k: 0.01 * v if k in head else v for k, v in state.items()}
+    mean, std = _USUAL[1][0]
+    logits = models.from_torch("cnn", small, mean=mean, std=std).predict(
+        check["images"].transpose(0, 2, 3, 1)
+    )
+    assert np.abs(logits).max() < 1
+    with pytest.raises(ValueError, match=r"with mean=\(0\.1307,\)"):
+        models.from_torch("cnn", small, images=check["images"], logits=logits)
+
+
+def test_what_cannot_be_checked_is_refused_before_the_check():
+    state, check = cnn()
+    with pytest.raises(ValueError, match=r"images in \[0, 1\] for the check.* to 254"):
+        models.from_torch("cnn", state, images=255 * check["images"], logits=check["logits"])
+    with pytest.raises(ValueError, match="the logits to check with are not finite"):
+        models.from_torch("cnn", state, **{**check, "logits": np.nan * check["logits"]})
+    key = next(iter(state))
+    with pytest.raises(ValueError, match=f"values that are not finite: {re.escape(key)}$"):
+        models.from_torch("cnn", {**state, key: np.full_like(state[key], np.inf)})
 
 
 def test_buffers_that_normalise_become_the_network_s():
@@ -275,6 +303,43 @@ def test_autoattack_judges_a_bridged_module(bridged):
     assert not verdict.robust.all()
 
 
+LAYERS = {
+    "softplus": lambda nn: nn.Softplus(),
+    "mish": lambda nn: nn.Mish(),
+    "celu": lambda nn: nn.CELU(),
+    "instance norm": lambda nn: nn.InstanceNorm2d(3, affine=True),
+    "norm pooling": lambda nn: nn.LPPool2d(2, 2),
+    "nearest": lambda nn: nn.Upsample(scale_factor=1.7),
+    "nearest to a size": lambda nn: nn.Upsample(size=(12, 5)),
+    "bilinear": lambda nn: nn.Upsample(scale_factor=1.7, mode="bilinear"),
+    "bilinear, aligned": lambda nn: nn.Upsample(size=(5, 12), mode="bilinear", align_corners=True),
+    "transposed": lambda nn: nn.ConvTranspose2d(3, 4, (3, 2), (2, 3), 1, output_padding=1),
+    "transposed, dilated": lambda nn: nn.ConvTranspose2d(3, 4, 3, 2, dilation=2),
+    "max-pooling to the edge": lambda nn: nn.MaxPool2d(3, 2, ceil_mode=True),
+    "max-pooling not beyond it": lambda nn: nn.MaxPool2d(2, 4, padding=1, ceil_mode=True),
+    "averages of pixels alone": lambda nn: nn.AvgPool2d(3, 2, 1, True, count_include_pad=False),
+    "averages to the edge": lambda nn: nn.AvgPool2d(3, 2, 1, ceil_mode=True),
+}
+
+
+@pytest.mark.parametrize("layer", LAYERS.values(), ids=LAYERS)
+def test_a_bridged_layer_has_pytorchs_values_and_gradients(layer):
+    torch = pytest.importorskip("torch")
+    from jaxdefense.models import torch_bridge
+
+    torch.manual_seed(0)
+    net = torch.nn.Sequential(torch.nn.Conv2d(3, 3, 1), layer(torch.nn), torch.nn.Flatten()).eval()
+    apply, variables = torch_bridge.from_module(net, (10, 9, 3), tolerance=1e-5)
+    images = np.random.default_rng(1).uniform(size=(2, 10, 9, 3)).astype(np.float32)
+    theirs = torch.tensor(np.moveaxis(images, -1, 1).copy(), requires_grad=True)
+    y = net(theirs)
+    weights = np.random.default_rng(2).normal(size=y.shape).astype(np.float32)
+    (y * torch.tensor(weights)).sum().backward()
+    gradient = jax.jit(jax.grad(lambda x: jnp.sum(apply(variables, x) * weights)))(images)
+    wanted = np.moveaxis(theirs.grad.numpy(), 1, -1)
+    np.testing.assert_allclose(gradient, wanted, atol=1e-5 * np.abs(wanted).max())
+
+
 def test_a_module_that_cannot_be_bridged_says_why():
     torch = pytest.importorskip("torch")
     from jaxdefense.models import torch_bridge
@@ -289,3 +354,16 @@ def test_a_module_that_cannot_be_bridged_says_why():
         torch_bridge.from_module(torch.nn.Linear(2, 2), (4, 4, 1))
     with pytest.raises(ValueError, match=r"torch\.export cannot trace"):
         torch_bridge.from_module(torch.nn.Linear(2, 2).eval(), (4, 4, 1))
+    with pytest.raises(ValueError, match=r"torch\.nn\.Module, got OrderedDict; models\.from_torch"):
+        torch_bridge.from_module(torch.nn.Linear(2, 2).state_dict(), (4, 4, 1))
+
+    class Pair(torch.nn.Module):
+        def forward(self, x):
+            return x.flatten(1), x
+
+    with pytest.raises(ValueError, match=r"must return logits \(B, K\), one tensor.* tuple"):
+        torch_bridge.from_module(Pair().eval(), (4, 4, 1))
+    broken = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(16, 2)).eval()
+    torch.nn.init.constant_(broken[1].bias, math.nan)
+    with pytest.raises(ValueError, match="logits of random images are not finite"):
+        torch_bridge.from_module(broken, (4, 4, 1))

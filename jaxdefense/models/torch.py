@@ -13,6 +13,7 @@ imports torch: a tensor is asked for its NumPy array.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import pathlib
 import re
@@ -28,6 +29,7 @@ from jaxdefense import extras, models, registry
 from jaxdefense.models import zoo
 from jaxdefense.types import HostArray
 
+TOLERANCE = 1e-4  # of the check: of the largest logit; right weights differ by some 1e-6 of it
 _EPS = 1e-5  # of `layers.BatchNorm`, and PyTorch's default
 _OURS = {"bias": "bias", "running_mean": "mean", "running_var": "var"}
 _KINDS = {4: "convolutions", 2: "linear layers", 1: "BatchNorms"}  # by a weight's dimensions
@@ -53,7 +55,7 @@ def from_torch(
     *,
     images: HostArray | None = None,
     logits: HostArray | None = None,
-    tolerance: float = 1e-3,
+    tolerance: float = TOLERANCE,
     bn_eps: float = _EPS,
     image_shape: tuple[int, int, int] | None = None,
     **fields: Any,
@@ -76,7 +78,7 @@ def from_torch(
         of a .npz or .safetensors file.
       images: (B, C, H, W) or (B, H, W, C) in [0, 1], before any normalisation, to check with.
       logits: (B, K), the PyTorch model's in eval mode for these images.
-      tolerance: largest difference allowed, as a part of the largest logit or of 1.
+      tolerance: largest difference allowed, as a part of the largest logit.
       bn_eps: the eps of PyTorch's BatchNorms; another than 1e-5 is put into the variances.
       image_shape: (H, W, C); default that of `images`, or a usual one that fits.
       **fields: of the network: `mean` and `std` of the normalisation, and what shapes do not tell.
@@ -87,8 +89,8 @@ def from_torch(
       with logits, the largest "difference".
 
     Raises:
-      ValueError: entries that are missing, left over or of another shape (all are named), or
-        logits that differ.
+      ValueError: entries that are missing, left over, of another shape (all are named) or not
+        finite, images that are not in [0, 1], or logits that differ.
 
     >>> import numpy as np
     >>> from jaxdefense import models
@@ -103,7 +105,10 @@ def from_torch(
         raise ValueError("the check needs both images and their logits")
     with extras.required("train", __name__):
         network = registry.load(sys.modules[models.__name__], name, "model")
-    state = _State.of(_arrays(state_dict))
+    arrays = _arrays(state_dict)
+    if broken := [key for key, array in arrays.items() if not np.all(np.isfinite(array))]:
+        raise ValueError(f"the state dict holds values that are not finite: {', '.join(broken)}")
+    state = _State.of(arrays)
     if not state.by_kind(4) or not state.by_kind(2):
         raise ValueError("the state dict needs convolutions and a linear layer")
     channels = state.shapes()[_first_convolution(state)][1]
@@ -125,16 +130,22 @@ def from_torch(
     loaded = convert(bn_eps, fields)
     if images is None:
         return loaded
-    difference, allowed = _difference(loaded, images, logits, tolerance)
+    want = _numpy(logits)
+    if not np.all(np.isfinite(want)):
+        raise ValueError("the logits to check with are not finite")
+    difference = _difference(loaded.module, loaded.variables, images, want)
+    allowed = tolerance * float(np.abs(want).max())
     if difference <= allowed:
         return loaded._replace(meta={**loaded.meta, "difference": difference})
+    # Without its own normalisation, the network is compiled once for all that is tried.
+    bare = convert(bn_eps, {**fields, "mean": None, "std": None}).module
     eps = (bn_eps, 1e-3) if state.has_batch_norm() else (bn_eps,)
+    own = (loaded.module.mean, loaded.module.std)
     hint = ""
-    for (mean, std), other in itertools.product(
-        ((fields.get("mean"), fields.get("std")), *_USUAL.get(channels, ())), eps
-    ):
-        tried = convert(other, {**fields, "mean": mean, "std": std})
-        if _difference(tried, images, logits, tolerance)[0] <= allowed:
+    for other, (mean, std) in itertools.product(eps, (own, *_USUAL.get(channels, ()))):
+        normalised = (images - np.float32(mean or 0)) / np.float32(std or 1)
+        tried = _difference(bare, convert(other, fields).variables, normalised, want)
+        if tried <= allowed:
             hint = f"; with mean={mean}, std={std}, bn_eps={other} they agree"
             break
     raise ValueError(
@@ -264,6 +275,11 @@ def _nhwc(images: HostArray, channels: int) -> np.ndarray:
     images = np.asarray(images, np.float32)
     if images.ndim != 4 or channels not in (images.shape[1], images.shape[-1]):
         raise ValueError(f"need images of {channels} channels for the check, got {images.shape}")
+    if not (images.min(initial=0.0) >= 0 and images.max(initial=0.0) <= 1):
+        raise ValueError(
+            f"need images in [0, 1] for the check, before any normalisation, got values from "
+            f"{images.min():.3g} to {images.max():.3g}"
+        )
     return images.transpose(0, 2, 3, 1) if images.shape[1] == channels else images
 
 
@@ -386,11 +402,19 @@ def _reorder_and_fold(
     return state._replace(layers=layers)
 
 
-def _difference(
-    loaded: zoo.Loaded, images: np.ndarray, logits: Any, tolerance: float
-) -> tuple[float, float]:
-    """The largest difference of the logits, and the largest allowed."""
-    got, want = np.asarray(jax.jit(loaded.predict)(images)), _numpy(logits)
+@functools.partial(jax.jit, static_argnums=0)
+def _logits(module: Any, variables: Any, images: Any) -> Any:
+    with jax.default_matmul_precision("highest"):
+        return module.apply(variables, images)
+
+
+def _difference(module: Any, variables: Any, images: np.ndarray, want: np.ndarray) -> float:
+    """The largest difference of the logits.
+
+    Raises:
+      ValueError: they are of another shape.
+    """
+    got = np.asarray(_logits(module, variables, images))
     if got.shape != want.shape:
         raise ValueError(f"the logits to check with have shape {want.shape}, not {got.shape}")
-    return float(np.abs(got - want).max()), tolerance * max(1.0, float(np.abs(want).max()))
+    return float(np.abs(got - want).max())

@@ -21,6 +21,7 @@ from jax import lax
 
 from jaxdefense import extras
 from jaxdefense.conv import conv
+from jaxdefense.models.torch import TOLERANCE
 from jaxdefense.types import Array, Images, Logits
 
 Variables = dict[str, Array]
@@ -28,7 +29,7 @@ Apply = Callable[[Variables, Images], Logits]
 
 
 def from_module(
-    module: Any, image_shape: tuple[int, int, int], *, tolerance: float = 1e-3
+    module: Any, image_shape: tuple[int, int, int], *, tolerance: float = TOLERANCE
 ) -> tuple[Apply, Variables]:
     """A PyTorch classifier as a JAX function with the same logits and gradients.
 
@@ -37,7 +38,7 @@ def from_module(
         normalisation belongs inside it.
       image_shape: (H, W, C).
       tolerance: largest difference of the logits of four random images, as a part of the largest
-        logit or of 1.
+        logit.
 
     Returns:
       apply: (variables, images (B, H, W, C)) -> logits (B, K), for any B.
@@ -55,6 +56,10 @@ def from_module(
     """
     with extras.required("torch", __name__):
         import torch
+    if not isinstance(module, torch.nn.Module):
+        raise ValueError(
+            f"need a torch.nn.Module, got {type(module).__name__}; models.from_torch takes weights"
+        )
     if module.training:
         raise ValueError("the module is in training mode: call module.eval() first")
     height, width, channels = image_shape
@@ -68,10 +73,16 @@ def from_module(
             warnings.simplefilter("ignore")  # torch's about itself
             program = torch.export.export(module, (example,), dynamic_shapes=batch)
             program = program.run_decompositions()
-            want = module(example).detach().float().cpu().numpy()
+            answer = module(example)
     except Exception as error:  # torch raises many kinds
         said = str(error).strip().splitlines() or [type(error).__name__]
         raise ValueError(f"torch.export cannot trace the module: {said[0]}") from error
+    if not isinstance(answer, torch.Tensor) or answer.ndim != 2:
+        told = tuple(answer.shape) if isinstance(answer, torch.Tensor) else type(answer).__name__
+        raise ValueError(f"the module must return logits (B, K), one tensor, and it returns {told}")
+    want = answer.detach().float().cpu().numpy()
+    if not np.all(np.isfinite(want)):
+        raise ValueError("the module's logits of random images are not finite")
     variables, names, inputs = {}, {}, []
     for spec in program.graph_signature.input_specs:
         if spec.kind is torch.export.graph_signature.InputKind.USER_INPUT:
@@ -81,12 +92,15 @@ def from_module(
         names[spec.arg.name] = spec.target
         variables[spec.target] = _array(held[spec.target])
     apply = functools.partial(_run, _instructions(program.graph), names, inputs[0])
-    got = np.asarray(jax.jit(apply)(variables, np.moveaxis(images.numpy(), 1, -1)))
-    difference = float(np.abs(got - want).max()) if got.shape == want.shape else math.inf
-    if not difference <= tolerance * max(1.0, float(np.abs(want).max())):
+    with jax.default_matmul_precision("highest"):
+        got = np.asarray(jax.jit(apply)(variables, np.moveaxis(images.numpy(), 1, -1)))
+    if got.shape != want.shape:
+        raise ValueError(f"the logits have shape {got.shape}, and PyTorch's {want.shape}")
+    difference, allowed = float(np.abs(got - want).max()), tolerance * float(np.abs(want).max())
+    if not difference <= allowed:
         raise ValueError(
-            f"the logits of random images differ by {difference:.2g} from PyTorch's: got "
-            f"{got.shape}, want {want.shape}"
+            f"the logits of random images differ by {difference:.2g} from PyTorch's, and "
+            f"{allowed:.2g} is allowed"
         )
     return apply, variables
 
@@ -190,14 +204,20 @@ def _convolution(
     output_padding: Any,
     groups: int,
 ) -> Array:
-    if transposed or x.ndim != 4:
-        raise ValueError("only plain convolutions of images are known, no transposed ones")
+    if x.ndim != 4 or (transposed and groups != 1):
+        raise ValueError("only convolutions of images are known, transposed ones without groups")
+    edges = [(p, p) for p in _pair(padding)]
+    kernel, steps = weight.transpose(2, 3, 1, 0), (_pair(stride), (1, 1))
+    if transposed:
+        sizes = zip(weight.shape[2:], _pair(dilation), _pair(padding), _pair(output_padding))
+        edges = [(d * (k - 1) - p, d * (k - 1) - p + more) for k, d, p, more in sizes]
+        kernel, steps = weight.transpose(2, 3, 0, 1)[::-1, ::-1], steps[::-1]
     y = conv(
         jnp.moveaxis(x, 1, -1),
-        weight.transpose(2, 3, 1, 0),
-        _pair(stride),
-        [(p, p) for p in _pair(padding)],
-        lhs_dilation=(1, 1),
+        kernel,
+        steps[0],
+        edges,
+        lhs_dilation=steps[1],
         rhs_dilation=_pair(dilation),
         dimension_numbers=lax.ConvDimensionNumbers((0, 3, 1, 2), (3, 2, 0, 1), (0, 3, 1, 2)),
         feature_group_count=groups,
@@ -230,12 +250,30 @@ def _group_norm(
     return (y + (0 if bias is None else bias.reshape(shape)),)
 
 
-def _windows(x: Array, kernel: Any, stride: Any, padding: Any, fill: float) -> list[Array]:
-    """One strided view of x (B, C, H, W) for each place in the pooling window, row by row."""
-    (kh, kw), (ph, pw) = _pair(kernel), _pair(padding)
-    sh, sw = _pair(stride) if stride else (kh, kw)
-    x = jnp.pad(x, ((0, 0), (0, 0), (ph, ph), (pw, pw)), constant_values=fill)
-    h, w = (x.shape[2] - kh) // sh * sh + 1, (x.shape[3] - kw) // sw * sw + 1
+def _instance_norm(
+    x: Array, weight: Any, bias: Any, training: bool, momentum: float, eps: float
+) -> tuple[Array]:
+    mean, var = x.mean((0, 2, 3)), x.var((0, 2, 3))
+    return _batch_norm(x, weight, bias, mean, var, momentum, eps)
+
+
+def _windows(
+    x: Array, kernel: Any, stride: Any, padding: Any, ceil: bool, fill: float
+) -> list[Array]:
+    """One strided view of x (B, C, H, W) for each place in the pooling window, row by row.
+
+    In ceil_mode a last window may reach over the padding, but must begin before its right edge.
+    """
+    stops, edges = [], []
+    sizes = zip(x.shape[2:], _pair(kernel), _pair(stride or kernel), _pair(padding))
+    for size, k, s, p in sizes:
+        count = (size + 2 * p - k) // s + 1
+        if ceil and (size + 2 * p - k) % s and count * s < size + p:
+            count += 1
+        stops.append((count - 1) * s + 1)
+        edges.append((p, max(p, stops[-1] - 1 + k - size - p)))
+    x = jnp.pad(x, ((0, 0), (0, 0), *edges), constant_values=fill)
+    (h, w), (sh, sw), (kh, kw) = stops, _pair(stride or kernel), _pair(kernel)
     return [x[:, :, a : a + h : sh, b : b + w : sw] for a in range(kh) for b in range(kw)]
 
 
@@ -243,9 +281,9 @@ def _max_pool(
     x: Array, kernel: Any, stride: Any = (), padding: Any = 0, dilation: Any = 1, ceil: bool = False
 ) -> tuple[Array]:
     """By comparisons: of equal values the first gets the gradient, as in PyTorch."""
-    if ceil or _pair(dilation) != (1, 1):
-        raise ValueError("max-pooling with ceil_mode or dilation is not known")
-    views = _windows(x, kernel, stride, padding, -math.inf)
+    if _pair(dilation) != (1, 1):
+        raise ValueError("max-pooling with dilation is not known")
+    views = _windows(x, kernel, stride, padding, ceil, -math.inf)
     return (functools.reduce(lambda a, b: jnp.where(a >= b, a, b), views),)
 
 
@@ -258,10 +296,46 @@ def _average_pool(
     count_include_pad: bool = True,
     divisor: int | None = None,
 ) -> Array:
-    if ceil or (_pair(padding) != (0, 0) and not count_include_pad):
-        raise ValueError("average-pooling with ceil_mode or count_include_pad=False is not known")
-    views = _windows(x, kernel, stride, padding, 0.0)
-    return sum(views[1:], views[0]) / (divisor or len(views))
+    total = functools.reduce(operator.add, _windows(x, kernel, stride, padding, ceil, 0.0))
+    if divisor:
+        return total / divisor
+    ones, (ph, pw) = jnp.ones((1, 1, *x.shape[2:])), _pair(padding)
+    if count_include_pad:  # what ceil_mode adds beyond the padding is never counted
+        pads = ((0, 0), (0, 0), (ph, ph), (pw, pw))
+        ones, padding = jnp.pad(ones, pads, constant_values=1), 0
+    return total / functools.reduce(
+        operator.add, _windows(ones, kernel, stride, padding, ceil, 0.0)
+    )
+
+
+def _resize(x: Array, size: Any, scales: Any, matrix: Callable[..., np.ndarray]) -> Array:
+    """x (B, C, H, W) with a matrix along each axis: matrix(pixels, wanted, pixels a step)."""
+    for axis in (2, 3):
+        pixels = x.shape[axis]
+        wanted = size[axis - 2] if size else math.floor(pixels * scales[axis - 2])
+        step = 1 / scales[axis - 2] if scales else None
+        x = jnp.moveaxis(jnp.tensordot(x, matrix(pixels, wanted, step), (axis, 1)), -1, axis)
+    return x
+
+
+def _nearest(pixels: int, wanted: int, step: float | None) -> np.ndarray:
+    at = np.floor(np.arange(wanted) * (step or pixels / wanted)).astype(int)
+    return np.eye(pixels, dtype=np.float32)[np.minimum(at, pixels - 1)]
+
+
+def _linear(pixels: int, wanted: int, step: float | None, align: bool) -> np.ndarray:
+    at = np.arange(wanted, dtype=np.float64)
+    if align:
+        at = at * ((pixels - 1) / (wanted - 1) if wanted > 1 else 0.0)
+    else:
+        at = np.maximum((at + 0.5) * (step or pixels / wanted) - 0.5, 0.0)
+    low = np.minimum(np.floor(at).astype(int), pixels - 1)
+    high, eye = np.minimum(low + 1, pixels - 1), np.eye(pixels)
+    return ((1 - (at - low))[:, None] * eye[low] + (at - low)[:, None] * eye[high]).astype("f4")
+
+
+def _variance(x: Array, dim: Any = None, correction: int = 1, keepdim: bool = False) -> Array:
+    return jnp.var(x, tuple(dim) if dim else None, ddof=correction, keepdims=keepdim)
 
 
 def _adaptive_average_pool(x: Array, size: Any) -> Array:
@@ -313,6 +387,7 @@ def _copy(x: Array, dtype: Any = None) -> Array:
 TABLE: dict[str, Callable[..., Any]] = {
     "_adaptive_avg_pool2d": _adaptive_average_pool,
     "_log_softmax": lambda x, dim, half=False: jax.nn.log_softmax(x, dim),
+    "_native_batch_norm_legit": _instance_norm,
     "_native_batch_norm_legit_no_training": _batch_norm,
     "_softmax": lambda x, dim, half=False: jax.nn.softmax(x, dim),
     "_to_copy": _copy,
@@ -339,6 +414,9 @@ TABLE: dict[str, Callable[..., Any]] = {
     "erf": jax.scipy.special.erf,
     "exp": jnp.exp,
     "expand": _expand,
+    "expm1": jnp.expm1,
+    "flip": lambda x, dims: jnp.flip(x, tuple(dims)),
+    "floor": jnp.floor,
     "full": lambda size, value, dtype=None: jnp.full(size, value, dtype),
     "full_like": lambda x, value, dtype=None: jnp.full_like(x, value, dtype),
     "ge": operator.ge,
@@ -348,6 +426,7 @@ TABLE: dict[str, Callable[..., Any]] = {
     "le": operator.le,
     "leaky_relu": lambda x, slope=0.01: jnp.where(x > 0, x, slope * x),
     "log": jnp.log,
+    "log1p": jnp.log1p,
     "logical_and": jnp.logical_and,
     "logical_not": jnp.logical_not,
     "logical_or": jnp.logical_or,
@@ -366,10 +445,13 @@ TABLE: dict[str, Callable[..., Any]] = {
     "pow": operator.pow,
     "reciprocal": jnp.reciprocal,
     "relu": jax.nn.relu,
+    "repeat": lambda x, times: jnp.tile(x, tuple(times)),
+    "round": jnp.round,
     "rsqrt": lax.rsqrt,
     "scalar_tensor": lambda value, dtype=None: jnp.asarray(value, dtype),
     "select": lambda x, dim, index: jnp.take(x, index, dim),
     "sigmoid": jax.nn.sigmoid,
+    "sign": jnp.sign,
     "sin": jnp.sin,
     "slice": _slice,
     "split_with_sizes": _split,
@@ -380,6 +462,11 @@ TABLE: dict[str, Callable[..., Any]] = {
     "sym_size": lambda x, dim: x.shape[dim],
     "tanh": jnp.tanh,
     "unsqueeze": jnp.expand_dims,
+    "upsample_bilinear2d": lambda x, size, align, scales=None: _resize(
+        x, size, scales, functools.partial(_linear, align=align)
+    ),
+    "upsample_nearest2d": lambda x, size, scales=None: _resize(x, size, scales, _nearest),
+    "var": _variance,
     "view": jnp.reshape,
     "where": jnp.where,
 }
