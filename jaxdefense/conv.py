@@ -303,9 +303,14 @@ def _cut(x: Array, edges: Sequence[Pair]) -> tuple[Array, list[Pair]]:
     XLA:CPU reads beyond the array in a convolution with negative padding (openxla/xla#48713; jax
     0.10.2 and 0.11.2). Autodiff asks for one where the padding is as large as the kernel.
     """
-    negative = [(min(lo, 0), min(hi, 0), 0) for lo, hi in edges]
-    x = lax.pad(x, jnp.zeros((), x.dtype), ((0, 0, 0), *negative, (0, 0, 0)))
-    return x, [(max(lo, 0), max(hi, 0)) for lo, hi in edges]
+    if any(size + min(lo, 0) + min(hi, 0) < 0 for size, (lo, hi) in zip(x.shape[1:3], edges)):
+        kept = [(0, 0), (0, 0)]  # what is removed reaches into the padding: no window saw a pixel
+        done = [(lo, hi, 0) for lo, hi in edges]
+    else:
+        kept = [(max(lo, 0), max(hi, 0)) for lo, hi in edges]
+        done = [(min(lo, 0), min(hi, 0), 0) for lo, hi in edges]
+    x = lax.pad(x, jnp.zeros((), x.dtype), ((0, 0, 0), *done, (0, 0, 0)))
+    return x, kept
 
 
 def _weight_gradient(

@@ -90,6 +90,27 @@ def test_both_gradients(strides, window, channels, pads):
     assert_agree(*operands((2, 9, 8, channels), (*window, channels, 5)), strides, pads)
 
 
+@pytest.mark.parametrize(
+    ("size", "window", "strides", "pads"),
+    [
+        ((1, 9), (1, 3), (4, 4), ((2, 0), (2, 2))),
+        ((3, 1), (5, 3), (4, 4), ((5, 4), (4, 0))),
+        ((1, 1), (3, 3), (3, 3), ((5, 5), (5, 5))),
+    ],
+)
+def test_windows_that_see_nothing_but_padding(size, window, strides, pads):
+    """A padding so large that what no window reaches is more than the image."""
+    assert_agree(*operands((2, *size, 8), (*window, 8, 4)), strides, pads)
+
+
+@pytest.mark.parametrize("outputs", [1, 2, 6, 16])
+@pytest.mark.parametrize("channels", [1, 16])
+def test_narrow_convolutions(channels, outputs):
+    """Those that make several pixels at once: of rows that are a multiple of these, and are not."""
+    for width in (16, 13):
+        assert_agree(*operands((2, 5, width, channels), (3, 5, channels, outputs)), (1, 1), "SAME")
+
+
 side = st.integers(1, 3)
 pad = st.tuples(st.integers(0, 3), st.integers(0, 3))
 
