@@ -170,6 +170,11 @@ def test_a_file_is_a_starting_point(tfds_dir, tmp_path, trained):
     runs.export(tmp_path / "x.safetensors", *runs.restore(workdir))
     found = initial(tfds_dir, tmp_path, init_from={"file": str(tmp_path / "x.safetensors")})
     assert same(found["classifier"], params)
+    run, variables, meta = runs.restore(workdir)
+    broken = {**variables, "params": jax.tree.map(lambda x: x * np.nan, variables["params"])}
+    runs.export(tmp_path / "nan.safetensors", run, broken, meta)
+    with pytest.raises(ValueError, match=r"nan\.safetensors holds values that are not finite: .*/"):
+        initial(tfds_dir, tmp_path, init_from={"file": str(tmp_path / "nan.safetensors")})
 
 
 @pytest.mark.parametrize(

@@ -134,6 +134,7 @@ class TestFromArrays:
             ({"images": COLOUR / 127.5 - 1}, r"float64 in \[-1, 1\]; a normalisation is part"),
             ({"images": COLOUR.astype(np.uint16) * 9}, "images must be uint8, integers in 0..255"),
             ({"images": COLOUR * np.float32(np.nan)}, "NaN"),
+            ({"images": COLOUR / 255 / 255}, r"brighter than 0\.00\d+; divided by 255 twice\?"),
             ({"images": (COLOUR > 9).astype(np.uint8)}, "values are 0 and 1 would be black"),
             ({"labels": LABELS[:-1]}, "40 images and 39 labels do not belong together"),
             ({"labels": LABELS + 2}, r"labels are 2..5 and none is 0"),
@@ -212,6 +213,17 @@ class TestFromFolder:
         assert len(found.test) == 10
         assert found.test.notes == ("10 of its 40 images are the test set: it has no split 'test'",)
         assert data.from_folder(tmp_path).test is None
+
+    def test_splits_are_known_in_capitals_and_by_other_names(self, tmp_path):
+        make_folder(tmp_path / "a", splits=("Train", "TEST"), n=4)
+        make_folder(tmp_path / "b", splits=("training", "testing"), n=4)
+        for name in ("a", "b"):
+            found = data.from_folder(tmp_path / name)
+            assert [len(x) for x in found] == [7, 1, 8]
+            assert found.train.label_names == ("cat", "dog")
+        make_folder(tmp_path / "b", splits=("Test",), n=4)
+        with pytest.raises(ValueError, match="has a split twice: Test, testing, training"):
+            data.from_folder(tmp_path / "b")
 
     def test_val_is_the_validation_set_beside_test_and_the_test_set_without(self, tmp_path):
         make_folder(tmp_path / "three", splits=("train", "val", "test"), n=4)

@@ -192,6 +192,10 @@ def _to_uint8(images: np.ndarray, where: str, notes: list[str]) -> np.ndarray:
     if not np.isfinite([low, high]).all():
         raise ValueError(f"{where}: images hold NaN or infinite values")
     if images.dtype.kind == "f" and low >= 0 and high <= 1:
+        if 0 < 255 * high < 1.5:
+            raise ValueError(
+                f"{where}: no float image is brighter than {high:.3g}; divided by 255 twice?"
+            )
         notes.append("float images are rounded to 8 bits")
         return np.round(images.astype(np.float64) * 255).astype(np.uint8)
     if not 0 <= low <= high <= 255 or (images.dtype.kind == "f" and (images % 1 != 0).any()):

@@ -21,6 +21,7 @@ from jaxdefense.data.arrays import Arrays, Encoded, HoldOut, Splits
 
 _SUFFIXES = (".png", ".jpg", ".jpeg")
 _SPLITS = ("train", "validation", "val", "valid", "dev", "test")
+_ALSO = {"training": "train", "testing": "test"}  # names of splits, in any case
 _ANNOTATIONS = pathlib.Path("val") / "val_annotations.txt"
 _ALL = "train"  # the stored split of a folder without splits
 
@@ -39,7 +40,8 @@ def from_folder(
     """The images of a folder, PNG and JPEG, by class.
 
     The names of the class folders, sorted, are the classes. A folder `val` (or `validation`) is the
-    test set where there is no folder `test`. Rows are in a fixed random order, so that the first n
+    test set where there is no folder `test`; capitals do not matter (`Train`), and `training` and
+    `testing` are `train` and `test`. Rows are in a fixed random order, so that the first n
     are a fair sample. Grey images among coloured ones become three equal channels, and transparency
     is dropped; `notes` of the arrays say so.
 
@@ -179,18 +181,22 @@ def _read(folder: Folder, split: str, in_memory: bool) -> Arrays:
 def _list(root: pathlib.Path) -> tuple[Listing, tuple[str, ...]]:
     """The files of each split with their classes, and what is to be said of them."""
     folders = _subfolders(root)
+    named = {name: _ALSO.get(name.lower(), name.lower()) for name in folders}
+    named = {name: split for name, split in named.items() if split in _SPLITS}
     if (root / _ANNOTATIONS).is_file():
         listing = {"train": _classes(root / "train"), "val": _annotated(root)}
         unlabelled = (root / "test").is_dir()
         notes = ("its folder test/ has no labels and is left out",) if unlabelled else ()
-    elif "train" in folders:
-        listing = {split: _classes(root / split) for split in _SPLITS if split in folders}
-        others = sorted(set(folders) - set(_SPLITS))
+    elif len(set(named.values())) < len(named):
+        raise ValueError(f"{root} has a split twice: {', '.join(named)}")
+    elif "train" in named.values():
+        ordered = sorted(named, key=lambda name: _SPLITS.index(named[name]))
+        listing = {named[name]: _classes(root / name) for name in ordered}
+        others = sorted(set(folders) - set(named))
         notes = (f"its folders {', '.join(others)} are no splits and are left out",)
         notes = notes if others else ()
-    elif set(folders) & set(_SPLITS):
-        found = ", ".join(sorted(set(folders) & set(_SPLITS)))
-        raise ValueError(f"{root} has the splits {found} and no split train")
+    elif named:
+        raise ValueError(f"{root} has the splits {', '.join(named)} and no split train")
     else:
         listing, notes = {_ALL: _classes(root)}, ()
     for split, files in listing.items():

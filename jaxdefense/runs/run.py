@@ -693,7 +693,7 @@ def _lone_classifier(run: Run, variables: PyTree, images: HostArray) -> dict[str
         return None
     deployed = run.apply(run.defense.primary)(variables, images)
     alone: Any = run.module.apply(network, images)
-    return network if np.allclose(deployed, alone, rtol=1e-4, atol=1e-4) else None
+    return network if np.allclose(deployed, alone, 1e-4, 1e-4, equal_nan=True) else None
 
 
 def _restore_file(path: pathlib.Path) -> Restored:

@@ -105,7 +105,8 @@ def load_start(spec: Mapping[str, Any]) -> Start:
         "new_head": False.
 
     Raises:
-      ValueError: an unknown key, no run there, no checkpoint, or a damaged one.
+      ValueError: an unknown key, no run there, no checkpoint, a damaged one, or weights that are
+        not finite.
     """
     registry.check_known("key of train.init_from", spec, _KEYS)
     if ("workdir" in spec) == ("file" in spec):
@@ -114,6 +115,7 @@ def load_start(spec: Mapping[str, Any]) -> Start:
     if "file" in spec:
         variables = zoo.load(spec["file"]).variables
         params, carry = (variables.get(name, {}) for name in ("params", "batch_stats"))
+        _check_finite(variables, spec["file"])
         return Start({"classifier": params}, {"classifier": carry}, new_head, str(spec["file"]))
     kind = spec.get("checkpoint", "best")
     if kind not in ("best", "last"):
@@ -130,6 +132,7 @@ def load_start(spec: Mapping[str, Any]) -> Start:
         raise ValueError(f"train.init_from.checkpoint={kind!r}: {error}{way}") from error
     finally:
         store.close()
+    _check_finite(model, spec["workdir"])
     saved, carry = model["params"], dict(model["carry"])
     ema = carry.pop("ema", {"params": {}, "carry": {}})
     return Start(
@@ -189,3 +192,11 @@ def _in_roles(
 
 def _shapes(tree: PyTree) -> dict[str, tuple[int, ...]]:
     return {name: tuple(np.shape(leaf)) for name, leaf in zoo.leaves_by_path(tree).items()}
+
+
+def _check_finite(tree: PyTree, source: Any) -> None:
+    """Refuses weights that are NaN or infinite, which no training mends."""
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+        if not np.all(np.isfinite(np.asarray(leaf, np.float64))):
+            name = jax.tree_util.keystr(path, simple=True, separator="/")
+            raise ValueError(f"train.init_from: {source} holds values that are not finite: {name}")
