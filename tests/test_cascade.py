@@ -138,6 +138,15 @@ def test_flags_name_what_gradients_left():
     assert run(stages=STAGES[:1]).flags == ()
 
 
+class LikeTorch:
+    """What a PyTorch module is told by."""
+
+    state_dict = named_parameters = None
+
+    def __call__(self, images):
+        raise AssertionError(images)
+
+
 class TestAutoattack:
     def predict(self, x):
         return NET.apply(VARIABLES, x)
@@ -167,6 +176,11 @@ class TestAutoattack:
     def test_other_arguments_than_the_models(self):
         with pytest.raises(ValueError, match="predict is a Flax module: give its apply"):
             evaluation.autoattack(NET, IMAGES, LABELS, BALL)
+        loaded = models.zoo.Loaded(NET, VARIABLES, {})
+        with pytest.raises(ValueError, match="must be a function, got Loaded: give its predict"):
+            evaluation.autoattack(loaded, IMAGES, LABELS, BALL)
+        with pytest.raises(ValueError, match=r"a PyTorch module: give .*torch_bridge\.from_module"):
+            evaluation.autoattack(LikeTorch(), IMAGES, LABELS, BALL)
         with pytest.raises(ValueError, match="leave out variables="):
             evaluation.autoattack(self.predict, IMAGES, LABELS, BALL, variables=VARIABLES)
         with pytest.raises(ValueError, match=r"random takes \(variables, key, images\)"):

@@ -431,8 +431,16 @@ class TestLoop:
 
     def test_a_workdir_belongs_to_one_config(self, tmp_path, tfds_dir):
         train.train(config(tfds_dir), tmp_path, progress=False)
-        with pytest.raises(ValueError, match="another config"):
+        with pytest.raises(
+            ValueError, match=r"another config \(it differs in seed: 0 there, 1 here"
+        ):
             train.train(config(tfds_dir, seed=1), tmp_path, progress=False)
+        longer = config(tfds_dir, **{"train.length": "24s"})
+        wanted = (
+            r"in train\.length: '12s' there, '24s' here\).*give another workdir train\.init_from"
+        )
+        with pytest.raises(ValueError, match=wanted):
+            train.train(longer, tmp_path, progress=False)
         again = train.train(config(tfds_dir), tmp_path, progress=False)
         assert again["steps"] == 12
 

@@ -103,9 +103,16 @@ def check_takes(
       way: what to give instead if it is of the other kind.
 
     Raises:
-      ValueError: it is a linen module without its variables, or takes variables where none will
-        be given, or none where they will be.
+      ValueError: it is no function, a PyTorch module or a linen module without its variables, or
+        it takes variables where none will be given, or none where they will be.
     """
+    if not callable(function):
+        instead = ": give its predict" if hasattr(function, "predict") else ""
+        raise ValueError(f"{role} must be a function, got {type(function).__name__}{instead}")
+    if hasattr(function, "state_dict") and hasattr(function, "named_parameters"):
+        raise ValueError(
+            f"{role} is a PyTorch module: give what models.torch_bridge.from_module makes of it"
+        )
     if _is_linen_module(function) and function.scope is None:
         raise ValueError(f"{role} is a Flax module: give its apply (net.apply), and its variables")
     both = ("variables", *inputs)

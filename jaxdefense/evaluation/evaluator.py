@@ -139,7 +139,9 @@ class Evaluator:
         before_dispatch: Callable[[], None] | None = None,
     ):
         if not callable(apply):
-            raise ValueError(f"apply must be a function (variables, images), got {apply!r}")
+            raise ValueError(
+                f"apply must be a function (variables, images), got {type(apply).__name__}"
+            )
         checks.check_threat("Evaluator", threat)
         devices = tuple(devices or jax.devices())
         if batch_size is None:

@@ -181,7 +181,9 @@ class Run:
 def _section(config: Mapping[str, Any], name: str, where: str = "") -> dict[str, Any]:
     section = config.get(name)
     if not isinstance(section, Mapping):
-        raise ValueError(f"the config needs a section {where + name!r}, got {section!r}")
+        given = {"model": "model=", "dataset": "data="}.get(where + name, "")
+        hint = f"; a run on what `train({given}...)` was given needs it again" if given else ""
+        raise ValueError(f"the config needs a section {where + name!r}, got {section!r}{hint}")
     return dict(section)
 
 

@@ -688,13 +688,27 @@ def _check_config(config: Mapping[str, Any], path: pathlib.Path) -> None:
         return
     before, now = config_file.read(path.parent), json.loads(json.dumps(config))
     if before != now:
-        changed = [
-            k for k in {**before, **now} if (k in before) != (k in now) or before[k] != now[k]
-        ]
+        changed = ", ".join(_differences(before, now))
+        way = "choose another workdir, or remove it"
+        if all(before.get(key) == value for key, value in now.items() if key != "train"):
+            way += "; to go on from it, give another workdir train.init_from"
         raise ValueError(
-            f"{path.parent} holds a run of another config (it differs in {sorted(changed)}); "
-            f"choose another workdir, or remove it"
+            f"{path.parent} holds a run of another config (it differs in {changed}); {way}"
         )
+
+
+def _differences(before: Any, now: Any, name: str = "") -> list[str]:
+    """The dotted keys whose values differ, with both values where these are no mappings."""
+    if isinstance(before, Mapping) and isinstance(now, Mapping):
+        keys = sorted(key for key in {**before, **now} if before.get(key) != now.get(key))
+        return [
+            told
+            for key in keys
+            for told in _differences(before.get(key), now.get(key), f"{name}.{key}".lstrip("."))
+        ]
+    if isinstance(before, Mapping) or isinstance(now, Mapping):
+        return [name]
+    return [f"{name}: {before!r} there, {now!r} here"]
 
 
 def train(
