@@ -184,6 +184,7 @@ def test_a_file_is_a_starting_point(tfds_dir, tmp_path, trained):
         ({"init_from": {"workdr": "x"}}, "nearest: workdir"),
         ({"init_from": {}, "frozen": "head"}, "train.frozen must be a list"),
         ({"frozen": ["clasifier"]}, "nearest: classifier"),
+        ({"frozen": ["classifier"]}, "train.frozen leaves nothing to train: classifier"),
         ({"frozen": ["classifier/conv3"]}, "nearest: classifier/conv"),
         ({"init_from": {"workdir": "nowhere"}}, "nowhere has no checkpoint 'best'"),
     ],

@@ -12,7 +12,7 @@ from papers import metric_i
 from jaxdefense.evaluation import records, report, tables
 
 RECORDS = pathlib.Path(__file__).parents[1] / "experiments" / "records"
-FOLDERS = sorted(path for path in RECORDS.iterdir() if path.is_dir())
+FOLDERS = sorted({str(path.parent.relative_to(RECORDS)) for path in RECORDS.rglob("*/*.json")})
 PGD = "pgd(Linf(eps=0.3, bounds=(0.0, 1.0)), steps=40)"
 
 
@@ -257,8 +257,9 @@ class TestPaired:
 
 
 class TestCommitted:
-    @pytest.mark.parametrize("folder", FOLDERS, ids=lambda path: path.name)
-    def test_each_folder_prints(self, folder):
+    @pytest.mark.parametrize("name", FOLDERS)
+    def test_each_folder_prints(self, name):
+        folder = RECORDS / name
         found = records.load_all([folder])
         for protected in (False, True):
             header, _, *rows = script.render([folder], protected=protected).splitlines()[:-2]

@@ -156,14 +156,14 @@ def is_frozen(frozen: Sequence[str], role: str, path: Sequence[Any]) -> bool:
 
 
 def check_frozen(frozen: Sequence[str], params: base.Params) -> None:
-    """Refuses names of `train.frozen` that no parameter has.
+    """Refuses names of `train.frozen` that no parameter has, and all parameters together.
 
     Args:
       frozen: roles, or parts of them.
       params: of the run; arrays or their shapes.
 
     Raises:
-      ValueError: such a name.
+      ValueError: such a name, or nothing left to train.
     """
     for name in frozen:
         role = str(name).split("/")[0]
@@ -172,6 +172,13 @@ def check_frozen(frozen: Sequence[str], params: base.Params) -> None:
         if not any(is_frozen([name], role, path) for path, _ in leaves):
             parts = sorted(f"{role}/{part}" for part in params[role])
             registry.raise_unknown("part in train.frozen", name, parts)
+    paths = [
+        (role, path)
+        for role, tree in params.items()
+        for path, _ in jax.tree_util.tree_leaves_with_path(tree)
+    ]
+    if frozen and all(is_frozen(frozen, role, path) for role, path in paths):
+        raise ValueError(f"train.frozen leaves nothing to train: {', '.join(map(str, frozen))}")
 
 
 def _in_roles(
