@@ -185,7 +185,7 @@ def _conv(x: Array, w: Array, strides: Pair, pads: Pads, precision: Any) -> Arra
     if w.shape[:2] == (1, 1):
         patches = _patches(x, w.shape[:2], strides, pads)
         return _dot(patches, w[0, 0], (3, 0), precision)
-    if max(w.shape[2:]) <= _NARROW:
+    if _is_narrow(w):
         return _several_at_once(x, w, strides, pads, precision)
     return _lax_conv(x, w, strides, pads, precision)
 
@@ -203,8 +203,8 @@ def _forward(x: Array, w: Array, strides: Pair, pads: Pads, precision: Any) -> t
 def _backward(strides: Pair, pads: Pads, precision: Any, saved: tuple, dy: Array) -> tuple:
     x, w = saved
     (kh, kw, c, _), size = w.shape, x.shape[1:3]
-    narrow = strides == (1, 1) and max(w.shape[2:]) <= _NARROW
-    if (kh * kw * c <= 64 and not narrow) or kh % strides[0] or kw % strides[1]:
+    several = strides == (1, 1) and _is_narrow(w)
+    if (kh * kw * c <= 64 and not several) or kh % strides[0] or kw % strides[1]:
         wide = jnp.promote_types(dy.dtype, jnp.float32)
         z = jnp.tensordot(dy, w, (3, 3), precision=precision, preferred_element_type=wide)
         dx = _overlapping_add(lambda a, b: z[:, :, :, a, b], (kh, kw), strides, pads, size)
@@ -270,6 +270,10 @@ def _taps(x: Array, window: Sequence[int], strides: Pair, pads: Pads) -> list[Ar
 def _patches(x: Array, window: Sequence[int], strides: Pair, pads: Pads) -> Array:
     """The windows of x that each output pixel sees: (B, n, m, kh * kw * C)."""
     return jnp.concatenate(_taps(x, window, strides, pads), axis=-1)
+
+
+def _is_narrow(w: Array) -> bool:
+    return max(w.shape[2:]) <= _NARROW
 
 
 def _several_at_once(x: Array, w: Array, strides: Pair, pads: Pads, precision: Any) -> Array:

@@ -203,7 +203,6 @@ def _shapes(tree: PyTree) -> dict[str, tuple[int, ...]]:
 
 def _check_finite(tree: PyTree, source: Any) -> None:
     """Refuses weights that are NaN or infinite, which no training mends."""
-    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+    for name, leaf in zoo.leaves_by_path(tree).items():
         if not np.all(np.isfinite(np.asarray(leaf, np.float64))):
-            name = jax.tree_util.keystr(path, simple=True, separator="/")
             raise ValueError(f"train.init_from: {source} holds values that are not finite: {name}")
