@@ -133,12 +133,11 @@ def test_products_of_resnet18_are_those_of_pencil_and_paper():
     assert round(found / 1e9, 2) == 0.96
 
 
-def square(i, x):
-    return x @ x
+SQUARE = jnp.zeros((64, 64))
 
 
-def fixed(x):
-    return jax.lax.fori_loop(0, 7, square, x)
+def fixed(x, turns=7):
+    return jax.lax.fori_loop(0, turns, lambda i, x: x @ x, x)
 
 
 def bounded(x):
@@ -152,26 +151,48 @@ def unbounded(x):
 
 
 @pytest.mark.parametrize(("function", "turns"), [(fixed, 7), (bounded, 7), (unbounded, 24)])
-def test_loops_cost_all_their_turns(function, turns):
-    """`compile_body` stands for XLA, which counts a body once."""
-    product = 2 * 4**3
-    jaxpr = jax.make_jaxpr(function)(jnp.zeros((4, 4)))
+def test_loops_cost_the_products_of_all_their_turns(function, turns):
+    jaxpr = jax.make_jaxpr(function)(SQUARE).jaxpr
+    product = 2 * 64**3
+    assert costs.products(jaxpr, rounds=3) == turns * product
+    assert costs.products(jaxpr, in_full=False) == (2 if function is unbounded else 1) * product
 
-    def count_once(jaxpr):
-        found = 0.0
-        for equation in jaxpr.eqns:
-            found += product * (equation.primitive.name == "dot_general")
-            found += sum(map(count_once, costs._inner(equation)))
-        return costs.Cost(found, 10 * found).flops
 
-    def compile_body(body):
-        once = count_once(body.jaxpr)
-        return costs.Cost(once, 10 * once)
+def bytes_of(function, rounds=1):
+    """(bodies counted once, in full) of the compiled program."""
+    traffic = costs.Traffic(jax.jit(function).lower(SQUARE).compile().as_text(), rounds)
+    return traffic.once, traffic.full
 
-    once = count_once(jaxpr.jaxpr)
-    found = costs.cost(costs.Cost(once, 10 * once), jaxpr.jaxpr, compile_body, rounds=3)
-    assert found == (turns * product, 10 * turns * product)
-    assert costs.products(jaxpr.jaxpr, rounds=3) == turns * product
+
+def test_a_loop_adds_the_same_bytes_in_every_turn():
+    once, seven = bytes_of(fixed)
+    thirteen = bytes_of(lambda x: fixed(x, turns=13))[1]
+    assert seven - once == thirteen - seven  # 6 turns
+    assert seven - once >= 6 * 2 * SQUARE.nbytes  # a product reads and writes
+
+
+def test_a_loop_up_to_a_number_takes_one_turn_more():
+    def below(x):
+        return jax.lax.while_loop(
+            lambda c: (c[0] < 7) & jnp.all(c[1] < 9), lambda c: (c[0] + 1, c[1] @ c[1]), (0, x)
+        )
+
+    assert bytes_of(bounded) == bytes_of(below)
+
+
+def test_a_loop_without_a_number_takes_the_rounds():
+    once, one = bytes_of(unbounded, rounds=1)
+    two, three = (bytes_of(unbounded, rounds)[1] for rounds in (2, 3))
+    assert three - two == two - one >= 8 * 2 * SQUARE.nbytes
+    assert one > once + 6 * 2 * SQUARE.nbytes  # the loop inside
+
+
+def test_the_numbers_of_xla_are_scaled_to_all_turns():
+    text = jax.jit(unbounded).lower(SQUARE).compile().as_text()
+    traffic = costs.Traffic(text, rounds=3)
+    jaxpr = jax.make_jaxpr(unbounded)(SQUARE).jaxpr
+    found = costs.cost(costs.Cost(100.0, 1000.0), text, jaxpr, rounds=3)
+    assert found == (100 * 24 / 2, 1000 * traffic.full / traffic.once)
 
 
 def program(name, flops, moved, memory, times):

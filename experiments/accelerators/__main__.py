@@ -13,6 +13,7 @@ Needs the package libtpu, of the version that this jax names, in --libtpu (the M
 there); no TPU. The times are lower limits by arithmetic and memory traffic (docs/accelerators.md).
 """
 
+import concurrent.futures
 import importlib.metadata
 import json
 import os
@@ -29,6 +30,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))  # the scripts' folde
 
 import cli
 import jax
+import unattended
 
 from accelerators import costs, programs, tables
 from jaxdefense import registry
@@ -44,6 +46,9 @@ WIDTH = flags.DEFINE_integer("width", None, "Of the networks: 8 is quick, for wh
 EFFORT = flags.DEFINE_float("effort", -1.0, "XLA's exec_time_optimization_effort: 0 is its default")
 LIMIT = flags.DEFINE_integer("limit", 3600, "Seconds for a row.")
 AGAIN = flags.DEFINE_bool("again", False, "Compile again what failed.")
+JOBS = flags.DEFINE_integer(
+    "jobs", len(unattended.available_cores()), "Rows at a time, each of 1 to 2 GB.", lower_bound=1
+)
 LIST = flags.DEFINE_bool("list", False, "Print the rows' names and end.")
 LIBTPU = flags.DEFINE_string("libtpu", str(ROOT / ".venv" / "libtpu"), "The folder of libtpu.")
 ONE = flags.DEFINE_string("one", None, "Used by the script itself: one row, its answer on stdout.")
@@ -115,7 +120,7 @@ def compile_row(name, dtype):
 
 
 def compile_program(program, devices):
-    """Compiles a program and the bodies of its loops; what they cost and hold."""
+    """Compiles a program; what it costs and holds."""
     options = {"exec_time_optimization_effort": EFFORT.value}
     began = time.monotonic()
     compiled = program.mapped.lower(*program.arguments).compile(compiler_options=options)
@@ -129,19 +134,9 @@ def compile_program(program, devices):
         "code": memory.generated_code_size_in_bytes,
     }
     jaxpr = jax.make_jaxpr(program.body, axis_env=[program.axis])(*program.inputs)
-    known = {}
-
-    def compile_body(body):
-        text = str(body)
-        if text not in known:
-            function, shapes = costs.body_function(body)
-            sharding = jax.sharding.SingleDeviceSharding(devices[0])
-            shapes = [jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding) for s in shapes]
-            done = jax.jit(function).lower(*shapes).compile(compiler_options=options)
-            known[text] = xla_cost(done)
-        return known[text]
-
-    total = costs.cost(xla_cost(compiled), jaxpr.jaxpr, compile_body, program.rounds)
+    found = compiled.cost_analysis()
+    xla = costs.Cost(found["flops"], found["bytes accessed"])
+    total = costs.cost(xla, compiled.as_text(), jaxpr.jaxpr, program.rounds)
     return {
         "name": program.name,
         "times": program.times,
@@ -153,12 +148,6 @@ def compile_program(program, devices):
         "moved": total.moved,
         "products": costs.products(jaxpr.jaxpr, program.rounds),
     }
-
-
-def xla_cost(compiled):
-    """XLA's numbers of a program, the bodies of its loops counted once."""
-    found = compiled.cost_analysis()
-    return costs.Cost(found["flops"], found["bytes accessed"])
 
 
 def run_row(name, dtype):
@@ -230,14 +219,17 @@ def main(argv):
     todo = [(name, dtype) for dtype in DTYPES.value for name in names]
     todo = [one for one in todo if one not in [(row["row"], row["dtype"]) for row in rows]]
     began = time.monotonic()
-    for i, (name, dtype) in enumerate(todo, 1):
-        print(f"{i} of {len(todo)}: {name}, {dtype} ...", flush=True)
-        rows.append(run_row(name, dtype))
-        print(f"  {rows[-1].get('failed', 'compiles')} ({rows[-1]['seconds']:.0f} s)", flush=True)
-        more = dict(rows=rows, limits=LIMITS, topology=TOPOLOGY, libtpu=libtpu_version())
-        spent = time.monotonic() - began
-        record = records.make("accelerators", {}, {}, seed=0, seconds=spent, **more)
-        records.save(record, path)
+    with concurrent.futures.ThreadPoolExecutor(JOBS.value) as pool:
+        started = [pool.submit(run_row, *one) for one in todo]
+        for i, row in enumerate(concurrent.futures.as_completed(started), 1):
+            rows.append(row.result())
+            said = rows[-1].get("failed", "compiles")
+            label = f"{i} of {len(todo)}: {rows[-1]['row']}, {rows[-1]['dtype']}"
+            print(f"{label}: {said} ({rows[-1]['seconds']:.0f} s)", flush=True)
+            more = dict(rows=rows, limits=LIMITS, topology=TOPOLOGY, libtpu=libtpu_version())
+            spent = time.monotonic() - began
+            record = records.make("accelerators", {}, {}, seed=0, seconds=spent, **more)
+            records.save(record, path)
     print(tables.summary(rows))
 
 
