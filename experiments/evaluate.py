@@ -23,6 +23,7 @@ the images: docs/devices.md.
 
 import json
 import pathlib
+import shutil
 
 import cli
 import configs
@@ -134,14 +135,15 @@ def evaluate(source, workdir, path):
         "progress": cli.shows_progress(PROGRESS.value),
         "keep": keep_images if SAVE_IMAGES.value else None,
     }
-    if PROTOCOL.value == "autoattack":
-        options["folder"] = workdir / f"autoattack-{KIND.value}-{EXAMPLES.value or 'all'}"
-        cli.ending.told = f"the same command goes on from what is in {options['folder']}"
-    record = PROTOCOLS[PROTOCOL.value](run, variables, **options)
+    folder = workdir / f"{PROTOCOL.value}-{KIND.value}-{EXAMPLES.value or 'all'}"
+    cli.ending.told = f"the same command goes on from what is in {folder}"
+    record = PROTOCOLS[PROTOCOL.value](run, variables, folder=folder, **options)
     if not distributed.is_writer():
         return
     record["command"] = configs.commands(run.config, protocol=PROTOCOL.value, checkpoint=KIND.value)
     records.save(record, path)
+    if PROTOCOL.value != "autoattack":  # whose folder is small, and gives its verdict again
+        shutil.rmtree(folder)
     if SAVE_IMAGES.value and PROTOCOL.value == "autoattack" and len(record["results"]) == 1:
         entry = robustbench.entry(record, architecture(run.module))
         target = pathlib.Path(SAVE_IMAGES.value) / "robustbench.json"

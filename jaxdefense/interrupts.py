@@ -12,7 +12,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import Any, NoReturn
 
@@ -183,16 +183,33 @@ def _watched(ending: Ending) -> Iterator[None]:
     descriptor = signal.set_wakeup_fd(theirs.fileno(), warn_on_full_buffer=False)
     watcher = threading.Thread(target=_watch, args=(ours, done, ending), daemon=True)
     watcher.start()
+    sys.unraisablehook, hook = _ends_lost_signals(ending, sys.unraisablehook), sys.unraisablehook
     try:
         yield
     finally:
         done.set()
+        sys.unraisablehook = hook
         signal.set_wakeup_fd(descriptor)
         for number in taken:
             signal.signal(number, before[number])
         theirs.close()  # ends the thread
         watcher.join()
         ours.close()
+
+
+def _ends_lost_signals(ending: Ending, hook: Callable[[Any], object]) -> Callable[[Any], object]:
+    """A hook that ends the process where a signal's exception would be printed and forgotten.
+
+    That is so in a finaliser and in a callback of the garbage collector; JAX has one.
+    """
+    numbers = {KeyboardInterrupt: signal.SIGINT, Interrupted: signal.SIGTERM}
+
+    def ends(unraisable: Any) -> None:
+        if unraisable.exc_type in numbers:
+            ending.end_now(numbers[unraisable.exc_type])
+        hook(unraisable)
+
+    return ends
 
 
 def _watch(ours: socket.socket, done: threading.Event, ending: Ending) -> None:

@@ -252,6 +252,18 @@ class TestScripts:
         assert said.strip().endswith("; goes on")
         assert len(said.strip().splitlines()) == 1
 
+    @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+    def test_a_signal_in_the_garbage_collector_is_one_line(self, number):
+        """Python prints and forgets what is raised there; JAX has such a callback."""
+        process = self.start(
+            f"import gc; gc.callbacks.append(lambda *_: os.kill(os.getpid(), {int(number)})); "
+            "gc.collect(); time.sleep(60)",
+            grace="200",
+        )
+        _, said = process.communicate(timeout=240)
+        assert process.returncode == 128 + number
+        assert said.strip() == "interrupted; goes on"
+
     @pytest.mark.parametrize("grace", ["0.2", "None"])
     def test_a_program_that_does_not_return_is_ended(self, grace):
         """A sleep in C, whose thread takes no signals, stands for a program on the device."""

@@ -9,6 +9,7 @@ import pytest
 
 from jaxdefense import attacks, losses, threat
 from jaxdefense.evaluation import Evaluator, protocols, records, summarize, tables
+from jaxdefense.evaluation.journal import Journal
 
 RNG = np.random.default_rng(0)
 IMAGES = RNG.uniform(size=(23, 6, 6, 1)).astype(np.float32)
@@ -75,6 +76,40 @@ def test_what_fills_a_batch_up_is_finished_already():
     bits(right, named={"count": count})
     jax.effects_barrier()
     assert sum(left) == 7
+
+
+def test_a_journal_keeps_what_attacks_find(tmp_path, monkeypatch):
+    """Killed at the third batch; then the other batches alone are computed."""
+    expected, dispatch, calls, end = bits(), Evaluator._dispatch, [], [3]
+    clean = np.asarray(apply(WEIGHTS, IMAGES.reshape(23, -1)))
+
+    def watched(self, key, *arguments):
+        if key[0] == "attack":
+            calls.append(key[1].name)
+            if len(calls) in end:
+                raise KeyboardInterrupt
+        return dispatch(self, key, *arguments)
+
+    def again():
+        journal = Journal(tmp_path, {"seed": 0}, clean)
+        evaluator = Evaluator(apply, BALL, batch_size=8, journal=journal)
+        return evaluator.bits(WEIGHTS, IMAGES, LABELS, IDS, ATTACKS)
+
+    monkeypatch.setattr(Evaluator, "_dispatch", watched)
+    with pytest.raises(KeyboardInterrupt):
+        again()
+    assert calls == ["pgd", "pgd", "pgd"]
+    calls.clear()
+    end.clear()
+    for name, value in again().items():
+        np.testing.assert_array_equal(value, expected[name])
+    assert calls == ["pgd", "fgsm", "fgsm", "fgsm"]
+    damaged = max(tmp_path.glob("*.npz"), key=lambda path: path.stem != "clean")
+    damaged.write_bytes(damaged.read_bytes()[:-40])
+    calls.clear()
+    for name, value in again().items():
+        np.testing.assert_array_equal(value, expected[name])
+    assert len(calls) == 1
 
 
 def sometimes(predict, key, images, labels):

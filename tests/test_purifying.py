@@ -16,7 +16,7 @@ import pytest
 
 from jaxdefense import attacks, defenses, losses, models, threat
 from jaxdefense.defenses import _purifying, base
-from jaxdefense.evaluation import protocols, records, report, tables
+from jaxdefense.evaluation import evaluator, protocols, records, report, tables
 from jaxdefense.runs.run import build
 from jaxdefense.train import train
 from jaxdefense.train.step import State, make_step
@@ -325,6 +325,42 @@ def test_a_trained_run_is_audited_by_the_script(tmp_path, tfds_dir):
     assert "| T0 oblivious pgd (not white-box) |" in result.stdout
     assert records.load(tmp_path / "audit-64.json")["training"]["step"] == 6
     assert "not white-box" in (tmp_path / "audit-64.html").read_text()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("protocol", [protocols.configured, protocols.audit])
+def test_a_killed_evaluation_goes_on(protocol, tmp_path, monkeypatch):
+    """Killed at its second dispatch; then only the missing ones are computed."""
+    config = debug_config()
+    config["evaluation"] |= dict(attacks={"fgsm": {"name": "fgsm"}})
+    config["evaluation"]["audit"] = dict(steps=2, restarts=1, stages=(), queries=4)
+    run = build(config)
+    params, carry = run.init(np.zeros((1, 8, 8, 1), np.float32))
+    variables = {"params": params, "carry": carry}
+    judge = functools.partial(protocol, run, variables, training={}, examples=8)
+    calls, end = [], []
+    dispatch = evaluator.Evaluator._dispatch
+
+    def watched(self, key, *arguments):
+        if key[0] in ("attack", "curve"):
+            calls.append(key[0])
+            if len(calls) in end:
+                raise KeyboardInterrupt
+        return dispatch(self, key, *arguments)
+
+    monkeypatch.setattr(evaluator.Evaluator, "_dispatch", watched)
+    whole, count = judge()["results"], len(calls)
+    calls.clear()
+    end.append(2)
+    with pytest.raises(KeyboardInterrupt):
+        judge(folder=tmp_path / "kept")
+    calls.clear()
+    end.clear()
+    assert judge(folder=tmp_path / "kept")["results"] == whole
+    assert len(calls) == count - 1 > 0
+    other = jax.tree.map(lambda leaf: leaf + 1, variables)
+    with pytest.raises(ValueError, match=r"holds another evaluation \(weights was"):
+        protocol(run, other, training={}, examples=8, folder=tmp_path / "kept")
 
 
 @pytest.mark.slow

@@ -24,6 +24,7 @@ from jaxdefense.attacks import checks as inputs
 from jaxdefense.evaluation import cascade, curves, examine, flags, randomised, tables
 from jaxdefense.evaluation.checks import check_attack
 from jaxdefense.evaluation.evaluator import MIN_PER_DEVICE, Evaluator, Examples, summarize
+from jaxdefense.evaluation.journal import Journal
 from jaxdefense.types import Attack, HostArray, Images, Key, Logits, Predict, Threat
 
 OBLIVIOUS = "T0 oblivious pgd (not white-box)"
@@ -131,6 +132,7 @@ def audit(
     layout: str | None = None,
     seed: int = 0,
     batch_size: int | None = None,
+    journal: Journal | None = None,
     progress: bool = False,
 ) -> Audit:
     """Attacks a classifier, or a purifier in front of one, in every tier, and checks the numbers.
@@ -156,6 +158,7 @@ def audit(
       layout: of the images, 'NHWC' or 'NCHW', see `attacks.square`.
       seed: of all attacks.
       batch_size: most examples per dispatch; default as `Evaluator`'s.
+      journal: keeps what attacks find, for the same audit to go on with.
       progress: show a bar of the attacks.
 
     Returns:
@@ -181,7 +184,7 @@ def audit(
     validate.check_seed("seed", seed)
     if random is not None:
         predict = attacks.eot(random, jax.random.key(seed), samples=samples)
-    judge = Evaluator(lambda _, x: predict(x), threat, batch_size=batch_size)
+    judge = Evaluator(lambda _, x: predict(x), threat, batch_size=batch_size, journal=journal)
     images = judge.check_images(images)
     classes = inputs.count_classes(predict, images[:1])
     labels = judge.logits((), images).argmax(-1) if labels is None else np.asarray(labels)

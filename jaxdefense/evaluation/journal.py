@@ -2,10 +2,11 @@
 
 FOLDER/journal.json tells what is judged, and by what attacks; FOLDER/clean.npz holds the clean
 logits, by which other weights are noticed, and FOLDER/STAGE-00000.npz what one dispatch found: its
-examples under "asked", those that it fooled under "rows". Each file is written whole or not at
-all. A folder of another evaluation is refused. Nothing depends on how many images a dispatch has,
-so a killed evaluation may go on with other devices and in other batches. Of several processes the
-writer alone reads and writes the folder, and tells the others what it read.
+examples under "asked", those that it fooled under "rows". An evaluation without stages keeps each
+dispatch under the hash of what it was given. Each file is written whole or not at all. A folder of
+another evaluation is refused. Nothing depends on how many images a dispatch has, so a killed
+evaluation may go on with other devices and in other batches. Of several processes the writer alone
+reads and writes the folder, and tells the others what it read.
 
 Each file tells whose it is, and has a checksum. What is damaged is said, removed and computed
 again: that gives the same bits, and costs a dispatch.
@@ -208,6 +209,26 @@ class Journal:
                 self._write(self.folder / f"{stage}-{number:05d}.npz", **done)
             number += 1
             yield done
+
+    def recall(
+        self, given: Sequence[np.ndarray | bytes], compute: Callable[[], list[np.ndarray]]
+    ) -> list[np.ndarray]:
+        """What one dispatch gives: as the folder has it, or computed now and written down.
+
+        Args:
+          given: what the dispatch is given, by which it is found again.
+          compute: -> its arrays.
+        """
+        if self.folder is None:
+            return compute()
+        path = self.folder / f"{hash_arrays(*given)}.npz"
+        kept = distributed.from_writer(lambda: self._load(path) if path.exists() else None)
+        if kept is not None:
+            return [kept[str(i)] for i in range(len(kept))]
+        arrays = compute()
+        if distributed.is_writer():
+            self._write(path, **{str(i): array for i, array in enumerate(arrays)})
+        return arrays
 
     def _files(self, stage: str) -> list[pathlib.Path]:
         """The stage's files in their order; another's name may begin with its name."""

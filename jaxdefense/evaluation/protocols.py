@@ -1,6 +1,7 @@
 """Protocols: a trained run judged on its whole test set, as a record."""
 
 import dataclasses
+import json
 import math
 import operator
 import pathlib
@@ -19,6 +20,7 @@ from jaxdefense.evaluation.audit import Audit
 from jaxdefense.evaluation.audit import audit as judge
 from jaxdefense.evaluation.crafting import Apply
 from jaxdefense.evaluation.evaluator import Attacked, Evaluator, Examples, summarize
+from jaxdefense.evaluation.journal import Journal, hash_arrays, keeps_folder
 from jaxdefense.runs.run import Run
 from jaxdefense.types import HostArray, Images, Predict, PyTree, Threat
 
@@ -45,8 +47,28 @@ class _Measurement:
         began = time.monotonic()
         return cls(run, variables, run.arrays("test").take(slice(examples)), began)
 
-    def evaluator(self, predictor: str) -> Evaluator:
-        return Evaluator(self.run.apply(predictor), self.run.threat, batch_size=self.batch_size)
+    def evaluator(self, predictor: str, journal: Journal | None = None) -> Evaluator:
+        return Evaluator(
+            self.run.apply(predictor),
+            self.run.threat,
+            batch_size=self.batch_size,
+            journal=journal,
+        )
+
+    def journal(self, folder: pathlib.Path | None, predictor: str) -> Journal | None:
+        """Keeps what attacks on a predictor find, in a folder of its own."""
+        if folder is None:
+            return None
+        images = data.to_float(self.arrays.images)
+        config = json.dumps(self.run.config, sort_keys=True, default=str)
+        description = {
+            "config": hash_arrays(config.encode()),
+            "predictor": predictor,
+            "weights": hash_arrays(*map(np.asarray, jax.tree.leaves(self.variables))),
+            "images": hash_arrays(images, self.arrays.labels, self.arrays.ids),
+        }
+        logits = self.evaluator(predictor).logits(self.variables, images)
+        return Journal(folder / predictor, description, logits)
 
     @property
     def batch_size(self) -> int | None:
@@ -110,12 +132,14 @@ def count_parameters(apply: Apply, variables: PyTree, images: HostArray) -> int:
     return count
 
 
+@keeps_folder
 def configured(
     run: Run,
     variables: PyTree,
     *,
     training: dict[str, Any],
     examples: int | None = None,
+    folder: pathlib.Path | None = None,
     progress: bool = False,
     keep: Keep | None = None,
 ) -> records.Record:
@@ -126,12 +150,13 @@ def configured(
       variables: {"params", "carry"}.
       training: the checkpoint and its metadata, kept in the record.
       examples: only the first so many test examples; the record's "n" says so.
+      folder: keeps finished dispatches, so that a killed evaluation goes on.
       progress: show bars.
       keep: called with each predictor's adversarial images, those of the first attack that fools
         it, else the image itself.
 
     Raises:
-      ValueError: see `Evaluator.check_model`.
+      ValueError: see `Evaluator.check_model`, or a folder of another evaluation.
     """
     measurement = _Measurement.begin(run, variables, examples)
     arrays = measurement.arrays
@@ -139,7 +164,8 @@ def configured(
     results: dict[str, Any] = {}
     more: dict[str, Any] = {}
     for predictor in run.defense.predictors:
-        evaluator, found = measurement.evaluator(predictor), _FirstFound(images)
+        journal = measurement.journal(folder, predictor)
+        evaluator, found = measurement.evaluator(predictor, journal), _FirstFound(images)
         bits = evaluator.bits(
             variables,
             images,
@@ -321,12 +347,14 @@ def check_audit_options(options: Mapping[str, Any], threat: Threat) -> None:
     cascade.stages(threat, 10, attacks=options.get("stages", ()))  # refuses an unknown one
 
 
+@keeps_folder
 def audit(
     run: Run,
     variables: PyTree,
     *,
     training: dict[str, Any],
     examples: int | None = None,
+    folder: pathlib.Path | None = None,
     progress: bool = False,
     keep: Keep | None = None,
 ) -> records.Record:
@@ -338,6 +366,7 @@ def audit(
       variables: {"params", "carry"}.
       training: the checkpoint and its metadata, kept in the record.
       examples: only the first so many test examples; the record's "n" says so.
+      folder: keeps finished dispatches, so that a killed evaluation goes on.
       progress: show bars.
       keep: called with each predictor's adversarial images.
 
@@ -347,7 +376,7 @@ def audit(
       "examples" for the eye: images in steps of 1/255.
 
     Raises:
-      ValueError: an unknown option, or see `audit.audit`.
+      ValueError: an unknown option, a folder of another evaluation, or see `audit.audit`.
     """
     options = dict(run.config["evaluation"].get("audit", {}))
     check_audit_options(options, run.threat)
@@ -377,6 +406,7 @@ def audit(
             run.threat,
             seed=run.seed,
             batch_size=measurement.batch_size,
+            journal=measurement.journal(folder, name),
             progress=progress,
             **known,
             **options,
