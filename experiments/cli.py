@@ -75,6 +75,12 @@ def shows_progress(asked: bool | None) -> bool:
     return sys.stderr.isatty() if asked is None else asked
 
 
+def quiet_logs() -> None:
+    """No lines of information unless --verbosity asks: orbax logs every file that it writes."""
+    if not flags.FLAGS["verbosity"].present:
+        logging.set_verbosity(logging.WARNING)
+
+
 def expand_config_flag(argv: Sequence[str]) -> list[str]:
     """argv with --config=NAME:VARIANT written as the path of the config file.
 
@@ -255,8 +261,7 @@ def run(
         if spread and not among_others:  # several processes may share a machine
             size = batch() if batch else None
             spread_over_cores(size if isinstance(size, int) else None)
-        if not flags.FLAGS["verbosity"].present:
-            logging.set_verbosity(logging.WARNING)  # orbax logs every file that it writes
+        quiet_logs()
         try:
             with interrupts.one_line_endings(ending):
                 if among_others:

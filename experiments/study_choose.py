@@ -145,9 +145,9 @@ def measure(candidate: Candidate, folder: pathlib.Path, seconds: float) -> dict[
         folder.mkdir(parents=True, exist_ok=True)
         files.write_text(path, json.dumps({"step": step, "steps": max(int(seconds / step), 2)}))
     probe = json.loads(path.read_text())
-    record_path = folder / "autoattack.json"
+    record_path, progress = folder / "autoattack.json", cli.shows_progress(None)
     if not record_path.exists():
-        train(candidate.config(probe["steps"]), folder / "run", progress=False)
+        train(candidate.config(probe["steps"]), folder / "run", progress=progress)
         run, variables, meta = runs.restore(folder / "run")
         record = protocols.autoattack(
             run,
@@ -155,6 +155,7 @@ def measure(candidate: Candidate, folder: pathlib.Path, seconds: float) -> dict[
             training={"checkpoint": "best", **meta},
             examples=grid.EXAMPLES,
             folder=folder / "autoattack",
+            progress=progress,
         )
         records.save(record, record_path)
     record = records.load(record_path)
@@ -209,6 +210,7 @@ def main(
     chosen = [one for one in candidates if fnmatch.fnmatchcase(one.name, pattern)]
     if not chosen:
         registry.raise_unknown("candidate", pattern, [one.name for one in candidates])
+    cli.quiet_logs()
     cli.enable_cache()
     cli.spread_over_cores()
     header = ["candidate", "million operations forward", "ms a step", "epochs", "clean, %"]
