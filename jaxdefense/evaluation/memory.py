@@ -1,11 +1,17 @@
-"""What to say when a device's memory is full: the batch size that would fit."""
+"""A device's memory: the most that was used, and the batch size that would fit where it is full."""
 
 import contextlib
 import math
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
+
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None  # type: ignore[assignment]
 
 _KEPT_FREE = 0.05  # of the memory: an allocator cannot use the last bit of it
 _GIB = 2**30
@@ -89,6 +95,21 @@ def bytes_limit(device: jax.Device) -> int | None:
       device: of this process.
     """
     return (device.memory_stats() or {}).get("bytes_limit")
+
+
+def peak_memory() -> int | None:
+    """The most bytes that one of this process's devices has held since the process began.
+
+    For devices that do not count, as the CPU, the most that the process has; None where neither is
+    known.
+    """
+    told = [device.memory_stats() or {} for device in jax.local_devices()]
+    if held := [stats["peak_bytes_in_use"] for stats in told if "peak_bytes_in_use" in stats]:
+        return max(held)
+    if resource is None:
+        return None
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return most if sys.platform == "darwin" else 1024 * most
 
 
 @contextlib.contextmanager

@@ -5,16 +5,10 @@ random numbers and sums its own part of the batch, and BatchNorm's statistics in
 those of each device's part.
 """
 
-import sys
 from collections.abc import Sequence
 from typing import Any
 
 import jax
-
-try:
-    import resource
-except ImportError:  # Windows
-    resource = None  # type: ignore[assignment]
 
 
 def count() -> dict[str, int]:
@@ -36,21 +30,6 @@ def history(before: Sequence[dict[str, Any]], step: int) -> list[dict[str, Any]]
     if before and {name: before[-1].get(name) for name in now} == now:
         return list(before)
     return [*before, {"step": step, **now}]
-
-
-def peak_memory() -> int | None:
-    """The most bytes that one of this process's devices has held since the process began.
-
-    For devices that do not count, as the CPU, the most that the process has; None where neither is
-    known.
-    """
-    told = [device.memory_stats() or {} for device in jax.local_devices()]
-    if held := [stats["peak_bytes_in_use"] for stats in told if "peak_bytes_in_use" in stats]:
-        return max(held)
-    if resource is None:
-        return None
-    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return most if sys.platform == "darwin" else 1024 * most
 
 
 def describe_change(counts: Sequence[dict[str, Any]]) -> str:

@@ -129,7 +129,7 @@ class Trainer:
         self.devices: list[dict[str, Any]] = []  # of `devices.history`
         self.pretrained_scores: dict[str, Any] = {}
         self.seconds = 0.0
-        self.memory: int | None = None  # of `devices.peak_memory`
+        self.memory: int | None = None  # of `memory.peak_memory`
         self.unfinished: dict[str, Any] = {}  # what the last checkpoint has begun, see `_keep`
         self.logged = ""  # the log's checksum at the last checkpoint
 
@@ -365,7 +365,7 @@ class Trainer:
 
     def _meta(self, kind: str, unfinished: Mapping[str, Any] | None = None) -> dict[str, Any]:
         """A checkpoint's metadata."""
-        self.memory = max(self.memory or 0, devices.peak_memory() or 0) or None
+        self.memory = max(self.memory or 0, memory.peak_memory() or 0) or None
         meta: dict[str, Any] = {
             "best": self.best,
             "steps": self.total,
