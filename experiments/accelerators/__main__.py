@@ -14,6 +14,7 @@ there); no TPU. The times are lower limits by arithmetic and memory traffic (doc
 """
 
 import concurrent.futures
+import contextlib
 import importlib.metadata
 import json
 import os
@@ -56,6 +57,7 @@ ONE = flags.DEFINE_string("one", None, "Used by the script itself: one row, its 
 TOPOLOGY = "v5e:2x2"
 LIMITS = {"flops": 197e12, "bandwidth": 819e9, "memory": 16e9}  # of one chip, docs/accelerators.md
 BATCH = 512  # images of an attack, over all chips, as `Evaluator` has by default
+RUNNING = set()  # processes that compile a row
 NETWORK = "pgd_at:cifar10"  # that is attacked
 
 SYSTEMS = ("pgd_at", "m2at", "add", "csa", "cse", "gssl", "claf", "ipg")
@@ -168,14 +170,32 @@ def run_row(name, dtype):
     began = time.monotonic()
     row = {"row": name, "dtype": dtype, "effort": EFFORT.value}
     try:
-        done = subprocess.run(
-            command, env=environment, capture_output=True, text=True, timeout=LIMIT.value
-        )
+        done = _run(command, environment)
     except subprocess.TimeoutExpired:
         return {**row, "failed": f"not compiled after {LIMIT.value} s", "seconds": LIMIT.value}
     lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
     answer = json.loads(lines[-1]) if lines else {"failed": _last_line(done)}
     return {**row, **answer, "seconds": round(time.monotonic() - began, 1)}
+
+
+def _run(command, environment):
+    """The finished process, which `_end_all` may end before."""
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    with subprocess.Popen(command, env=environment, **pipes) as process:
+        RUNNING.add(process)
+        try:
+            out, err = process.communicate(timeout=LIMIT.value)
+        finally:
+            process.kill()
+            RUNNING.discard(process)
+    return subprocess.CompletedProcess(command, process.returncode, out, err)
+
+
+def _end_all(pool):
+    """Ends what runs and what waits: nobody is there any more to write it down."""
+    pool.shutdown(wait=False, cancel_futures=True)
+    for process in list(RUNNING):
+        process.kill()
 
 
 def libtpu_version():
@@ -218,8 +238,12 @@ def main(argv):
         rows = [row for row in rows if "failed" not in row]
     todo = [(name, dtype) for dtype in DTYPES.value for name in names]
     todo = [one for one in todo if one not in [(row["row"], row["dtype"]) for row in rows]]
+    cli.ending.told = f"finished rows are in {path}: the same command goes on"
+    print(f"{len(todo)} rows, {JOBS.value} at a time, each some minutes ...", flush=True)
     began = time.monotonic()
-    with concurrent.futures.ThreadPoolExecutor(JOBS.value) as pool:
+    pool = concurrent.futures.ThreadPoolExecutor(JOBS.value)
+    with contextlib.ExitStack() as stack:
+        stack.callback(_end_all, pool)  # also at Ctrl-C
         started = [pool.submit(run_row, *one) for one in todo]
         for i, row in enumerate(concurrent.futures.as_completed(started), 1):
             rows.append(row.result())
