@@ -66,7 +66,7 @@ else:
     import configs
     import quickstart_board as board
     import quickstart_plan as plan
-    from unattended import available_cores, check_writable, interrupt_main
+    from unattended import available_cores, check_writable, exit_code, interrupt_main
 
 SYSTEMS = flags.DEFINE_string(
     "systems", "", "Names with commas between; all; default the seven, their rivals, baselines."
@@ -542,11 +542,11 @@ def run_systems(names: Sequence[str], folder: pathlib.Path) -> int:
         with board.make(progress=PROGRESS.value) as display:
             work.run(display)
         page.close()
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as error:
         print("\ninterrupted: saving; Ctrl-C again ends at once", flush=True)
         work.interrupt()
         print(f"this goes on from here: {command()}")
-        return 130
+        return exit_code(error)
     except BrokenPipeError:  # nobody reads what this prints any more
         work.interrupt()
         raise

@@ -29,7 +29,7 @@ import quickstart_board as board
 import quickstart_plan as plan
 import study_grid as grid
 from absl import app, flags
-from unattended import available_cores, check_writable, interrupt_main
+from unattended import available_cores, check_writable, exit_code, interrupt_main
 
 from jaxdefense import files
 
@@ -698,10 +698,10 @@ def run_entries(
         with board.make(progress=PROGRESS.value, attack="autoattack") as display:
             study.run(display)
         renewal.finish()
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as error:
         print("\ninterrupted: saving; Ctrl-C again ends at once", flush=True)
         study.stop()
-        code = 130
+        code = exit_code(error)
     finally:
         study.kill()
     print_open(entries, clock, len(slots))

@@ -82,7 +82,7 @@ def main(argv):
     told += str(best or "lost, evaluate with --checkpoint=last")
     if warnings := summary["warnings"]:
         names = ", ".join(dict.fromkeys(warned["name"] for warned in warnings))
-        told += f"; {len(warnings)} warnings, see docs/flags.md: {names}"
+        told += f"; {len(warnings)} warning{'s' * (len(warnings) > 1)}, see docs/flags.md: {names}"
     print(told)
 
 

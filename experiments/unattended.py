@@ -5,6 +5,7 @@ Nothing here imports JAX.
 
 import os
 import pathlib
+import signal
 import tempfile
 from typing import Any
 
@@ -31,6 +32,19 @@ def check_writable(folder: pathlib.Path) -> None:
         raise ValueError(f"cannot write to {folder}: {error}") from error
 
 
+class Terminated(KeyboardInterrupt):
+    """SIGTERM, which ends a script as Ctrl-C does, but for the exit code."""
+
+
 def interrupt_main(number: int, frame: Any) -> None:
     """SIGTERM's handler: as Ctrl-C."""
-    raise KeyboardInterrupt
+    raise Terminated
+
+
+def exit_code(error: KeyboardInterrupt) -> int:
+    """128 and the signal's number, as shells have it.
+
+    Args:
+      error: that ended the script.
+    """
+    return 128 + (signal.SIGTERM if isinstance(error, Terminated) else signal.SIGINT)

@@ -190,7 +190,8 @@ def locked(path: str | os.PathLike, user: str) -> Iterator[None]:
       user: what this process does there, for the message that another one gets.
 
     Raises:
-      ValueError: another process has the place; says which one, and since when.
+      ValueError: another process has the place; says which one, and since when. Or a folder is
+        where the file belongs.
 
     >>> import tempfile
     >>> from jaxdefense import files
@@ -203,6 +204,8 @@ def locked(path: str | os.PathLike, user: str) -> Iterator[None]:
     True
     """
     path = pathlib.Path(path)
+    if path.is_dir():
+        raise ValueError(f"{path} is a folder, where a lock has a file: remove it")
     made = [folder for folder in path.parents if not folder.exists()]
     with naming(path):
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -137,10 +137,10 @@ def one_line_endings(ending: Ending) -> Iterator[None]:
             yield
     except KeyboardInterrupt as error:
         print(f"\n{error}" if error.args else f"\ninterrupted; {ending.told}", file=sys.stderr)
-        sys.exit(128 + signal.SIGINT)
+        distributed.leave_computing(128 + signal.SIGINT)
     except Interrupted as error:
         print(error if error.args else f"SIGTERM; {ending.told}", file=sys.stderr)
-        sys.exit(128 + signal.SIGTERM)
+        distributed.leave_computing(128 + signal.SIGTERM)
     except BrokenPipeError:  # `script | head -1`: nobody reads what this prints any more
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)

@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 
+LARGEST = 2**31 - 1  # that JAX counts with
 SEEDS = 2**32  # so many different keys does jax.random.key make of an integer
 
 
@@ -76,6 +77,8 @@ def check_types(where: str, values: Mapping[str, Any], wanted: Mapping[str, Any]
         if kinds and not any(_fits(value, kind) for kind in kinds):
             told = " or ".join(_NAMES[kind] for kind in kinds)
             raise ValueError(f"{where}.{name} must be {told}, got {value!r}")
+        if _is_integer(value) and int in kinds and not -LARGEST <= value <= LARGEST:
+            raise ValueError(f"{where}.{name} must be at most {LARGEST}, got {value!r}")
 
 
 def check_positive_numbers(
@@ -124,6 +127,8 @@ def check_folder(name: str, path: str | os.PathLike) -> pathlib.Path:
     if not isinstance(path, str | os.PathLike) or not str(path).strip():
         raise ValueError(f"{name} must be the path of a folder, got {path!r}")
     path = pathlib.Path(path)
+    if "\0" in str(path) or any(len(os.fsencode(part)) > 255 for part in path.parts):
+        raise ValueError(f"{name} holds a name that no folder can have: {str(path)[:80]!r}")
     for part in (path, *path.parents):
         if part.exists() and not part.is_dir():
             raise ValueError(f"{name} must be a folder, and {part} is a file")

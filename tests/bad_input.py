@@ -38,6 +38,10 @@ SETTINGS = (
     ("name=", "the config's name '' cannot name a file: give one without slashes"),
     ("model.width=-1", "model.width must be larger than 0, got -1.0"),
     ("model.width=0", "model.width must be larger than 0, got 0.0"),
+    (
+        "defense.steps=1000000000000",
+        "defense.steps must be at most 2147483647, got 1000000000000",
+    ),
     ("model.width=nan", "model.width must be a finite number, got nan"),
     ("model.width=inf", "model.width must be a finite number, got inf"),
     ("model.width=abc", "--config.model.width must be a number, got 'abc'"),
@@ -343,6 +347,22 @@ CALLS = (
     (
         "evaluation.autoattack(predict, images[:0], labels[:0], ball)",
         "there are no images to evaluate on",
+    ),
+    (
+        'evaluator.bits((), images, labels, np.arange(4), {"clean": attacks.fgsm(ball)})',
+        "no attack may be called 'clean', as the accuracy without one is",
+    ),
+    (
+        'evaluator.bits((), images, labels, np.arange(4), {"../a": attacks.fgsm(ball)})',
+        "attack '../a' cannot name a file: give one without slashes",
+    ),
+    (
+        'evaluation.autoattack(predict, images, labels, ball, folder="a_file")',
+        "folder must be a folder, and a_file is a file",
+    ),
+    (
+        "attacks.pgd(ball, steps=10**12)",
+        "steps must be at most 2147483647, got 1000000000000",
     ),
     (
         "evaluation.audit(predict, images, labels, ball, batch_size=0)",

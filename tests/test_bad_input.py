@@ -107,6 +107,16 @@ def test_a_wrong_value_of_a_config(train, folder, compiled, value, message):
     assert {path.name for path in folder.iterdir()} == GIVEN
 
 
+def test_a_run_that_failed_at_its_start_takes_another_config(train, folder):
+    """Its config.json and log are there, and no checkpoint."""
+    code, _, err = train("train.optimizer.lr=1e300")
+    assert code == 1
+    assert "the loss was not finite at step 1" in err
+    code, _, err = train("train.length=2s")
+    assert code == 0, err
+    assert "holds no checkpoint: it gets another config (train.length: " in err
+
+
 def test_a_corrected_command_starts(train, folder, compiled):
     code, *_ = train("model.width=-1")
     assert code == 1

@@ -152,6 +152,46 @@ def test_a_damaged_last_offers_a_new_start(workdir, trained):
     assert train_again(trained, workdir)[0].endswith(begins)
 
 
+def test_a_newer_step_that_is_none_leaves_the_whole_one(workdir, trained):
+    (workdir / "last" / "99").mkdir()
+    error, _ = train_again(trained, workdir)
+    assert f"remove what is newer than {workdir}/last/12, which is whole" in error
+
+
+def test_metadata_that_are_no_object_are_damaged(workdir):
+    (workdir / "last" / "12" / "meta" / "metadata").write_text("[]")
+    error, _ = outcome(lambda: runs.restore(workdir, kind="last"))
+    assert f"{workdir}/last/12/meta is damaged (ValueError: it is [], no object)" in error
+    assert "the checkpoint 'best' of step 12 is whole" in error
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("metrics.jsonl", "is a folder, where a run has a file: remove it"),
+        ("config.json", "is a folder, where a run has a file: remove it"),
+        ("train.lock", "is a folder, where a lock has a file: remove it"),
+        ("best", "is no folder of checkpoints: remove it"),
+    ],
+)
+def test_a_folder_in_a_file_s_place_or_a_file_in_a_folder_s(workdir, trained, name, said):
+    path = workdir / name
+    if path.is_dir():
+        shutil.rmtree(path)
+        path.write_text("x")
+    else:
+        path.unlink(missing_ok=True)
+        path.mkdir()
+    assert train_again(trained, workdir)[0] == f"{path} {said}"
+
+
+def test_a_lost_log_is_said(workdir, trained, capsys):
+    (workdir / "metrics.jsonl").unlink()
+    train_again(trained, workdir)
+    told = f"note: {workdir}/metrics.jsonl is gone: the log begins again at step 12"
+    assert told in capsys.readouterr().err
+
+
 def test_what_older_versions_saved_is_read_unchecked(tmp_path):
     tree, meta = {"w": np.arange(3.0, dtype=np.float32)}, {"best": {}, "seconds": 1.0}
     manager = ocp.CheckpointManager(tmp_path / "best")

@@ -264,6 +264,15 @@ class TestScripts:
         assert process.returncode == 128 + number
         assert said.strip() == "interrupted; goes on"
 
+    def test_python_s_own_end_is_left_out(self):
+        """It would crash where a thread of XLA still computes."""
+        process = self.start(
+            "import atexit; atexit.register(print, 'finalised'); "
+            "os.kill(os.getpid(), signal.SIGTERM); time.sleep(60)"
+        )
+        assert process.communicate(timeout=240)[0] == ""
+        assert process.returncode == 128 + signal.SIGTERM
+
     @pytest.mark.parametrize("grace", ["0.2", "None"])
     def test_a_program_that_does_not_return_is_ended(self, grace):
         """A sleep in C, whose thread takes no signals, stands for a program on the device."""

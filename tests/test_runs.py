@@ -45,6 +45,14 @@ def test_a_run_without_a_name_is_called_by_its_defence_and_data(tfds_dir):
     assert runs.build(config(tfds_dir, name="mine")).name == "mine"
 
 
+def test_numpy_s_numbers_in_a_config_are_python_s(tfds_dir):
+    own = config(tfds_dir, seed=np.int64(3), reported={"pgd": {"value": np.float32(0.5)}})
+    run = runs.build(own)
+    assert run.seed == 3
+    assert json.loads(json.dumps(run.config)) == run.config
+    assert type(own["seed"]) is np.int64  # what was given stays
+
+
 def test_a_config_that_cannot_be_trained_claims_no_workdir(tfds_dir, tmp_path):
     right = config(tfds_dir)
     for option, message in (

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxdefense import files, validate
 from jaxdefense.types import (
     Array,
     HostArray,
@@ -294,6 +295,20 @@ def check_step(name: str, value: Any) -> None:
         raise ValueError(f"{name} must be finite and not negative, got {value!r}")
 
 
+def check_attack_name(name: object) -> None:
+    """Checks a name that an attack has in an evaluation: results and files are called so.
+
+    Args:
+      name: of a config or a caller.
+
+    Raises:
+      ValueError: no text, one that cannot name a file, or "clean", which is the images' own.
+    """
+    files.check_name("attack", name)
+    if name == "clean":
+        raise ValueError("no attack may be called 'clean', as the accuracy without one is")
+
+
 def check_count(name: str, value: Any, least: int = 1) -> None:
     """Checks that an option is a Python integer of at least `least`.
 
@@ -303,10 +318,12 @@ def check_count(name: str, value: Any, least: int = 1) -> None:
       least: smallest allowed.
 
     Raises:
-      ValueError: otherwise.
+      ValueError: otherwise, or more than JAX counts with.
     """
     if not isinstance(value, int) or isinstance(value, bool) or value < least:
         raise ValueError(f"{name} must be an integer >= {least}, got {value!r}")
+    if value > validate.LARGEST:
+        raise ValueError(f"{name} must be at most {validate.LARGEST}, got {value!r}")
 
 
 def count_classes(predict: Any, images: HostArray, *, keyed: bool = False) -> int:

@@ -282,7 +282,11 @@ def _write(
     target = pathlib.Path(final.data_path)
     if _is_written(final):
         return target
-    target.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        told = f"{error.strerror} (TFDS_DATA_DIR names another place for data sets)"
+        raise OSError(error.errno, told, os.fspath(data_dir)) from error
     with tempfile.TemporaryDirectory(prefix=".preparing-", dir=data_dir) as temporary:
         builder = make_builder(temporary)
         # TFDS announces a download on stdout, and there is none.

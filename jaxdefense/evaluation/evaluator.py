@@ -591,6 +591,7 @@ class Evaluator:
         images, labels = self.check_images(images), np.asarray(labels)
         ids = check_ids(ids, len(images))
         for name, attack in attacks.items():
+            checks.check_attack_name(name)
             check_attack(name, attack, self.threat, len(images), targets=targets is not None)
         variables = self.replicate(variables)
         logits = self.check_model(variables, images, labels)

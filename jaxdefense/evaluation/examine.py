@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import jax.numpy as jnp
 import numpy as np
 
+from jaxdefense.attacks.checks import check_attack_name
 from jaxdefense.attacks.ensemble import Stage
 from jaxdefense.evaluation import flags
 from jaxdefense.evaluation.checks import has_unknown_threat
@@ -28,10 +29,11 @@ def check_stage_names(stages: Sequence[Stage]) -> None:
       stages: of a cascade.
 
     Raises:
-      ValueError: two of one name.
+      ValueError: two of one name, or one that no attack may have.
     """
     names = [stage.name for stage in stages]
     for name in names:
+        check_attack_name(name)
         if names.count(name) > 1:
             raise ValueError(f"two stages are called {name!r}: name them differently")
 

@@ -24,7 +24,7 @@ from typing import Any, ParamSpec, TypeVar
 import numpy as np
 from tqdm import tqdm
 
-from jaxdefense import checksums, distributed, files
+from jaxdefense import checksums, distributed, files, validate
 from jaxdefense.attacks.ensemble import Stage
 from jaxdefense.attacks.method import describe
 from jaxdefense.evaluation.flags import logit_difference
@@ -54,7 +54,7 @@ def keeps_folder(
         folder: Any = options.get("folder")
         if folder is None:
             return evaluate(*args, **options)
-        folder = pathlib.Path(folder)
+        folder = validate.check_folder("folder", folder)
         with distributed.claimed(folder / "evaluation.lock", "evaluation", folder):
             return evaluate(*args, **options)
 
@@ -98,7 +98,7 @@ def describe_evaluation(
     return {
         "threat": describe(threat),
         "stages": {stage.name: describe(stage.attack) for stage in stages},
-        "seed": seed,
+        "seed": int(seed),
         **options,
         "weights": None if weights is None else hash_arrays(*weights),
         **{name: None if array is None else hash_arrays(array) for name, array in arrays.items()},
@@ -265,5 +265,7 @@ class Journal:
             return None
 
     def _discard(self, path: pathlib.Path, why: str) -> None:
+        if path.is_dir():
+            raise ValueError(f"{path} is a folder, where an evaluation has a file: remove it")
         tqdm.write(f"note: {path} {why}: computed again", file=sys.stderr)
         path.unlink(missing_ok=True)

@@ -92,7 +92,7 @@ class Store:
         trees = {name: jax.tree.map(np.asarray, tree) for name, tree in items.items()}
         arrays = {name: _describe(tree) for name, tree in trees.items()}
         if step in self._manager.all_steps():
-            if self._is_whole(step) and self._header(step).arrays in (arrays, None):
+            if self.is_whole(step) and self._header(step).arrays in (arrays, None):
                 return
             self._manager.delete(step)
         header = _seal(step, meta, arrays)
@@ -177,6 +177,8 @@ class Store:
         try:
             args = ocp.args.Composite(meta=ocp.args.JsonRestore())
             content = self._manager.restore(step, args=args)["meta"]
+            if not isinstance(content, dict):
+                raise ValueError(f"it is {content!r}, no object")
             if _KEYS.isdisjoint(content):
                 return _Header(content, None)
             if set(content) != _KEYS:
@@ -228,12 +230,25 @@ class Store:
         for name in self._header(step).arrays or ("model",):
             self._read(step, name, None)
 
-    def _is_whole(self, step: int) -> bool:
+    def is_whole(self, step: int) -> bool:
         try:
             self._check(step)
         except Damaged:
             return False
         return True
+
+
+def whole_steps(folder: pathlib.Path) -> list[int]:
+    """The steps of a folder's checkpoints that are whole, in order.
+
+    Args:
+      folder: of a store; it is there.
+    """
+    store = Store(folder)
+    try:
+        return [step for step in store.steps() if store.is_whole(step)]
+    finally:
+        store.close()
 
 
 def find_other(workdir: pathlib.Path, kind: str) -> tuple[str, int] | None:

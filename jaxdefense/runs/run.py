@@ -41,6 +41,7 @@ import numpy as np
 
 from jaxdefense import attacks, defenses, distributed, files, models, registry, threat, validate
 from jaxdefense.attacks import checks
+from jaxdefense.attacks.checks import check_attack_name
 from jaxdefense.data import Arrays, load_section, to_float
 from jaxdefense.defenses import base
 from jaxdefense.models import adapt, zoo
@@ -419,6 +420,7 @@ def build(
     """
     if not isinstance(config, Mapping):
         raise ValueError(f"a config must be a mapping of sections, got {config!r}")
+    config = _without_numpy(config)
     if model is not None:
         config = own_model(config, model)
     if data is not None:
@@ -510,11 +512,21 @@ def _check_reported(reported: Any) -> None:
         validate.check_types(f"reported.{attack}", said, {"value": float | None, "status": str})
 
 
+def _without_numpy(value: Any) -> Any:
+    """A config's value with Python's numbers and lists in place of NumPy's, for JSON."""
+    if isinstance(value, Mapping):
+        return {name: _without_numpy(one) for name, one in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(map(_without_numpy, value))
+    return value.tolist() if isinstance(value, np.generic | np.ndarray) else value
+
+
 def _make_attacks(specs: Mapping[str, Mapping[str, Any]], ball: Threat) -> dict[str, Attack]:
     """The attacks that a config specifies as {"name": ..., options}, by the config's names."""
     made: dict[str, Attack] = {}
     for name, spec in specs.items():
         validate.check_types("evaluation.attacks", {name: spec}, {name: Mapping})
+        check_attack_name(name)
         options = dict(spec)
         attack = attacks.make(options.pop("name", None), ball, **options)
         if attack.targeted:

@@ -63,6 +63,8 @@ class Log:
                 recovery.note(
                     f"{self._path} was changed since it was written: a curve may be wrong"
                 )
+        elif checksum:
+            recovery.note(f"{self._path} is gone: the log begins again at step {step}")
         with files.naming(self._path):
             self._file = os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
         self._board: Board | None = None

@@ -687,8 +687,13 @@ def _check_config(config: Mapping[str, Any], path: pathlib.Path) -> None:
     if not path.exists():
         return
     before, now = config_file.read(path.parent), json.loads(json.dumps(config))
-    if before != now:
-        changed = ", ".join(_differences(before, now))
+    if before == now:
+        return
+    changed = ", ".join(_differences(before, now))
+    if not refused.has_checkpoint(path.parent):  # it failed, or was killed, at its start
+        recovery.note(f"{path.parent} holds no checkpoint: it gets another config ({changed})")
+        path.unlink()
+    else:
         way = "choose another workdir, or remove it"
         if all(before.get(key) == value for key, value in now.items() if key != "train"):
             way += "; to go on from it, give another workdir train.init_from"
@@ -745,6 +750,7 @@ def train(
       OSError: the disk is full or read-only; the last checkpoint is whole.
     """
     workdir = validate.check_folder("workdir", workdir)
+    recovery.check_places(workdir)
     run = build(config, workdir=workdir, model=model, data=data)
     with _claimed(workdir):
         return _train(run, workdir, progress=progress)

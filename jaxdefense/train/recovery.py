@@ -9,7 +9,7 @@ from typing import Any
 from tqdm import tqdm
 
 from jaxdefense import distributed
-from jaxdefense.runs import checkpoint
+from jaxdefense.runs import checkpoint, config_file
 from jaxdefense.runs.run import read_log
 
 
@@ -30,6 +30,27 @@ def note(text: str) -> None:
       text: of one line.
     """
     say(f"note: {text}")
+
+
+def check_places(workdir: pathlib.Path) -> None:
+    """Checks that no folder lies where a run has a file, and no file where it has a folder.
+
+    Args:
+      workdir: of the run; it need not be there.
+
+    Raises:
+      ValueError: otherwise; names what to remove.
+    """
+    for name in ("metrics.jsonl", config_file.NAME, config_file.LISTING):
+        path = workdir / name
+        if path.is_dir():
+            raise ValueError(f"{path} is a folder, where a run has a file: remove it")
+        if path.is_symlink() and not path.exists():
+            raise ValueError(f"{path} is a link to nothing: remove it")
+    for name in ("last", "best"):
+        path = workdir / name
+        if path.exists() and not path.is_dir():
+            raise ValueError(f"{path} is no folder of checkpoints: remove it")
 
 
 def note_torn_lines(path: pathlib.Path) -> int:
@@ -71,6 +92,9 @@ def offering_best(workdir: pathlib.Path) -> Iterator[None]:
         yield
     except checkpoint.Damaged as error:
         ways = f"remove {workdir / 'last'}, and the same command begins again at the first step"
+        steps = checkpoint.whole_steps(workdir / "last")
+        if steps:  # a later one is damaged, or is none
+            ways = f"remove what is newer than {workdir / 'last' / str(steps[-1])}, which is whole"
         if other := checkpoint.find_other(workdir, "last"):
             ways += f"; or start a new run from its best, of step {other[1]}: --init_from={workdir}"
         raise ValueError(f"{error}; {ways}") from error

@@ -40,9 +40,18 @@ def leaves_nothing(train: Callable[P, Result]) -> Callable[P, Result]:
     return guarded
 
 
+def has_checkpoint(workdir: pathlib.Path) -> bool:
+    """Whether a workdir holds a state of a training, whole or not.
+
+    Args:
+      workdir: of a run, or nothing yet.
+    """
+    return any(path.name.isdigit() for path in workdir.glob("*/*"))
+
+
 def _remove_new(workdir: pathlib.Path, before: set[str]) -> None:
     """Removes what is in a workdir and was not before, unless it holds a checkpoint."""
-    if any(path.name.isdigit() for path in workdir.glob("*/*")):
+    if has_checkpoint(workdir):
         return
     for path in workdir.glob("*"):
         if path.name not in before:
