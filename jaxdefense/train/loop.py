@@ -429,10 +429,15 @@ class Trainer:
             state, sums, bad = chunk(state, resident, items, count, sums)
             at = int(bad[0])
         if at >= 0:
-            good = {kind: store.steps() for kind, store in self.stores.items()}
+            good = [
+                f"{kind!r} of step {store.steps()[-1]}"
+                for kind, store in self.stores.items()
+                if store.steps()
+            ]
+            kept = f"checkpoints {' and '.join(good)}" if good else "no checkpoint yet"
             raise Diverged(
                 f"the loss was not finite at step {at} (epoch {at / self.per_epoch:.2f}); "
-                f"the last good checkpoints in {self.workdir}: {good}"
+                f"{self.workdir} has {kept}"
             )
         return state, sums
 
