@@ -12,6 +12,7 @@ hold the plain values alone, and are read without.
 """
 
 import contextlib
+import functools
 import json
 import logging
 import os
@@ -172,6 +173,18 @@ class Store:
         self._check(step)
         return step
 
+    def is_whole(self, step: int) -> bool:
+        """Whether all arrays of a checkpoint are those that were saved; for the writer alone.
+
+        Args:
+          step: of the checkpoint.
+        """
+        try:
+            self._check(step)
+        except Damaged:
+            return False
+        return True
+
     def _header(self, step: int) -> _Header:
         where = self.folder / str(step)
         try:
@@ -230,13 +243,6 @@ class Store:
         for name in self._header(step).arrays or ("model",):
             self._read(step, name, None)
 
-    def is_whole(self, step: int) -> bool:
-        try:
-            self._check(step)
-        except Damaged:
-            return False
-        return True
-
 
 def whole_steps(folder: pathlib.Path) -> list[int]:
     """The steps of a folder's checkpoints that are whole, in order.
@@ -246,7 +252,11 @@ def whole_steps(folder: pathlib.Path) -> list[int]:
     """
     store = Store(folder)
     try:
-        return [step for step in store.steps() if store.is_whole(step)]
+        return [
+            step
+            for step in store.steps()
+            if distributed.from_writer(functools.partial(store.is_whole, step))
+        ]
     finally:
         store.close()
 
