@@ -41,7 +41,6 @@ import numpy as np
 
 from jaxdefense import attacks, defenses, distributed, files, models, registry, threat, validate
 from jaxdefense.attacks import checks
-from jaxdefense.attacks.checks import check_attack_name
 from jaxdefense.data import Arrays, load_section, to_float
 from jaxdefense.defenses import base
 from jaxdefense.models import adapt, zoo
@@ -526,7 +525,7 @@ def _make_attacks(specs: Mapping[str, Mapping[str, Any]], ball: Threat) -> dict[
     made: dict[str, Attack] = {}
     for name, spec in specs.items():
         validate.check_types("evaluation.attacks", {name: spec}, {name: Mapping})
-        check_attack_name(name)
+        checks.check_attack_name(name)
         options = dict(spec)
         attack = attacks.make(options.pop("name", None), ball, **options)
         if attack.targeted:
