@@ -44,7 +44,9 @@ RECORD = flags.DEFINE_string(
 ROWS = flags.DEFINE_list("rows", [], "Only rows whose name holds one of these words.")
 DTYPES = flags.DEFINE_list("dtypes", ["float32", "bfloat16"], "In this order.")
 WIDTH = flags.DEFINE_integer("width", None, "Of the networks: 8 is quick, for what fails at all.")
-EFFORT = flags.DEFINE_float("effort", -1.0, "XLA's exec_time_optimization_effort: 0 is its default")
+LEVEL = flags.DEFINE_enum(
+    "level", "O0", ["O0", "O1", "O2", "O3", "UNKNOWN"], "XLA's optimisation; UNKNOWN: its default."
+)
 LIMIT = flags.DEFINE_integer("limit", 3600, "Seconds for a row.")
 AGAIN = flags.DEFINE_bool("again", False, "Compile again what failed.")
 JOBS = flags.DEFINE_integer(
@@ -123,9 +125,8 @@ def compile_row(name, dtype):
 
 def compile_program(program, devices):
     """Compiles a program; what it costs and holds."""
-    options = {"exec_time_optimization_effort": EFFORT.value}
     began = time.monotonic()
-    compiled = program.mapped.lower(*program.arguments).compile(compiler_options=options)
+    compiled = program.mapped.lower(*program.arguments).compile()
     seconds = time.monotonic() - began
     memory = compiled.memory_analysis()
     held = {
@@ -165,10 +166,10 @@ def run_row(name, dtype):
         "PYTHONPATH": os.pathsep.join([LIBTPU.value, os.environ.get("PYTHONPATH", "")]),
     }
     command = [sys.executable, __file__, f"--one={name}", f"--dtypes={dtype}"]
-    command += [f"--effort={EFFORT.value}"]
+    command += [f"--level={LEVEL.value}"]
     command += [] if WIDTH.value is None else [f"--width={WIDTH.value}"]
     began = time.monotonic()
-    row = {"row": name, "dtype": dtype, "effort": EFFORT.value}
+    row = {"row": name, "dtype": dtype, "level": LEVEL.value}
     try:
         done = _run(command, environment)
     except subprocess.TimeoutExpired:
@@ -204,6 +205,19 @@ def libtpu_version():
     return next((d.version for d in found if d.name == "libtpu"), "unknown")
 
 
+def _in_order(rows):
+    """As listed, each in float32 first; then what is listed no more."""
+    places = {name: place for place, name in enumerate(row_names())}
+    return sorted(
+        rows, key=lambda row: (places.get(row["row"], len(places)), row["dtype"] != "float32")
+    )
+
+
+def _told(row):
+    said = row.get("failed", "compiles")
+    return f"{row['row']}, {row['dtype']}: {said} ({row['seconds']:.0f} s)"
+
+
 def _last_line(done):
     lines = done.stderr.strip().splitlines()
     return f"exit code {done.returncode}: {lines[-1] if lines else 'nothing said'}"
@@ -222,6 +236,7 @@ def answer_one(name, dtype):
 
 def main(argv):
     if ONE.value:
+        jax.config.update("jax_optimization_level", LEVEL.value)
         answer_one(ONE.value, *DTYPES.value)
         return
     names = [n for n in row_names() if not ROWS.value or any(word in n for word in ROWS.value)]
@@ -246,10 +261,8 @@ def main(argv):
         stack.callback(_end_all, pool)  # also at Ctrl-C
         started = [pool.submit(run_row, *one) for one in todo]
         for i, row in enumerate(concurrent.futures.as_completed(started), 1):
-            rows.append(row.result())
-            said = rows[-1].get("failed", "compiles")
-            label = f"{i} of {len(todo)}: {rows[-1]['row']}, {rows[-1]['dtype']}"
-            print(f"{label}: {said} ({rows[-1]['seconds']:.0f} s)", flush=True)
+            rows = _in_order([*rows, row.result()])
+            print(f"{i} of {len(todo)}: {_told(row.result())}", flush=True)
             more = dict(rows=rows, limits=LIMITS, topology=TOPOLOGY, libtpu=libtpu_version())
             spent = time.monotonic() - began
             record = records.make("accelerators", {}, {}, seed=0, seconds=spent, **more)
