@@ -111,8 +111,9 @@ def _config_path(value: str) -> str:
 
 
 def enable_cache() -> None:
-    """Keeps compiled programs between processes, in the checkout's .cache."""
-    jax.config.update("jax_compilation_cache_dir", os.environ.get("JAX_CACHE_DIR", str(CACHE)))
+    """Keeps compiled programs between processes: where JAX is told to, or in .cache."""
+    if not jax.config.jax_compilation_cache_dir:  # JAX_COMPILATION_CACHE_DIR
+        jax.config.update("jax_compilation_cache_dir", str(CACHE))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
 

@@ -443,7 +443,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     work = args.work.resolve()
     with files.locked(work / "soak.lock", "soak run"):
-        os.environ["JAX_CACHE_DIR"] = os.environ.get("JAX_CACHE_DIR", str(work / "xla"))
+        os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(work / "xla"))
         os.environ.setdefault("JAX_PLATFORMS", "cpu")
         for name in IMPORTED:
             importlib.import_module(name)

@@ -730,7 +730,8 @@ def _open_rows(folder: str, done: set[str]) -> list[str]:
         rows = [row for row in rows if "autoattack" in row.protocols]
         if missing := sorted({f"{row.config}-{row.variant}" for row in rows} - listed):
             command = f"python experiments/study.py --grid={machine}"
-            told.append(f"Open, {len(missing)} rows: {', '.join(missing)}; `{command}`.")
+            rows_open = "1 row" if len(missing) == 1 else f"{len(missing)} rows"
+            told.append(f"Open, {rows_open}: {', '.join(missing)}; `{command}`.")
             listed |= set(missing)
     return told
 

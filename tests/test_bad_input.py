@@ -55,7 +55,6 @@ def compiled():
 def train(folder, monkeypatch, tfds_dir):
     """experiments/train.py in this process: values of its config -> (exit code, stdout, stderr)."""
     monkeypatch.setenv("TFDS_DATA_DIR", tfds_dir)
-    monkeypatch.setenv("JAX_CACHE_DIR", jax.config.jax_compilation_cache_dir)
     if "train" in sys.modules:  # its flags may have given way to another script's
         monkeypatch.delitem(sys.modules, "train")
     script = import_script("train")

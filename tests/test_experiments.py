@@ -104,7 +104,7 @@ def test_train_evaluate_and_tables(tmp_path, tfds_dir):
             ("tables.py", "--per_class=pgd20", run),
         ],
         TFDS_DATA_DIR=tfds_dir,
-        JAX_CACHE_DIR=str(ROOT / ".cache" / "xla"),
+        JAX_COMPILATION_CACHE_DIR=str(ROOT / ".cache" / "xla"),
     )  # fmt: skip
     code, out, err = trained
     assert code == 0, err

@@ -486,13 +486,14 @@ def test_the_page_shows_what_is_done_what_failed_and_what_waits(tmp_path):
 
 def run_script(folder, *arguments, **environment):
     command = [sys.executable, str(ROOT / "experiments" / "quickstart.py"), *arguments]
+    cache = str(ROOT / ".cache" / "xla")
     return subprocess.Popen(
         command,
         cwd=folder,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        env={**os.environ, "JAX_CACHE_DIR": str(ROOT / ".cache" / "xla"), **environment},
+        env={**os.environ, "JAX_COMPILATION_CACHE_DIR": cache, **environment},
     )
 
 

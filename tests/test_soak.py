@@ -39,7 +39,7 @@ def test_a_few_of_each_end_well(tmp_path, tfds_dir):
     command = [sys.executable, str(ROOT / "experiments" / "soak.py"), "--kills=3", "--damages=3"]
     command += ["--disks=2", f"--work={tmp_path / 'work'}", f"--record={tmp_path / 'soak.json'}"]
     environment = {**os.environ, "TFDS_DATA_DIR": tfds_dir}
-    environment["JAX_CACHE_DIR"] = str(ROOT / ".cache" / "xla")
+    environment["JAX_COMPILATION_CACHE_DIR"] = str(ROOT / ".cache" / "xla")
     with subprocess.Popen(
         command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     ) as process:

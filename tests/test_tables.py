@@ -6,10 +6,12 @@ import re
 
 import paired
 import pytest
-import tables as script
+from conftest import import_script
 from papers import metric_i
 
 from jaxdefense.evaluation import records, report, tables
+
+script = import_script("tables")
 
 RECORDS = pathlib.Path(__file__).parents[1] / "experiments" / "records"
 FOLDERS = sorted({str(path.parent.relative_to(RECORDS)) for path in RECORDS.rglob("*/*.json")})
