@@ -325,7 +325,7 @@ CALLS = (
     ('data.load("../../etc", "train")', "unknown data set '../../etc'"),
     (
         "evaluation.Evaluator(predict, 0.1)",
-        "Evaluator needs a threat first, e.g. Evaluator(threat.Linf(8 / 255)), got 0.1",
+        "the threat must be a norm with its eps, e.g. threat.Linf(8 / 255), got 0.1",
     ),
     (
         "evaluator.bits((), images, labels, None, [attacks.fgsm(ball)])",
@@ -346,7 +346,34 @@ CALLS = (
     ),
     (
         "evaluation.autoattack(predict, images[:0], labels[:0], ball)",
-        "there are no images to evaluate on",
+        "there are no images: shape (0, 8, 8, 1)",
+    ),
+    (
+        "evaluation.autoattack(predict, images[0], labels[0], ball)",
+        "labels must be (8,) integers, got shape () of int64; one image is a batch of one: "
+        "images[None], labels[None]",
+    ),
+    (
+        "evaluation.autoattack(predict, images, labels, ball, attacks=())",
+        "attacks must name stages, e.g. ('apgd-ce', 'square'), got ()",
+    ),
+    (
+        'evaluation.autoattack(predict, images, labels, ball, attacks="square")',
+        "attacks must name stages, e.g. ('apgd-ce', 'square'), got 'square'",
+    ),
+    (
+        "evaluation.autoattack(lambda a, b, x: predict(x), images, labels, ball)",
+        "predict must take (images): wrap it in a function that does",
+    ),
+    (
+        "attacks.jitted(attacks.pgd(ball), lambda w, x: predict(x))((), key, images[:0], "
+        "labels[:0])",
+        "there are no images: shape (0, 8, 8, 1)",
+    ),
+    (
+        "attacks.jitted(attacks.pgd(ball), lambda w, x: predict(x))((), key, np.nan * images, "
+        "labels)",
+        "images contain NaN or infinite values",
     ),
     (
         'evaluator.bits((), images, labels, np.arange(4), {"clean": attacks.fgsm(ball)})',

@@ -15,6 +15,7 @@ RNG = np.random.default_rng(0)
 IMAGES = RNG.uniform(0.2, 0.8, size=(48, 6, 6, 1)).astype(np.float32)
 WEIGHTS = jnp.asarray(RNG.normal(size=(36, 4)), jnp.float32)
 BALL = threat.Linf(0.05)
+WIDE = threat.Linf(8 / 255, bounds=(0.0, 255.0))
 QUICK = {"steps": 10, "restarts": 2, "queries": 150, "batch_size": 128}
 
 
@@ -41,7 +42,7 @@ def fair():
 def test_an_honest_model_passes_every_check(fair):
     report, found = fair
     assert report.passed, [c for c in report.checks if not c.passed]
-    assert len(found) == 12
+    assert len(found) == 18
     clean = np.asarray(honest(jnp.asarray(IMAGES))).argmax(-1) == LABELS
     np.testing.assert_array_equal(report.tiers["clean"], clean)
     assert report.worst.sum() < clean.sum()
@@ -60,7 +61,7 @@ def test_the_report_prints_and_stores(fair):
     assert "| deterministic | pass |" in text
     record = report.record(LABELS, 4)
     assert record["tiers"]["worst"]["accuracy"] == pytest.approx(100 * report.worst.mean())
-    assert [c["passed"] for c in record["checks"]] == [True] * 12
+    assert [c["passed"] for c in record["checks"]] == [True] * 18
 
 
 def reversed_gradient(x):
@@ -125,6 +126,7 @@ def rippled(x):
         (optimising, "no loop in the forward pass"),
         (zero_gradient, "gradients are there"),
         (broken_gradient, "gradients are finite"),
+        (reversed_gradient, "gradients lead uphill"),
         (reversed_gradient, "robust accuracy is not above clean"),
         (zero_gradient, "black box does not beat white box"),
         (reversed_gradient, "accuracy falls to 0 at eps 0.5"),
@@ -137,6 +139,45 @@ def test_each_check_is_tripped_by_a_model(predict, name):
     assert not report.passed
     assert not found[name].passed, report.markdown()
     assert found[name].evidence
+
+
+@pytest.mark.parametrize(
+    ("predict", "images", "labels", "ball", "name"),
+    [
+        (honest, IMAGES, (LABELS + 1) % 4, BALL, "better than chance"),
+        (lambda x: jnp.round(honest(x)), IMAGES, LABELS, BALL, "one logit is the largest"),
+        (
+            lambda x: honest(x).at[:, 2].add(99),
+            IMAGES,
+            LABELS,
+            BALL,
+            "more than one class is answered",
+        ),
+        (
+            lambda x: honest(x / 255),
+            255 * IMAGES,
+            LABELS,
+            WIDE,
+            "images and eps have the bounds' scale",
+        ),
+        (honest, IMAGES[:2].repeat(24, 0), LABELS[:2].repeat(24), BALL, "images are different"),
+    ],
+)
+def test_the_flags_of_autoattack_are_checks(predict, images, labels, ball, name):
+    report = audit(predict, images, labels, ball, steps=2, restarts=1, stages=(), queries=5)
+    found = {check.name: check for check in report.checks}
+    assert not found[name].passed, report.markdown()
+
+
+def test_another_base_is_told():
+    def purify(x):
+        return jnp.round(x * 16) / 16
+
+    quick = dict(steps=2, restarts=1, stages=(), queries=5, purify=purify)
+    for base, passed in ((honest, True), (lambda x: -honest(x), False)):
+        report = audit(lambda x: honest(purify(x)), IMAGES, LABELS, BALL, base=base, **quick)
+        found = {check.name: check for check in report.checks}
+        assert found["predict is base(purify)"].passed is passed
 
 
 def test_loops_are_found_inside_calls():

@@ -60,9 +60,14 @@ def bits(model, attack, *, images=X, labels=Y, ball=None, evaluator=None, **opti
     return evaluator.bits(*given, **options)["it"]
 
 
+def by_name(raised):
+    """{flag: (severity, evidence)}."""
+    return {flag.name: (flag.severity, flag.evidence) for flag in raised}
+
+
 def named(found):
-    """{flag: (severity, evidence)} of a verdict."""
-    return {flag.name: (flag.severity, flag.evidence) for flag in found.flags}
+    """`by_name` of a verdict."""
+    return by_name(found.flags)
 
 
 # Case 1: an attack is a value that knows what it is.
@@ -1048,7 +1053,7 @@ class TestWhatIsGiven:
         for factory in (attacks.pgd, attacks.cw, attacks.autoattack):
             with pytest.raises(ValueError, match=r"needs a threat first, e\.g\. .*, got 0\.1"):
                 factory(0.1)
-        with pytest.raises(ValueError, match="Evaluator needs a threat first"):
+        with pytest.raises(ValueError, match="the threat must be a norm"):
             AA(predict, X, Y, 0.1)
 
     def test_an_equinox_module_is_variables(self):
@@ -1478,6 +1483,18 @@ RAISED = {
         lambda: AA(lambda x: apply(W[:, :3], x), X[:4], None, T, attacks=("fab-t",)).flags,
         "note",
     ),
+    "another scale": (
+        lambda: (
+            judge(
+                lambda x: predict(x / 255),
+                WEAK,
+                images=255 * X,
+                ball=threat.Linf(8 / 255, bounds=WIDE),
+            ).flags
+        ),
+        "warning",
+    ),
+    "copies": (flagged(predict, images=X[:1].repeat(200, 0), labels=Y[:1].repeat(200)), "warning"),
     "own labels": (flagged(predict, labels=None), "note"),
     "attack without its threat": (named_blind, "note"),
     "small sample": (flagged(predict), "note"),
@@ -1522,6 +1539,38 @@ class TestFlags:
         answers = np.where(np.arange(n) < right, labels, (labels + 1) % classes)
         found = flags.chance_flags(np.eye(classes)[answers], labels)
         assert [flag.severity for flag in found] == ["error"] * told
+
+    @pytest.mark.parametrize(
+        ("images", "eps", "told"),
+        [(255 * X, 8 / 255, "eps"), (X, 8.0, "fill"), (255 * X, 8.0, None)],
+    )
+    def test_images_and_eps_have_the_scale_of_the_bounds(self, images, eps, told):
+        found = by_name(flags.image_flags(images, threat.Linf(eps, bounds=WIDE)))
+        assert ("another scale" in found) is (told is not None)
+        assert told is None or told in found["another scale"][1]
+
+    @pytest.mark.parametrize("ball", [threat.L2(0.5), threat.L1(12.0), threat.Linf(0.001)])
+    def test_usual_eps_are_no_other_scale(self, ball):
+        images = np.random.default_rng(0).uniform(size=(2, 224, 224, 3)).astype(np.float32)
+        assert "another scale" not in by_name(flags.image_flags(images, ball))
+
+    def test_a_sample_of_copies_is_small(self):
+        found = by_name(flags.image_flags(X[:2].repeat(100, 0), T))
+        assert found["copies"][1] == "200 images, of which 2 are different"
+        assert "2 images" in found["small sample"][1]
+
+    @pytest.mark.parametrize(
+        ("answers", "labels", "severity"),
+        [
+            ([3, 3], [3, 3], "warning"),
+            ([3, 3], [3, 4], "error"),
+            ([3, 3], [4, 4], None),
+            ([3], [3], None),
+        ],
+    )
+    def test_one_class_is_told_where_the_labels_agree_too(self, answers, labels, severity):
+        found = by_name(flags.logit_flags(np.eye(10)[answers], np.asarray(labels)))
+        assert found.get("one class", [None])[0] == severity
 
     def test_images_of_one_class_have_no_chance(self):
         assert flags.chance_flags(np.eye(10)[np.arange(40) % 9 + 1], np.zeros(40, int)) == []

@@ -181,6 +181,7 @@ def jitted(
         arrays, rest = partition(variables)
         if not isinstance(images, jax.core.Tracer):
             images = checks.check_images(images, bounds)
+            checks.check_label_count(labels, images.shape[0])
             if images.shape not in classes:
                 given = (key, images) if keyed else (images,)
                 checks.count_classes(functools.partial(apply, variables), images, keyed=keyed)

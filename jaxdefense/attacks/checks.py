@@ -29,7 +29,11 @@ def _concrete(*arrays: Any) -> bool:
 
 @jax.jit
 def _least_and_largest(array: Array) -> tuple[Array, Array]:
-    return array.min(), array.max()
+    least, largest = array.min(), array.max()
+    if jnp.issubdtype(array.dtype, jnp.floating):  # on a CPU, XLA's minimum passes over NaN
+        missing = jnp.isnan(array).any()
+        least, largest = (jnp.where(missing, jnp.nan, end) for end in (least, largest))
+    return least, largest
 
 
 def _extent(array: HostArray) -> tuple[float, float]:
@@ -40,20 +44,21 @@ def _extent(array: HostArray) -> tuple[float, float]:
         return jax.device_get(_least_and_largest(array))
 
 
-def check_threat(attack: str, threat: Any) -> None:
+def check_threat(threat: Any, attack: str = "") -> None:
     """Checks that `threat` is a norm with eps and bounds, as in `jaxdefense.threat`.
 
     Args:
-      attack: name of the function that needs it.
-      threat: what it was given.
+      threat: what was given.
+      attack: name of the factory whose first argument it is.
 
     Raises:
       ValueError: something else, a bare eps for example.
     """
     if not hasattr(threat, "eps") or not hasattr(threat, "project"):
-        raise ValueError(
-            f"{attack} needs a threat first, e.g. {attack}(threat.Linf(8 / 255)), got {threat!r}"
-        )
+        needed = "the threat must be a norm with its eps, e.g. threat.Linf(8 / 255)"
+        if attack:
+            needed = f"{attack} needs a threat first, e.g. {attack}(threat.Linf(8 / 255))"
+        raise ValueError(f"{needed}, got {threat!r}")
 
 
 def _is_linen_module(model: Any) -> bool:
@@ -104,8 +109,8 @@ def check_takes(
       way: what to give instead if it is of the other kind.
 
     Raises:
-      ValueError: it is no function, a PyTorch module or a linen module without its variables, or
-        it takes variables where none will be given, or none where they will be.
+      ValueError: it is no function, a PyTorch module or a linen module without its variables, it
+        takes variables where none will be given, or none where they will be, or neither.
     """
     if not callable(function):
         instead = ": give its predict" if hasattr(function, "predict") else ""
@@ -118,8 +123,10 @@ def check_takes(
         raise ValueError(f"{role} is a Flax module: give its apply (net.apply), and its variables")
     both = ("variables", *inputs)
     wanted, other = (both, inputs) if variables else (inputs, both)
-    if takes(function, len(wanted)) is False and takes(function, len(other)):
-        raise ValueError(f"{role} takes ({', '.join(other)}): {way}")
+    if takes(function, len(wanted)) is False:
+        if takes(function, len(other)):
+            raise ValueError(f"{role} takes ({', '.join(other)}): {way}")
+        raise ValueError(f"{role} must take ({', '.join(wanted)}): wrap it in a function that does")
 
 
 def is_key(value: Any) -> bool:
@@ -160,7 +167,7 @@ def check_images(images: HostArray, bounds: tuple[float, float] | None = (0.0, 1
       The images, clipped where a value lies outside by at most 1e-5 of the box's width.
 
     Raises:
-      ValueError: integer images, no batch axis, NaN, or values outside.
+      ValueError: integer images, no batch axis, no image, NaN, or values outside.
     """
     if not hasattr(images, "dtype"):
         raise ValueError(f"images must be an array (B, H, W, C), got {type(images).__name__}")
@@ -170,7 +177,9 @@ def check_images(images: HostArray, bounds: tuple[float, float] | None = (0.0, 1
         )
     if images.ndim < 2:
         raise ValueError(f"images must be a batch (B, H, W, C), got shape {images.shape}")
-    if images.size == 0 or not _concrete(images):
+    if images.size == 0:
+        raise ValueError(f"there are no images: shape {images.shape}")
+    if not _concrete(images):
         return images
     low, high = map(float, _extent(images))
     if not np.isfinite(low) or not np.isfinite(high):
@@ -186,6 +195,24 @@ def check_images(images: HostArray, bounds: tuple[float, float] | None = (0.0, 1
     return images.clip(*bounds)
 
 
+def check_label_count(labels: HostArray, batch: int) -> None:
+    """Checks that labels are (B,) integers.
+
+    Args:
+      labels: what was given.
+      batch: B.
+
+    Raises:
+      ValueError: another shape or dtype, as where one image is no batch.
+    """
+    if labels.shape == (batch,) and jnp.issubdtype(labels.dtype, jnp.integer):
+        return
+    told = f"labels must be ({batch},) integers, got shape {labels.shape} of {labels.dtype}"
+    if labels.ndim == 0:
+        told += "; one image is a batch of one: images[None], labels[None]"
+    raise ValueError(told)
+
+
 def check_labels(labels: HostArray, batch: int, num_classes: int) -> None:
     """Checks that labels are (B,) integers in [0, num_classes).
 
@@ -197,10 +224,7 @@ def check_labels(labels: HostArray, batch: int, num_classes: int) -> None:
     Raises:
       ValueError: another shape or dtype, or labels out of range.
     """
-    if labels.shape != (batch,) or not jnp.issubdtype(labels.dtype, jnp.integer):
-        raise ValueError(
-            f"labels must be ({batch},) integers, got shape {labels.shape} of {labels.dtype}"
-        )
+    check_label_count(labels, batch)
     if batch == 0 or not _concrete(labels):
         return
     low, high = map(int, _extent(labels))

@@ -253,7 +253,7 @@ def attack_factory(
                     with np.errstate(over="ignore"):  # to infinity, which is refused
                         bound.arguments[name] = np.asarray(value, np.float32)
             if "threat" in bound.arguments:
-                checks.check_threat(factory.__name__, bound.arguments["threat"])
+                checks.check_threat(bound.arguments["threat"], factory.__name__)
             made = Method(factory, dict(bound.arguments), flatten_images)
             # After the factory's own checks, which say more: what it declares and did not look at.
             validate.check_types(factory.__name__, kwargs, wanted)

@@ -186,16 +186,24 @@ def audit(
         predict = attacks.eot(random, jax.random.key(seed), samples=samples)
     judge = Evaluator(lambda _, x: predict(x), threat, batch_size=batch_size, journal=journal)
     images = judge.check_images(images)
+    if labels is not None:
+        inputs.check_label_count(np.asarray(labels), len(images))
     classes = inputs.count_classes(predict, images[:1])
     labels = judge.logits((), images).argmax(-1) if labels is None else np.asarray(labels)
     inputs.check_labels(labels, len(images), classes)
     noise = judge.measure_noise((), images)
     answers = examine.ask(judge, (), images, labels, count=MIN_PER_DEVICE)
-    checks = _basic_checks(noise, judge.logits((), images[:MIN_PER_DEVICE]), answers)
+    logits = judge.logits((), images)
+    checks = _basic_checks(noise, logits, answers)
     if any(not check.passed and check.name in _FATAL for check in checks):
         nothing = np.zeros(len(images), bool)
         return Audit(threat, {}, {}, nothing, tuple(checks), (), images.copy())
 
+    found = flags.logit_flags(logits, labels) + flags.image_flags(images, threat)
+    checks += [_flag_check(found, flag, question) for flag, question in _QUESTIONS.items()]
+    if base is not None and purify is not None and random is None:
+        behind = judge.with_model(lambda _, x: base(purify(x)))
+        checks.append(_is_composed(logits, behind.logits((), images)))
     gradients = answers.gradients is not None
     plan = _Plan(
         threat=threat,
@@ -263,7 +271,7 @@ def _gradient_checks(answers: examine.Answers) -> list[Check]:
             Check("gradients are there", False, answers.why_no_gradients),
             Check("gradients are finite", False, "there are none"),
         ]
-    zero, broken, _ = answers.gradients.T
+    zero, broken, lower = answers.gradients.T
     return [
         Check(
             "gradients are there",
@@ -275,7 +283,40 @@ def _gradient_checks(answers: examine.Answers) -> list[Check]:
             bool((broken == 0).all()),
             f"{broken.mean():.2%} of the entries, in {(broken > 0).mean():.1%} of images, are not",
         ),
+        Check(
+            "gradients lead uphill",
+            bool(lower.mean() <= flags.TOO_MANY_DOWNHILL),
+            f"a small step along it lowers the loss of {lower.mean():.1%} of images",
+        ),
     ]
+
+
+# What these flags of `evaluation.autoattack` are called as questions.
+_QUESTIONS = {
+    "ties": "one logit is the largest",
+    "one class": "more than one class is answered",
+    "no better than chance": "better than chance",
+    "another scale": "images and eps have the bounds' scale",
+    "copies": "images are different",
+}
+
+
+def _flag_check(found: Sequence[flags.Flag], flag: str, question: str) -> Check:
+    """A flag as a check, which fails where the flag was raised."""
+    evidence = [one.evidence for one in found if one.name == flag]
+    return Check(question, not evidence, "; ".join(evidence) or f"no flag '{flag}'")
+
+
+def _is_composed(logits: np.ndarray, behind: np.ndarray) -> Check:
+    """Whether the purifier and the classifier behind it are the defence.
+
+    Args:
+      logits: (N, K) of the defence.
+      behind: (N, K) of `base(purify(images))`.
+    """
+    far = np.median(np.abs(logits - behind).max(-1)) / max(logits.std(), np.finfo("f4").tiny)
+    evidence = f"of the logits' spread, they differ by {far:.2g} for half of the images"
+    return Check("predict is base(purify)", bool(far <= 0.01), evidence)
 
 
 class _TierAttack(NamedTuple):

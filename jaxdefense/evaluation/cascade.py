@@ -141,6 +141,8 @@ def autoattack(
       diverse parameter-free attacks, arXiv 2003.01690. Differences from the authors' programme are
       listed in the attacks' docstrings.
     """
+    if isinstance(attacks, str) or (attacks is not None and len(attacks) == 0):
+        raise ValueError(f"attacks must name stages, e.g. ('apgd-ce', 'square'), got {attacks!r}")
     if (predict is None) == (random is None):
         raise ValueError("give predict, or random=predict with predict(key, images)")
     if targets is not None and version not in ("standard", "targeted"):
@@ -164,6 +166,8 @@ def autoattack(
     apply = _with_variables(model, with_variables=with_variables)
     evaluator = Evaluator(apply, threat, batch_size=batch_size, grid=grid)
     images = evaluator.check_images(images)
+    if labels is not None:
+        checks.check_label_count(np.asarray(labels), len(images))
     classes = checks.count_classes(
         lambda *inputs: apply(variables, *inputs), images[:1], keyed=random is not None
     )

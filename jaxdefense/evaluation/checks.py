@@ -11,19 +11,6 @@ from jaxdefense.attacks.method import Method
 from jaxdefense.types import Attack, HostArray, Images, Threat
 
 
-def check_not_empty(images: np.ndarray) -> None:
-    """Checks that there is something to evaluate on.
-
-    Args:
-      images: (N, ...).
-
-    Raises:
-      ValueError: no images.
-    """
-    if len(images) == 0:
-        raise ValueError("there are no images to evaluate on")
-
-
 def check_ids(ids: HostArray | None, examples: int) -> np.ndarray:
     """Checks the examples' names in the random keys, by default their positions.
 

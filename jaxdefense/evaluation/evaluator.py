@@ -28,7 +28,6 @@ from jaxdefense.evaluation.checks import (
     check_attack,
     check_grid,
     check_ids,
-    check_not_empty,
     check_targets,
 )
 from jaxdefense.evaluation.crafting import Apply, AttackProgram, Examples, round_to_grid
@@ -147,7 +146,7 @@ class Evaluator:
             raise ValueError(
                 f"apply must be a function (variables, images), got {type(apply).__name__}"
             )
-        checks.check_threat("Evaluator", threat)
+        checks.check_threat(threat)
         devices = tuple(devices or jax.devices())
         if batch_size is None:
             batch_size = MIN_PER_DEVICE * len(devices) if devices[0].platform == "cpu" else 512
@@ -328,7 +327,7 @@ class Evaluator:
         """Whether two traces are different programs; a third one later has to be the same."""
         arrays, rest = partition(variables)
         shapes = tuple((a.shape, a.dtype) for a in map(jnp.asarray, arrays))
-        inputs = (rest, shapes, image.shape)
+        inputs = (rest, shapes, image.shape, image.dtype)
 
         def trace() -> Any:
             def program(arrays: Any, x: Array) -> Logits:
@@ -377,9 +376,8 @@ class Evaluator:
           ValueError: none at all, values out of bounds, an eps that does not fit them, or values
             off the grid.
         """
-        if isinstance(images, jax.Array):
+        if hasattr(images, "__array__"):  # JAX's, and PyTorch's on the CPU
             images = np.asarray(images)
-        check_not_empty(images)
         images = np.asarray(checks.check_images(images, self.threat.bounds))
         checks.check_eps(self.threat, images)
         if self.grid is not None:
@@ -589,6 +587,7 @@ class Evaluator:
         if not isinstance(attacks, Mapping):
             raise ValueError(f"attacks must be a mapping {{name: attack}}, got {attacks!r}")
         images, labels = self.check_images(images), np.asarray(labels)
+        checks.check_label_count(labels, len(images))
         ids = check_ids(ids, len(images))
         for name, attack in attacks.items():
             checks.check_attack_name(name)

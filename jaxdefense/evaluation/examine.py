@@ -113,7 +113,7 @@ def examine(
       ValueError: a stage needs gradients, and there are none to be had.
     """
     answers = ask(evaluator, variables, images, labels, count=_EXAMINED)
-    result = flags.logit_flags(logits, labels)
+    result = flags.logit_flags(logits, labels) + flags.image_flags(images, evaluator.threat)
     where = "points of the balls, drawn at random"
     result += flags.answer_flags(answers.nearby, len(answers.nearby), where)
     if answers.gradients is not None:

@@ -64,6 +64,8 @@ NAMES = (
     "masked gradients",
     "unconfirmed wins",
     "few classes",
+    "another scale",
+    "copies",
     "own labels",
     "not random",
     "attack without its threat",
@@ -288,6 +290,7 @@ _FEWEST_FOR_CHANCE = 20  # images of which an accuracy of chance says something
 _ACCIDENT = 0.02  # probability below which it is no accident
 
 TOO_MANY_ZERO = 0.05  # share of images whose gradients may be zero by chance (saturation)
+TOO_MANY_DOWNHILL = 0.25  # share of images whose gradients may lead downhill
 
 
 def gradient_flags(shares: np.ndarray) -> list[Flag]:
@@ -309,7 +312,7 @@ def gradient_flags(shares: np.ndarray) -> list[Flag]:
         )
         raised.append(Flag("non-finite gradients", "warning", evidence))
     lower = shares[:, 2].mean()
-    if lower > 0.25:
+    if lower > TOO_MANY_DOWNHILL:
         severity = "error" if lower > 0.5 else "warning"
         evidence = f"a small step along the gradient lowers the loss of {lower:.1%} of images"
         raised.append(Flag("misleading gradients", severity, evidence))
@@ -372,7 +375,7 @@ def chance_flags(logits: np.ndarray, labels: np.ndarray) -> list[Flag]:
 
 
 def logit_flags(logits: np.ndarray, labels: np.ndarray) -> list[Flag]:
-    """The flags of clean logits: ties, one class alone, an accuracy of chance, few images.
+    """The flags of clean logits: ties, one class alone, an accuracy of chance.
 
     Args:
       logits: (N, K).
@@ -380,13 +383,46 @@ def logit_flags(logits: np.ndarray, labels: np.ndarray) -> list[Flag]:
     """
     raised = answer_flags(logits, len(logits), "clean images")
     answers = np.unique(logits.argmax(-1))
-    if len(answers) == 1 and len(np.unique(labels)) > 1:
-        raised.append(Flag("one class", "error", f"every image is class {answers[0]} to the model"))
-    else:
-        raised += chance_flags(logits, labels)
-    if len(labels) < 100:
-        error = 100 / np.sqrt(max(len(labels), 1))
-        evidence = f"{len(labels)} images: accuracies are known to ± {error:.0f} points"
+    if len(answers) > 1 or len(labels) == 1:
+        return raised + chance_flags(logits, labels)
+    evidence = f"every image is class {answers[0]} to the model"
+    if len(np.unique(labels)) > 1:
+        return [*raised, Flag("one class", "error", evidence)]
+    if labels[0] != answers[0]:
+        return raised
+    evidence += " and by its label: one that always answers so looks the same"
+    return [*raised, Flag("one class", "warning", evidence)]
+
+
+_DARK = 0.05  # share of the bounds that images should fill
+_TINY = 2e-4  # eps, as a share of the box's diameter, below which it is in other units
+
+
+def image_flags(images: np.ndarray, threat: Threat) -> list[Flag]:
+    """The flags of images: few of them, copies, and another scale than the threat's.
+
+    Args:
+      images: (N, ...).
+      threat: of the evaluation.
+    """
+    raised = []
+    low, high = threat.bounds
+    least, largest = float(images.min()), float(images.max())
+    if largest - least < _DARK * (high - low):
+        share = (largest - least) / (high - low)
+        evidence = f"images in [{least:g}, {largest:g}] fill {share:.1%} of the bounds [{low:g}, "
+        raised.append(Flag("another scale", "warning", f"{evidence}{high:g}]"))
+    eps, diameter = float(np.max(threat.eps)), threat.diameter(images[0].size)
+    if 0 < eps < _TINY * diameter:
+        evidence = f"eps {eps:g} is {eps / diameter:.2g} of the box's diameter, {diameter:g}: it "
+        raised.append(Flag("another scale", "warning", f"{evidence}has the images' units"))
+    different = len({image.tobytes() for image in images})
+    if different < 0.99 * len(images):
+        evidence = f"{len(images)} images, of which {different} are different"
+        raised.append(Flag("copies", "warning", evidence))
+    if different < 100:
+        error = 100 / np.sqrt(different)
+        evidence = f"{different} images: accuracies are known to ± {error:.0f} points"
         raised.append(Flag("small sample", "note", evidence))
     return raised
 
