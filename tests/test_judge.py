@@ -1483,17 +1483,7 @@ RAISED = {
         lambda: AA(lambda x: apply(W[:, :3], x), X[:4], None, T, attacks=("fab-t",)).flags,
         "note",
     ),
-    "another scale": (
-        lambda: (
-            judge(
-                lambda x: predict(x / 255),
-                WEAK,
-                images=255 * X,
-                ball=threat.Linf(8 / 255, bounds=WIDE),
-            ).flags
-        ),
-        "warning",
-    ),
+    "another scale": (flagged(predict, images=0.01 * X), "warning"),
     "copies": (flagged(predict, images=X[:1].repeat(200, 0), labels=Y[:1].repeat(200)), "warning"),
     "own labels": (flagged(predict, labels=None), "note"),
     "attack without its threat": (named_blind, "note"),

@@ -413,9 +413,10 @@ def image_flags(images: np.ndarray, threat: Threat) -> list[Flag]:
         evidence = f"images in [{least:g}, {largest:g}] fill {share:.1%} of the bounds [{low:g}, "
         raised.append(Flag("another scale", "warning", f"{evidence}{high:g}]"))
     eps, diameter = float(np.max(threat.eps)), threat.diameter(images[0].size)
-    if 0 < eps < _TINY * diameter:
-        evidence = f"eps {eps:g} is {eps / diameter:.2g} of the box's diameter, {diameter:g}: it "
-        raised.append(Flag("another scale", "warning", f"{evidence}has the images' units"))
+    least = _TINY * diameter if threat.norm != "l1" else 0.1 * (high - low)  # of one pixel
+    if 0 < eps < least:
+        evidence = f"eps {eps:g} in bounds [{low:g}, {high:g}]: eps has the images' units"
+        raised.append(Flag("another scale", "warning", evidence))
     different = len({image.tobytes() for image in images})
     if different < 0.99 * len(images):
         evidence = f"{len(images)} images, of which {different} are different"
