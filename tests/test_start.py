@@ -152,7 +152,7 @@ def test_own_images_are_given_again(tfds_dir, tmp_path):
     assert protocols.configured(run, variables, training={})["name"] == "standard-own"
     with pytest.raises(ValueError, match=r"not what the run was trained on.* differs in sha256"):
         runs.restore(tmp_path / "run", data=own_splits(seed=1))
-    whole = data.from_arrays(np.zeros((60, 8, 8, 1)), [0, 1] * 30)
+    whole = data.from_arrays(np.ones((60, 8, 8, 1)), [0, 1] * 30)
     with pytest.raises(ValueError, match=r"no test images: make it with test=0\.2"):
         train.train(own, tmp_path / "x", data=whole, progress=False)
     with pytest.raises(ValueError, match="another one was given as data="):
