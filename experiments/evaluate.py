@@ -22,6 +22,7 @@ the images: docs/devices.md.
 """
 
 import json
+import logging
 import pathlib
 import shutil
 
@@ -31,7 +32,7 @@ from absl import flags
 
 from jaxdefense import data, distributed, files, runs, validate
 from jaxdefense.attacks import checks
-from jaxdefense.evaluation import images, protocols, records, robustbench, tables
+from jaxdefense.evaluation import images, journal, protocols, records, robustbench, tables
 from jaxdefense.models import zoo
 
 PROTOCOLS = {
@@ -100,6 +101,13 @@ def architecture(module):
     return "-".join([type(module).__name__, *numbers])
 
 
+def print_stages():
+    """Writes a line on stderr for each attack of AutoAttack that is finished."""
+    journal.LOG.addHandler(logging.StreamHandler())
+    journal.LOG.setLevel(logging.INFO)
+    journal.LOG.propagate = False
+
+
 def main(argv):
     if len(argv) > 1:
         raise ValueError(f"unexpected arguments: {argv[1:]}")
@@ -128,11 +136,14 @@ def evaluate(source, workdir, path):
     """
     if PROTOCOL.value == "audit":
         from jaxdefense.evaluation import report  # needs an extra: said before the hours
+    progress = cli.shows_progress(PROGRESS.value)
+    if not progress and distributed.is_writer():
+        print_stages()
     run, variables, meta = runs.restore(source, kind=KIND.value)
     options = {
         "training": {"checkpoint": KIND.value, **meta},
         "examples": EXAMPLES.value,
-        "progress": cli.shows_progress(PROGRESS.value),
+        "progress": progress,
         "keep": keep_images if SAVE_IMAGES.value else None,
     }
     folder = workdir / f"{PROTOCOL.value}-{KIND.value}-{EXAMPLES.value or 'all'}"

@@ -215,6 +215,11 @@ class DroppingNNX(nnx.Module):
         self.drop = nnx.Dropout(0.5, rngs=rngs)
 
 
+class Wide(nnx.Module):
+    def __init__(self, features, rngs):
+        self.out = nnx.Linear(64, features, rngs=rngs)
+
+
 @pytest.mark.parametrize(
     ("model", "message"),
     [
@@ -227,8 +232,24 @@ class DroppingNNX(nnx.Module):
         (Linen, "Linen is a Flax linen class: give an instance of it, Linen.."),
         ("resnet", "or a pair .init, apply., got str"),
         ((init,), "or a pair .init, apply., got tuple"),
+        (
+            lambda x: x,
+            "does not take .rngs=....: missing .* 'x'; model must be a",
+        ),
+        (Wide, "Wide.__init__ does not take .rngs=....: missing .* 'features'; model must be a"),
+        ((init, lambda params, key, x: x), "does not take .params, images.: missing .* 'x'"),
+        ((lambda key: key, apply), "does not take .key, images.: too many positional arguments"),
+        ((apply, init), "^.apply, init. must be .init, apply., in this order$"),
     ],
 )
 def test_what_cannot_be_trained_is_refused(model, message):
     with pytest.raises(ValueError, match=message):
         adapt(model, IMAGES, 5)
+
+
+def test_what_a_users_functions_raise_is_not_hidden():
+    def failing(key, images):
+        raise KeyError("mine")
+
+    with pytest.raises(KeyError, match="mine"):
+        adapt((failing, apply), IMAGES, 3)

@@ -1,15 +1,17 @@
 """The cascade: survivors only, the same verdict for any batch size, order and device count."""
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import import_script
 
 from jaxdefense import attacks, evaluation, models, threat
 from jaxdefense.attacks import checks as attack_checks
-from jaxdefense.evaluation import Evaluator, cascade
+from jaxdefense.evaluation import Evaluator, cascade, journal
 from jaxdefense.evaluation.cascade import Stage
 
 RNG = np.random.default_rng(0)
@@ -46,6 +48,18 @@ def test_each_attack_meets_the_survivors_of_those_before(verdict):
     assert not np.any(verdict.by_attack["apgd-weak"] & ~verdict.clean)
     assert verdict.passes["apgd-weak"] == (6 * verdict.clean.sum(), 5 * verdict.clean.sum())
     assert verdict.passes["square"] == (61 * verdict.fast.sum(), 0)
+
+
+def test_a_line_is_logged_for_each_stage_that_is_finished(verdict, capsys, monkeypatch):
+    for name in ("handlers", "level", "propagate"):  # what the script sets
+        monkeypatch.setattr(journal.LOG, name, getattr(journal.LOG, name))
+    run(stages=STAGES[:1])
+    assert capsys.readouterr().err == ""  # Python's own callers have asked for no line
+    monkeypatch.setattr(journal.LOG, "handlers", [])
+    import_script("evaluate").print_stages()
+    run(stages=STAGES[:1])
+    robust = verdict.by_attack["apgd-weak"].mean()
+    assert re.fullmatch(rf"apgd-weak: {robust:.2%} robust, \d+ s\n", capsys.readouterr().err)
 
 
 def test_x_adv_is_what_fools_the_model(verdict):

@@ -127,7 +127,7 @@ def test_train_evaluate_and_tables(tmp_path, tfds_dir):
 
 def test_scripts_answer_bad_input_without_a_traceback(tmp_path):
     mine = tmp_path / "mine.npz"
-    np.savez(mine, images=np.zeros((40, 8, 8), np.uint8), labels=np.arange(40) % 4)
+    np.savez(mine, images=np.full((40, 8, 8), 99, np.uint8), labels=np.arange(40) % 4)
     run = f"--workdir={tmp_path / 'run'}"
     commands = [
         ("evaluate.py",),

@@ -6,6 +6,7 @@ without it.
 
 import importlib
 import json
+import logging
 import math
 import pathlib
 import re
@@ -338,6 +339,48 @@ def test_a_bridged_layer_has_pytorchs_values_and_gradients(layer):
     gradient = jax.jit(jax.grad(lambda x: jnp.sum(apply(variables, x) * weights)))(images)
     wanted = np.moveaxis(theirs.grad.numpy(), 1, -1)
     np.testing.assert_allclose(gradient, wanted, atol=1e-5 * np.abs(wanted).max())
+
+
+def test_wrong_dtypes_and_shapes_are_refused():
+    torch = pytest.importorskip("torch")
+    from jaxdefense.models import torch_bridge
+
+    def net():
+        return torch.nn.Sequential(torch.nn.Conv2d(3, 2, 3), torch.nn.Flatten()).eval()
+
+    for dtype in ("float64", "float16", "bfloat16"):
+        with pytest.raises(ValueError, match=rf"in torch\.{dtype}: call module\.float\(\) first"):
+            torch_bridge.from_module(net().to(getattr(torch, dtype)), (8, 8, 3))
+    for shape in (8, (8, 8), (8, 8, 0), (8, 8, 3.0), "883"):
+        with pytest.raises(ValueError, match=r"image_shape is \(H, W, C\), three numbers, got"):
+            torch_bridge.from_module(net(), shape)
+    with pytest.raises(ValueError, match=r"trace .*image_shape is \(H, W, C\): is it \(8, 9, 3\)"):
+        torch_bridge.from_module(net(), (3, 8, 9))
+
+
+def test_torch_prints_nothing_beside_the_one_line(capfd):
+    torch = pytest.importorskip("torch")
+    from jaxdefense.models import torch_bridge
+
+    class Branch(torch.nn.Module):
+        def forward(self, x):
+            return x.flatten(1) if x.sum() > 0 else -x.flatten(1)
+
+    seen = []
+    handler = logging.Handler()
+    handler.emit = seen.append
+    log = logging.getLogger("torch._subclasses.fake_tensor")
+    log.addHandler(handler)
+    linear = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(9, 2))
+    try:
+        for net in (Branch(), linear):
+            with pytest.raises(ValueError, match=r"torch\.export cannot trace the module: .+$"):
+                torch_bridge.from_module(net.eval(), (4, 4, 1))
+        assert (capfd.readouterr(), seen) == (("", ""), [])
+        log.error("again")
+        assert len(seen) == 1
+    finally:
+        log.removeHandler(handler)
 
 
 def test_a_module_that_cannot_be_bridged_says_why():

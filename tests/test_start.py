@@ -116,6 +116,23 @@ class Other(nn.Module):
     """Not the network that was trained."""
 
 
+class Probable(nn.Module):
+    """A net that ends in a softmax."""
+
+    @nn.compact
+    def __call__(self, x):
+        return nn.softmax(nn.Dense(10)(x.reshape(len(x), -1)))
+
+
+def test_own_network_that_returns_probabilities_is_refused_before_its_training(tfds_dir, tmp_path):
+    own = config(tfds_dir)
+    del own["model"]
+    message = r"model Probable\(.*\): predict returned probabilities .*: leave out the softmax"
+    with pytest.raises(ValueError, match=message):
+        train.train(own, tmp_path / "run", model=Probable(), progress=False)
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.slow
 def test_own_network_is_given_again_and_frozen_statistics_stay(tfds_dir, tmp_path):
     own = config(tfds_dir, frozen=["classifier/conv", "classifier/bn"])
@@ -152,7 +169,7 @@ def test_own_images_are_given_again(tfds_dir, tmp_path):
     assert protocols.configured(run, variables, training={})["name"] == "standard-own"
     with pytest.raises(ValueError, match=r"not what the run was trained on.* differs in sha256"):
         runs.restore(tmp_path / "run", data=own_splits(seed=1))
-    whole = data.from_arrays(np.zeros((60, 8, 8, 1)), [0, 1] * 30)
+    whole = data.from_arrays(np.ones((60, 8, 8, 1)), [0, 1] * 30)
     with pytest.raises(ValueError, match=r"no test images: make it with test=0\.2"):
         train.train(own, tmp_path / "x", data=whole, progress=False)
     with pytest.raises(ValueError, match="another one was given as data="):

@@ -121,6 +121,18 @@ class TestFromArrays:
     def test_suspicious_labels_are_said(self, changes, note):
         assert note in convert(**changes).train.notes
 
+    def test_copies_are_said(self):
+        fresh = RNG.integers(0, 256, (40, 6, 5, 3), np.uint8)
+        both = convert(test=(np.concatenate([fresh[:7], COLOUR[:3]]), np.arange(10) % 4))
+        for split in both:
+            assert split.notes == ("3 of 10 test images are also training images",)
+        twice = convert(np.concatenate([COLOUR, COLOUR[:2]]), np.arange(42) % 4, test=None)
+        assert twice.train.notes == ("2 of 42 training images are copies of others",)
+        many = np.arange(200 * 12).reshape(200, 2, 2, 3) % 251
+        many[-2:] = many[:2]  # one per cent is no matter
+        found = convert(many.astype(np.uint8), np.arange(200) % 4, test=(fresh[:, :2, :2], LABELS))
+        assert found.test.notes == ()
+
     @pytest.mark.parametrize(
         ("changes", "message"),
         [
@@ -135,6 +147,16 @@ class TestFromArrays:
             ({"images": COLOUR.astype(np.uint16) * 9}, "images must be uint8, integers in 0..255"),
             ({"images": COLOUR * np.float32(np.nan)}, "NaN"),
             ({"images": COLOUR / 255 / 255}, r"brighter than 0\.00\d+; divided by 255 twice\?"),
+            (
+                {"images": COLOUR // 16 / 255},
+                r"brighter than 0\.0588; give images / images\.max",
+            ),
+            (
+                {"images": (COLOUR // 16).astype(float)},
+                r"no image is brighter than 15 of 255: give images / 15, floats in \[0, 1\]",
+            ),
+            ({"images": COLOUR // 16}, r"brighter than 15 of 255: give images / 15"),
+            ({"images": COLOUR * 0}, "all images are black"),
             ({"images": (COLOUR > 9).astype(np.uint8)}, "values are 0 and 1 would be black"),
             ({"labels": LABELS[:-1]}, "40 images and 39 labels do not belong together"),
             ({"labels": LABELS + 2}, r"labels are 2..5 and none is 0"),
@@ -201,6 +223,27 @@ class TestFromFolder:
         (tmp_path / "train" / "cat" / "._0.png").write_bytes(b"of macOS")
         found = data.from_folder(tmp_path)
         assert len(found.train) + len(found.validation) == 12
+
+    def test_files_of_other_kinds_are_named(self, tmp_path):
+        make_folder(tmp_path, n=2)
+        assert data.from_folder(tmp_path).test.notes == ()
+        for name in ("cat/a.bmp", "dog/b.WEBP", "dog/c.tif", "dog/d.gif", "dog/Thumbs.db"):
+            (tmp_path / "train" / name).write_bytes(b"?")
+        (tmp_path / "train" / "cat" / ".DS_Store").write_bytes(b"?")
+        assert data.from_folder(tmp_path).test.notes == (
+            "4 files are no PNG or JPEG and left out: train/cat/a.bmp, train/dog/b.WEBP, "
+            "train/dog/c.tif, ...",
+        )
+
+    def test_copied_files_are_said(self, tmp_path):
+        make_folder(tmp_path)
+        for source, target in (("train/cat/0", "test/cat/x"), ("train/cat/1", "train/dog/y")):
+            content = (tmp_path / f"{source}.png").read_bytes()
+            (tmp_path / f"{target}.png").write_bytes(content)
+        assert data.from_folder(tmp_path).test.notes == (
+            "1 of 13 test images are also training images",
+            "1 of 13 training images are copies of others",
+        )
 
     def test_the_first_rows_are_a_fair_sample(self, tmp_path):
         make_folder(tmp_path, n=30)
@@ -591,6 +634,10 @@ class TestConfigs:
             np.savez(path, **held)
             with pytest.raises(ValueError, match=message):
                 data.load_section({"name": "arrays", "file": str(path)}, "train")
+        one = tmp_path / "one.npy"
+        np.save(one, COLOUR)
+        with pytest.raises(ValueError, match=r"one\.npy holds one array.*savez\('one\.npz'"):
+            data.load_section({"name": "arrays", "file": str(one)}, "train")
         path.write_bytes(b"PK")
         with pytest.raises(ValueError, match=r"no \.npz file that can be read"):
             data.load_section({"name": "arrays", "file": str(path)}, "train")

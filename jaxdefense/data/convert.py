@@ -10,9 +10,11 @@ import numpy as np
 
 from jaxdefense import registry
 from jaxdefense.data import arrays as splits
+from jaxdefense.data import copies
 from jaxdefense.data.arrays import Arrays, HoldOut, Splits
 
 _FILE = ("images", "labels", "test_images", "test_labels", "label_names")
+_DARK = 32  # of 255: images all darker than this are of another range, e.g. of 4 bits
 
 
 def from_arrays(
@@ -30,7 +32,8 @@ def from_arrays(
 
     Images may be uint8, integers in 0..255, or floats in [0, 1] (rounded to 8 bits); (N, H, W) are
     grey, and a fourth channel is dropped. Labels may be integers from 0 or from 1, strings (sorted,
-    they are the classes), or one-hot. `notes` of the arrays say what was converted.
+    they are the classes), or one-hot. `notes` of the arrays say what was converted, and how many
+    test images are also training images.
 
     Args:
       images: (N, H, W, C) or (N, H, W).
@@ -46,7 +49,8 @@ def from_arrays(
       `train`, `validation` and `test`; `test` is None where none is given or held out.
 
     Raises:
-      ValueError: images of another shape, range or channel order, or labels that say no class.
+      ValueError: images of another shape, range or channel order, images that are all dark (none
+        reaches an eighth of the range), or labels that say no class.
 
     >>> import numpy as np
     >>> from jaxdefense import data
@@ -77,10 +81,16 @@ def read_file(path: str | os.PathLike, num_classes: int | None = None) -> dict[s
     """
     try:
         where = pathlib.Path(path).expanduser()
-        with open(where, "rb") as raw, np.load(raw, allow_pickle=False) as file:
-            held = {key: file[key] for key in file.files}
+        with open(where, "rb") as raw:
+            file = np.load(raw, allow_pickle=False)
+            held = None if isinstance(file, np.ndarray) else {key: file[key] for key in file.files}
     except (OSError, EOFError, ValueError, AttributeError, zipfile.BadZipFile) as error:
         raise ValueError(f"{path} is no .npz file that can be read: {error}") from error
+    if held is None:
+        raise ValueError(
+            f"{path} holds one array, and images and labels are needed: write them with "
+            f"numpy.savez({where.stem + '.npz'!r}, images=..., labels=...)"
+        )
     registry.check_known(f"array in {path}", held, _FILE)
     pairs = {}
     for split, prefix in (("train", ""), ("test", "test_")):
@@ -124,6 +134,8 @@ def _convert(
         raise ValueError(f"{name}: one-hot labels of {width} columns and num_classes={num_classes}")
     numbered, names = _number_labels(labels, width or num_classes, label_names, name, notes)
     notes |= dict.fromkeys(_doubts(numbered, len(names)))
+    digests = {split: [copies.hash_content(image) for image in x] for split, x in images.items()}
+    notes |= dict.fromkeys(copies.describe_copies(digests["train"], digests.get("test", ())))
     found = {}
     for split, x in images.items():
         x.flags.writeable = False
@@ -191,11 +203,12 @@ def _to_uint8(images: np.ndarray, where: str, notes: list[str]) -> np.ndarray:
     low, high = images.min(), images.max()
     if not np.isfinite([low, high]).all():
         raise ValueError(f"{where}: images hold NaN or infinite values")
+    if low == high == 0:
+        raise ValueError(f"{where}: all images are black")
     if images.dtype.kind == "f" and low >= 0 and high <= 1:
-        if 0 < 255 * high < 1.5:
-            raise ValueError(
-                f"{where}: no float image is brighter than {high:.3g}; divided by 255 twice?"
-            )
+        if 255 * high < _DARK:
+            way = "divided by 255 twice?" if 255 * high < 1.5 else "give images / images.max()"
+            raise ValueError(f"{where}: no float image is brighter than {high:.3g}; {way}")
         notes.append("float images are rounded to 8 bits")
         return np.round(images.astype(np.float64) * 255).astype(np.uint8)
     if not 0 <= low <= high <= 255 or (images.dtype.kind == "f" and (images % 1 != 0).any()):
@@ -206,6 +219,11 @@ def _to_uint8(images: np.ndarray, where: str, notes: list[str]) -> np.ndarray:
     if high == 1:
         raise ValueError(
             f"{where}: {images.dtype} images whose values are 0 and 1 would be black: give floats"
+        )
+    if high < _DARK:
+        raise ValueError(
+            f"{where}: no image is brighter than {high:.0f} of 255: give images / {high:.0f}, "
+            f"floats in [0, 1]"
         )
     if images.dtype != np.uint8:
         notes.append(f"{images.dtype} images in 0..255 became uint8")

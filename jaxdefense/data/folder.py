@@ -12,14 +12,19 @@ import hashlib
 import os
 import pathlib
 from collections.abc import Iterable
+from typing import BinaryIO
 
 import numpy as np
 
 from jaxdefense.data import arrays as splits
-from jaxdefense.data import decoding, order
+from jaxdefense.data import copies, decoding, order
 from jaxdefense.data.arrays import Arrays, Encoded, HoldOut, Splits
 
 _SUFFIXES = (".png", ".jpg", ".jpeg")
+# What lies beside images and is none: Tiny-ImageNet's boxes, what systems write.
+_NO_IMAGES = (".txt", ".csv", ".tsv", ".json", ".xml", ".yaml", ".md", ".db", ".ini", ".mat")
+# A file's start tells it from others of its size; as much is read for its header anyway.
+_START = 1 << 16
 _SPLITS = ("train", "validation", "val", "valid", "dev", "test")
 _ALSO = {"training": "train", "testing": "test"}  # names of splits, in any case
 _ANNOTATIONS = pathlib.Path("val") / "val_annotations.txt"
@@ -43,7 +48,8 @@ def from_folder(
     test set where there is no folder `test`; capitals do not matter (`Train`), and `training` and
     `testing` are `train` and `test`. Rows are in a fixed random order, so that the first n
     are a fair sample. Grey images among coloured ones become three equal channels, and transparency
-    is dropped; `notes` of the arrays say so.
+    is dropped; `notes` of the arrays say so, and name files of other kinds (BMP, WebP), which are
+    left out.
 
     Args:
       path: holds split/class/file or class/file.
@@ -150,7 +156,7 @@ def open_folder(path: str | os.PathLike, *, size: int | tuple[int, int] | None =
             stat = file.stat()
             line = f"{split} {file.relative_to(root)} {stat.st_size} {stat.st_mtime_ns}\n"
             digest.update(line.encode())
-    key = (str(path), str(root.resolve()), decoding.parse_size(size), digest.hexdigest())
+    key = (str(path), str(root.resolve()), decoding.parse_size(size), digest.hexdigest(), notes)
     if key not in _OPENED:
         while len(_OPENED) >= 4:
             _OPENED.pop(next(iter(_OPENED)))
@@ -205,7 +211,25 @@ def _list(root: pathlib.Path) -> tuple[Listing, tuple[str, ...]]:
                 f"{root}: no images for split {split!r}; they are expected as split/class/file or "
                 f"class/file, .png, .jpg or .jpeg"
             )
-    return listing, notes
+    return listing, (*notes, *_describe_others(root, listing))
+
+
+def _describe_others(root: pathlib.Path, listing: Listing) -> list[str]:
+    """A note on the files beside the images that may be images of another kind."""
+    folders = {file.parent for files in listing.values() for file, _ in files}
+    seen = (file for folder in sorted(folders) for file in sorted(folder.iterdir()))
+    known = (*_SUFFIXES, *_NO_IMAGES)
+    others = [
+        str(file.relative_to(root))
+        for file in seen
+        if not file.name.startswith(".") and file.suffix.lower() not in known and file.is_file()
+    ]
+    if not others:
+        return []
+    verb = "file is" if len(others) == 1 else "files are"
+    more = ", ..." if len(others) > 3 else ""
+    named = ", ".join(others[:3])
+    return [f"{len(others)} {verb} no PNG or JPEG and left out: {named}{more}"]
 
 
 def _subfolders(path: pathlib.Path) -> list[str]:
@@ -248,6 +272,7 @@ def _inspect(
     roles = splits.assign_roles(name, listing)
     sizes: dict[tuple[int, int], pathlib.Path] = {}
     count = {"all": 0, "colour": 0, "alpha": 0}
+    digests: dict[str, list[bytes]] = {split: [] for split in listing}
     for split, files in listing.items():
         for file, label in files:
             if label not in label_names:
@@ -255,6 +280,7 @@ def _inspect(
             try:
                 with open(file, "rb") as stream:
                     header = decoding.read_header(stream)
+                    digests[split].append(_hash_start(stream))
             except ValueError as error:
                 raise ValueError(f"{file}: {error}") from error
             sizes.setdefault(header.size, file)
@@ -276,5 +302,13 @@ def _inspect(
         notes = (*notes, f"{grey} of its {count['all']} images are grey: three equal channels")
     if count["alpha"]:
         notes = (*notes, f"{count['alpha']} of its images have transparency, which is dropped")
+    notes += tuple(copies.describe_copies(digests["train"], digests.get(roles.test or "", ())))
     shape = (*chosen, 3 if count["colour"] else 1)
     return Folder(name, listing, label_names, shape, roles, notes)
+
+
+def _hash_start(stream: BinaryIO) -> bytes:
+    """Of a file's size and start, which no two images share that are not the same."""
+    size = stream.seek(0, os.SEEK_END)
+    stream.seek(0)
+    return copies.hash_content(b"%d " % size + stream.read(_START))

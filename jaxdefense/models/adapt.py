@@ -30,6 +30,7 @@ _TRAINS = ("train", "training", "is_training")
 _EVALUATES = ("deterministic", "use_running_average", "inference")
 
 HEAD = "head"
+_KINDS = "a linen module, an NNX module, a function of rngs that makes one, or a pair (init, apply)"
 
 
 class _Network(Protocol):
@@ -157,8 +158,8 @@ def adapt(model: Any, images: Any, num_classes: int) -> Any:
       The module itself where it has this package's call already, else an `Adapted`.
 
     Raises:
-      ValueError: no such model, one that draws random numbers in training (dropout), or one that
-        does not return (N, K) logits.
+      ValueError: no such model, functions of other arguments, one that draws random numbers in
+        training (dropout), or one that does not return (N, K) logits.
 
     >>> import flax.linen as nn, jax, numpy as np
     >>> from jaxdefense.models.adapt import adapt
@@ -175,7 +176,12 @@ def adapt(model: Any, images: Any, num_classes: int) -> Any:
         module: Any = model
     else:
         network = _network(model, name, example)
-        params, stats = jax.eval_shape(network.init, jax.random.key(0), example)
+        try:
+            params, stats = jax.eval_shape(network.init, jax.random.key(0), example)
+        except Exception as error:  # whatever apply raises of a key in place of its parameters
+            if isinstance(network, _Pair) and network.is_swapped(example):
+                raise ValueError(f"{name} must be (init, apply), in this order") from error
+            raise
         module = Adapted(network, name, num_classes, bn=bool(stats))
         if network.head and network.head != (HEAD,) and HEAD in params:
             raise ValueError(f"{name} calls {HEAD!r} what is not its last linear layer; rename it")
@@ -216,10 +222,16 @@ def _network(model: Any, name: str, example: Any) -> _Network:
         return _NNX(model, name, example)
     if isinstance(model, tuple) and len(model) == 2 and all(map(callable, model)):
         return _Pair(*model)
-    raise ValueError(
-        f"model must be a linen module, an NNX module, a function of rngs that makes one, or a "
-        f"pair (init, apply), got {type(model).__name__}"
-    )
+    raise ValueError(f"model must be {_KINDS}, got {type(model).__name__}")
+
+
+def _check_takes(function: Callable, call: str, *args: str, **kwargs: None) -> None:
+    """Refuses a function that the call, which a message shows, does not fit."""
+    try:
+        inspect.signature(function).bind(*args, **kwargs)
+    except TypeError as error:
+        name = getattr(function, "__qualname__", type(function).__name__)
+        raise ValueError(f"{name} does not take {call}: {error}; model must be {_KINDS}") from error
 
 
 class _Linen:
@@ -296,6 +308,10 @@ class _NNX:
 
     def __init__(self, model: Any, name: str, example: Any):
         self._make = model
+        if not isinstance(model, nnx.Module):
+            # NNX's metaclass hides the arguments of a class.
+            bound = (model.__init__, "self") if inspect.isclass(model) else (model,)
+            _check_takes(bound[0], "(rngs=...)", *bound[1:], rngs=None)
         module = copy.deepcopy(model) if isinstance(model, nnx.Module) else model(rngs=nnx.Rngs(0))
         if not isinstance(module, nnx.Module):
             raise ValueError(f"{name} must make an NNX module, made {type(module).__name__}")
@@ -414,8 +430,21 @@ class _Pair:
         self._init, self._function = init, apply
         known = inspect.signature(apply).parameters
         self._trains, self._features = "train" in known, "features" in known
+        _check_takes(init, "(key, images)", "key", "images")
+        options = {"train": None} if self._trains else {}
+        _check_takes(apply, "(params, images)", "params", "images", **options)
         self.head: Path | None = (HEAD,) if self._features else None
         self._stateful = False
+
+    def is_swapped(self, example: Any) -> bool:
+        """Whether the two are right the other way round."""
+        try:
+            jax.eval_shape(
+                lambda key, x: self._init(self._function(key, x), x), jax.random.key(0), example
+            )
+        except Exception:  # a user's functions raise what they like
+            return False
+        return True
 
     def init(self, key: Key, images: Images) -> tuple[PyTree, PyTree]:
         variables = self._init(key, images)

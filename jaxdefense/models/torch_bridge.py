@@ -7,11 +7,14 @@ table below has those of image classifiers. It is the only module here that impo
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import io
+import logging
 import math
 import operator
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -34,8 +37,8 @@ def from_module(
     """A PyTorch classifier as a JAX function with the same logits and gradients.
 
     Args:
-      module: a `torch.nn.Module` in eval mode, (B, C, H, W) in [0, 1] -> logits (B, K); a
-        normalisation belongs inside it.
+      module: a `torch.nn.Module` of float32 in eval mode, (B, C, H, W) in [0, 1] -> logits (B, K);
+        a normalisation belongs inside it.
       image_shape: (H, W, C).
       tolerance: largest difference of the logits of four random images, as a part of the largest
         logit.
@@ -46,8 +49,9 @@ def from_module(
 
     Raises:
       MissingExtra: torch is not installed.
-      ValueError: a module in training mode, one that torch.export cannot trace, an operator that is
-        not in the table (it is named), or logits that differ.
+      ValueError: a module in training mode or of another dtype, one that torch.export cannot trace,
+        another image_shape, an operator that is not in the table (it is named), or logits that
+        differ.
 
     >>> apply, variables = from_module(net.eval(), (32, 32, 3))  # doctest: +SKIP
     >>> verdict = evaluation.autoattack(
@@ -62,21 +66,26 @@ def from_module(
         )
     if module.training:
         raise ValueError("the module is in training mode: call module.eval() first")
-    height, width, channels = image_shape
+    dtypes = {x.dtype for x in module.state_dict().values() if x.is_floating_point()}
+    if other := sorted(str(dtype) for dtype in dtypes - {torch.float32}):
+        raise ValueError(f"the module computes in {', '.join(other)}: call module.float() first")
+    height, width, channels = _check_shape(image_shape)
     first = next(module.parameters(), torch.zeros(()))
     images = torch.rand(4, channels, height, width, generator=torch.Generator().manual_seed(0))
-    example = images.to(first.device, first.dtype)
+    example = images.to(first.device)
     batch = ({0: torch.export.Dim("batch")},)
     try:
         # Without `no_grad`, under which attention takes a path of one fused operator.
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # torch's about itself
+        with _silenced():
             program = torch.export.export(module, (example,), dynamic_shapes=batch)
             program = program.run_decompositions()
             answer = module(example)
     except Exception as error:  # torch raises many kinds
         said = str(error).strip().splitlines() or [type(error).__name__]
-        raise ValueError(f"torch.export cannot trace the module: {said[0]}") from error
+        hint = ""
+        if height in (1, 3) and channels not in (1, 3):
+            hint = f"; image_shape is (H, W, C): is it {(width, channels, height)}?"
+        raise ValueError(f"torch.export cannot trace the module: {said[0]}{hint}") from error
     if not isinstance(answer, torch.Tensor) or answer.ndim != 2:
         told = tuple(answer.shape) if isinstance(answer, torch.Tensor) else type(answer).__name__
         raise ValueError(f"the module must return logits (B, K), one tensor, and it returns {told}")
@@ -103,6 +112,26 @@ def from_module(
             f"{allowed:.2g} is allowed"
         )
     return apply, variables
+
+
+def _check_shape(image_shape: Any) -> tuple[int, int, int]:
+    sides = tuple(image_shape) if isinstance(image_shape, Sequence) else ()
+    if len(sides) != 3 or not all(isinstance(n, int | np.integer) and n > 0 for n in sides):
+        raise ValueError(f"image_shape is (H, W, C), three numbers, got {image_shape!r}")
+    return sides
+
+
+@contextlib.contextmanager
+def _silenced() -> Iterator[None]:
+    """Without torch's warnings, logs and prints: of a failure, one line is what helps."""
+    disabled = logging.root.manager.disable  # torch has a handler on each of its loggers
+    logging.disable(logging.CRITICAL)
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(disabled)
 
 
 def _array(tensor: Any) -> Array:

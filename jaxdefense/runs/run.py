@@ -273,6 +273,7 @@ def load_classifier(workdir: str | os.PathLike, *, kind: str = "best") -> base.T
 
 
 OWN = "own"
+_ASKED = 4  # images that a network of the user's is tried on
 _SAMPLED = 256  # images of a split that its checksum reads
 
 
@@ -380,6 +381,16 @@ def _make_module(section: dict[str, Any], model: Any, arrays: Arrays) -> Any:
     return models.make(section.pop("name", None), arrays.num_classes, **section)
 
 
+def _check_outputs(module: Any, name: str, images: HostArray) -> None:
+    """Refuses a network that ends in a softmax; the first validation would, an epoch later."""
+    variables = module.init(jax.random.key(0), jnp.asarray(images[:1]))
+    logits = jax.jit(module.apply)(variables, jnp.asarray(images))
+    try:
+        checks.check_logits(logits, len(images))
+    except ValueError as error:
+        raise ValueError(f"model {name}: {error}") from error
+
+
 def build(
     config: Mapping[str, Any],
     *,
@@ -400,8 +411,9 @@ def build(
       are checked by `train`.
 
     Raises:
-      ValueError: a missing or unknown section or name, a value out of range, or a trained run
-        that is not there, is damaged, or is of other data.
+      ValueError: a missing or unknown section or name, a value out of range, a trained run that is
+        not there, is damaged, or is of other data, or a network of the user's that returns
+        probabilities.
 
     >>> from jaxdefense import runs
     >>> config = {
@@ -450,6 +462,8 @@ def build(
         named_runs[option] = sources.locate_source(option, spec, workdir)
         trained = _load_source(option, named_runs[option], held_out)
         defense = sources.replace_option(defense, path, trained)
+    if model is not None:
+        _check_outputs(module, adapt.describe(model), to_float(held_out.images[:_ASKED]))
     return Run(
         config=dict(config),
         seed=seed,
