@@ -23,8 +23,8 @@ from jaxdefense.data.arrays import Arrays, Encoded, HoldOut, Splits
 _SUFFIXES = (".png", ".jpg", ".jpeg")
 # What lies beside images and is none: Tiny-ImageNet's boxes, what systems write.
 _NO_IMAGES = (".txt", ".csv", ".tsv", ".json", ".xml", ".yaml", ".md", ".db", ".ini", ".mat")
-# A file's start tells it from others of its size; as much is read for its header anyway.
-_START = 1 << 16
+# A file's start tells it from others of its size; little more is read for its header.
+_START = 1 << 14
 _SPLITS = ("train", "validation", "val", "valid", "dev", "test")
 _ALSO = {"training": "train", "testing": "test"}  # names of splits, in any case
 _ANNOTATIONS = pathlib.Path("val") / "val_annotations.txt"
