@@ -103,6 +103,8 @@ def architecture(module):
 def main(argv):
     if len(argv) > 1:
         raise ValueError(f"unexpected arguments: {argv[1:]}")
+    chosen = {f"--{flag.name}": flag.value for flag in (PROTOCOL, KIND, EXAMPLES)}
+    distributed.check_same_values("command", {**chosen, "--save_images": bool(SAVE_IMAGES.value)})
     source, workdir = find_run()
     if EXAMPLES.value is not None:
         checks.check_count("--examples", EXAMPLES.value)

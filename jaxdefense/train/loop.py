@@ -694,7 +694,7 @@ def _check_config(config: Mapping[str, Any], path: pathlib.Path) -> None:
     before, now = config_file.read(path.parent), json.loads(json.dumps(config))
     if before == now:
         return
-    changed = ", ".join(_differences(before, now))
+    changed = ", ".join(validate.describe_differences(before, now))
     if not refused.has_checkpoint(path.parent):  # it failed, or was killed, at its start
         recovery.note(f"{path.parent} holds no checkpoint: it gets another config ({changed})")
         path.unlink()
@@ -705,20 +705,6 @@ def _check_config(config: Mapping[str, Any], path: pathlib.Path) -> None:
         raise ValueError(
             f"{path.parent} holds a run of another config (it differs in {changed}); {way}"
         )
-
-
-def _differences(before: Any, now: Any, name: str = "") -> list[str]:
-    """The dotted keys whose values differ, with both values where these are no mappings."""
-    if isinstance(before, Mapping) and isinstance(now, Mapping):
-        keys = sorted(key for key in {**before, **now} if before.get(key) != now.get(key))
-        return [
-            told
-            for key in keys
-            for told in _differences(before.get(key), now.get(key), f"{name}.{key}".lstrip("."))
-        ]
-    if isinstance(before, Mapping) or isinstance(now, Mapping):
-        return [name]
-    return [f"{name}: {before!r} there, {now!r} here"]
 
 
 def train(
@@ -754,6 +740,7 @@ def train(
       KeyboardInterrupt: after Ctrl-C, likewise. A second signal ends the process at once.
       OSError: the disk is full or read-only; the last checkpoint is whole.
     """
+    distributed.check_same_values("config", config)
     workdir = validate.check_folder("workdir", workdir)
     recovery.check_places(workdir)
     run = build(config, workdir=workdir, model=model, data=data)
