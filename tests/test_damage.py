@@ -269,6 +269,28 @@ def test_a_damaged_config(workdir, trained, content, why):
     assert_equal(runs.restore(workdir).variables, runs.restore(trained[0]).variables)
 
 
+@pytest.mark.parametrize("kind", ["last", "best"])
+def test_a_lost_config_is_compared_with_the_checkpoints(workdir, trained, capsys, kind):
+    (workdir / "config.json").unlink()
+    if kind == "best":
+        shutil.rmtree(workdir / "last")
+    before = sorted(workdir.rglob("*"))
+    for section, key, value in (("threat", "eps", 0.25), ("dataset", "validation", 90)):
+        changed = {**trained[1], section: {**trained[1][section], key: value}}
+        error, _ = outcome(lambda changed=changed: train.train(changed, workdir, progress=False))
+        told = f"{section}.{key}: {trained[1][section].get(key)} there, {value} here"
+        assert error.startswith(f"{workdir} holds a run of another config (it differs in {told})")
+    assert sorted(workdir.rglob("*")) == before
+    if kind == "last":
+        for name in ("last", "best"):  # as older versions wrote them
+            store = checkpoint.Store(workdir / name)
+            meta = store.meta()
+            store.replace_meta({k: v for k, v in meta.items() if k not in ("config", "step")})
+            store.close()
+        assert train_again(trained, workdir)[0] is None
+        assert f"note: {workdir}/config.json is gone, and the" in capsys.readouterr().err
+
+
 def test_an_edited_config_is_taken_without_its_checksum(workdir):
     path = workdir / "config.json"
     values = json.loads(path.read_text())

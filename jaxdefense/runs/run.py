@@ -600,7 +600,8 @@ def _restore_workdir(
     store = checkpoint.Store(workdir / kind)
     try:
         meta = store.meta()
-        meta = {k: v for k, v in meta.items() if k not in ("watch", "kept")}  # for a resumed run
+        for_resumed = ("watch", "kept", "config")
+        meta = {k: v for k, v in meta.items() if k not in for_resumed}
         params, carry = jax.eval_shape(run.init, run.arrays("validation").images)
         model = read_model(store, run.defense, params, carry)
     finally:

@@ -78,6 +78,32 @@ def note_lost_last(workdir: pathlib.Path) -> None:
         note(f"{workdir / 'last'} holds no checkpoint: the run begins again at its first step")
 
 
+def config_of_checkpoints(workdir: pathlib.Path) -> dict[str, Any] | None:
+    """The config of a run whose config.json is lost, as its checkpoints have it.
+
+    Args:
+      workdir: of the run.
+
+    Returns:
+      The config; None, with a note, where no checkpoint can tell it.
+    """
+    for kind in ("last", "best"):
+        if not distributed.from_writer((workdir / kind).is_dir):
+            continue
+        with contextlib.closing(checkpoint.Store(workdir / kind)) as store:
+            try:
+                config = store.meta().get("config")
+            except checkpoint.Damaged:  # said where the run is restored
+                continue
+        if config is not None:
+            return config
+    note(
+        f"{workdir / config_file.NAME} is gone, and the checkpoints (damaged, or of an older "
+        f"version) do not tell the config: the one that is given is taken for theirs, unchecked"
+    )
+    return None
+
+
 @contextlib.contextmanager
 def offering_best(workdir: pathlib.Path) -> Iterator[None]:
     """Adds the ways on to the error of a damaged `last`.
