@@ -170,4 +170,5 @@ def evaluate(source, workdir, path):
 
 if __name__ == "__main__":
     cli.ending.told = "there is no record, and the same command begins anew"
+    cli.ending.outlives_readers = True
     cli.run(main, spread=True)

@@ -144,7 +144,7 @@ class Trainer:
 
         Raises:
           Diverged: a loss that is not finite.
-          Interrupted: after SIGTERM, when the state is saved.
+          Interrupted: after SIGTERM or SIGHUP, when the state is saved.
           KeyboardInterrupt: after Ctrl-C, likewise.
           OSError: the disk is full or read-only; the last checkpoint is whole.
         """
@@ -741,7 +741,7 @@ def train(
     Raises:
       ValueError: a wrong config, or a workdir of another config; before any compilation.
       Diverged: a loss that is not finite; names the step and the last good checkpoint.
-      Interrupted: after SIGTERM, when the state is saved.
+      Interrupted: after SIGTERM or SIGHUP, when the state is saved.
       KeyboardInterrupt: after Ctrl-C, likewise. A second signal ends the process at once.
       OSError: the disk is full or read-only; the last checkpoint is whole.
     """
