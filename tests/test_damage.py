@@ -486,6 +486,17 @@ def test_any_file_of_a_prepared_set(prepared_digits, tfds_dir, tmp_path, kind):
                 assert error.endswith("and it is prepared anew when it is next read"), told
 
 
+def test_a_flipped_bit_in_the_names_of_shards(prepared_digits, tmp_path):
+    folder = tmp_path / "digits" / "1.0.0"
+    shutil.copytree(prepared_digits / "digits" / "1.0.0", folder)
+    (folder / checksums.LISTING).unlink()  # TFDS itself writes none
+    info = folder / "dataset_info.json"
+    info.write_text(info.read_text().replace("{DATASET}", "{DATASEU}"))
+    error, _ = outcome(lambda: data.load("digits", "train", data_dir=tmp_path))
+    assert error.startswith(f"digits: TFDS cannot read {folder} (")
+    assert error.endswith(f"; remove {folder}, and it is prepared anew when it is next read")
+
+
 @pytest.mark.parametrize("kind", damages.KINDS)
 def test_any_image_of_a_folder(tmp_path, kind):
     rng = random.Random(0)

@@ -11,7 +11,8 @@ import time
 import numpy as np
 import pytest
 import unattended
-from conftest import ROOT
+from absl import flags
+from conftest import ROOT, import_script
 from test_cascade import run
 from test_train import config, leaves
 
@@ -145,6 +146,24 @@ class TestTraining:
         (tmp_path / f".config.json.{files._host()}.999999999.abc.tmp").write_text("half")
         train.train(values(tfds_dir), tmp_path, progress=False)
         assert_equal_runs(tmp_path, whole)
+
+
+def test_a_read_only_workdir_is_judged_beside_its_record(tmp_path, monkeypatch, capsys):
+    monkeypatch.delitem(sys.modules, "evaluate", raising=False)  # its flags may have given way
+    evaluate = import_script("evaluate")
+    flags.FLAGS(["evaluate.py", "--protocol=audit", "--examples=20"])
+    workdir, path = tmp_path / "run", tmp_path / "elsewhere" / "x.json"
+    workdir.mkdir()
+    assert evaluate.find_folder(workdir, path) == workdir / "audit-best-20"
+    may = os.access
+    monkeypatch.setattr(os, "access", lambda where, how: where != workdir and may(where, how))
+    folder = path.with_name("x-audit-best-20")
+    assert evaluate.find_folder(workdir, path) == folder
+    told = f"note: {workdir} cannot be written to: what is finished is kept in {folder}\n"
+    assert capsys.readouterr().err == told
+    flags.FLAGS(["evaluate.py", f"--workdir={workdir}"])
+    with pytest.raises(ValueError, match=r"run cannot be written to: give --record=FILE in"):
+        evaluate.main(["evaluate.py"])
 
 
 class TestLog:
