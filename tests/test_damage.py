@@ -185,6 +185,29 @@ def test_a_folder_in_a_file_s_place_or_a_file_in_a_folder_s(workdir, trained, na
     assert train_again(trained, workdir)[0] == f"{path} {said}"
 
 
+@pytest.mark.parametrize("name", ["metrics.jsonl", "config.json", "config.json.sha256"])
+def test_a_run_with_a_folder_in_a_file_s_place_is_not_restored(workdir, name):
+    (workdir / name).unlink()
+    (workdir / name).mkdir()
+    error, _ = outcome(lambda: runs.restore(workdir))
+    assert error == f"{workdir / name} is a folder, where a run has a file: remove it"
+
+
+def test_what_restore_is_given(workdir):
+    error, _ = outcome(lambda: runs.restore(workdir, kind="first"))
+    assert error == "unknown kind of checkpoint 'first'; nearest: last, best; known: best, last"
+    error, _ = outcome(lambda: runs.restore(5))
+    assert error == "workdir must be the path of a run or a file, got 5"
+
+
+def test_a_config_with_a_wrong_section_is_named(workdir):
+    path = workdir / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "trian": {}}))
+    (workdir / "config.json.sha256").unlink()
+    error, _ = outcome(lambda: runs.restore(workdir))
+    assert error.startswith(f"{path}: unknown config section 'trian'; nearest: train")
+
+
 def test_a_lost_log_is_said(workdir, trained, capsys):
     (workdir / "metrics.jsonl").unlink()
     train_again(trained, workdir)
@@ -418,6 +441,25 @@ def test_records_without_a_checksum_are_read_and_wrong_ones_named(tmp_path):
     assert outcome(lambda: records.load(path))[0].startswith(f"{path} is damaged: it has no seed")
     (tmp_path / "record.json").write_bytes(b'\xff{"format": 1')
     assert outcome(lambda: records.load_all([tmp_path]))[0].startswith(f"{path} is not a record")
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({"results": "97 %"}, "record.results must be a mapping, got '97 %'"),
+        ({"results": {"main": []}}, "results.main must be a mapping, got []"),
+        ({"results": {"main": {"pgd": 5}}}, "results.main.pgd must be a mapping, got 5"),
+        ({"name": 5}, "record.name must be a text, got 5"),
+        ({"seed": "0"}, "record.seed must be an integer in [0, 4294967296), got '0'"),
+        ({"training": []}, "record.training must be a mapping, got []"),
+    ],
+)
+def test_a_record_edited_by_hand(tmp_path, changed, said):
+    path = tmp_path / "record.json"
+    made = records.make("tiny", {}, {"classifier": RECORD}, seed=0, seconds=1.0, training={})
+    path.write_text(json.dumps({**made, **changed}))
+    error, _ = outcome(lambda: records.load(path))
+    assert error == f"{path} is damaged or was edited: {said}; evaluate again"
 
 
 @pytest.mark.parametrize("kind", damages.KINDS)

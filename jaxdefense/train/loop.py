@@ -747,7 +747,7 @@ def train(
     """
     distributed.check_same_values("config", config)
     workdir = validate.check_folder("workdir", workdir)
-    recovery.check_places(workdir)
+    config_file.check_places(workdir)
     run = build(config, workdir=workdir, model=model, data=data)
     with _claimed(workdir):
         return _train(run, workdir, progress=progress)
