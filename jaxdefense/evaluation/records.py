@@ -198,7 +198,6 @@ def _check_entries(record: Record) -> None:
       ValueError: names the entry.
     """
     validate.check_types("record", record, _ENTRIES)
-    validate.check_seed("record.seed", record["seed"])
     for predictor, attacks in record["results"].items():
         validate.check_types("results", {predictor: attacks}, {predictor: Mapping})
         validate.check_types(f"results.{predictor}", attacks, dict.fromkeys(attacks, Mapping))

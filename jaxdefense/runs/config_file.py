@@ -37,6 +37,8 @@ def read(workdir: pathlib.Path) -> dict[str, Any]:
       ValueError: no such file, or one that is damaged or was edited; says the way out.
     """
     path = workdir / NAME
+    if not path.exists() and (workdir / "last").is_dir():
+        raise ValueError(f"{path} is gone: train.py with the run's own --config writes it again")
     if not path.exists():
         raise ValueError(f"{workdir} holds no run: there is no {NAME}")
     again = f"remove {path} and train.py with the run's own --config writes it again"
