@@ -25,6 +25,7 @@ import json
 import logging
 import pathlib
 import shutil
+import sys
 
 import cli
 import configs
@@ -111,6 +112,8 @@ def print_stages():
 def main(argv):
     if len(argv) > 1:
         raise ValueError(f"unexpected arguments: {argv[1:]}")
+    chosen = {f"--{flag.name}": flag.value for flag in (PROTOCOL, KIND, EXAMPLES)}
+    distributed.check_same_values("command", {**chosen, "--save_images": bool(SAVE_IMAGES.value)})
     source, workdir = find_run()
     if EXAMPLES.value is not None:
         checks.check_count("--examples", EXAMPLES.value)
@@ -121,9 +124,28 @@ def main(argv):
     parts = [PROTOCOL.value, *(["last"] if KIND.value == "last" else [])]
     parts += [str(EXAMPLES.value)] if EXAMPLES.value else []
     path = pathlib.Path(RECORD.value or workdir / f"{'-'.join(parts)}.json")
+    if not RECORD.value and not distributed.from_writer(lambda: files.is_writable(workdir)):
+        raise ValueError(f"{workdir} cannot be written to: give --record=FILE in another folder")
     lock = path.with_name(f"{path.name}.lock")
     with distributed.claimed(lock, "evaluation", path.parent):
         evaluate(source, workdir, path)
+
+
+def find_folder(workdir, path):
+    """Where what is finished is kept: in the workdir, or beside the record if it is read-only.
+
+    Args:
+      workdir: of the run.
+      path: of the record.
+    """
+    name = f"{PROTOCOL.value}-{KIND.value}-{EXAMPLES.value or 'all'}"
+    if distributed.from_writer(lambda: files.is_writable(workdir / name)):
+        return workdir / name
+    folder = path.with_name(f"{path.stem}-{name}")
+    if distributed.is_writer():
+        told = f"note: {workdir} cannot be written to: what is finished is kept in {folder}"
+        print(told, file=sys.stderr)
+    return folder
 
 
 def evaluate(source, workdir, path):
@@ -146,7 +168,7 @@ def evaluate(source, workdir, path):
         "progress": progress,
         "keep": keep_images if SAVE_IMAGES.value else None,
     }
-    folder = workdir / f"{PROTOCOL.value}-{KIND.value}-{EXAMPLES.value or 'all'}"
+    folder = find_folder(workdir, path)
     cli.ending.told = f"the same command goes on from what is in {folder}"
     record = PROTOCOLS[PROTOCOL.value](run, variables, folder=folder, **options)
     if not distributed.is_writer():
@@ -179,4 +201,5 @@ def evaluate(source, workdir, path):
 
 if __name__ == "__main__":
     cli.ending.told = "there is no record, and the same command begins anew"
+    cli.ending.outlives_readers = True
     cli.run(main, spread=True)

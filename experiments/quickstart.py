@@ -66,7 +66,7 @@ else:
     import configs
     import quickstart_board as board
     import quickstart_plan as plan
-    from unattended import available_cores, check_writable, exit_code, interrupt_main
+    from unattended import available_cores, check_writable, exit_code, interrupt_on_signals
 
 SYSTEMS = flags.DEFINE_string(
     "systems", "", "Names with commas between; all; default the seven, their rivals, baselines."
@@ -535,7 +535,7 @@ def run_systems(names: Sequence[str], folder: pathlib.Path) -> int:
     processes = count_processes(max(waiting, 1))
     print(f"page: {folder / 'report.html'}", flush=True)
     os.environ.setdefault("JAX_PLATFORMS", "cpu")  # this process draws pages, and no more
-    signal.signal(signal.SIGTERM, interrupt_main)
+    interrupt_on_signals()
     page = Page(folder / "report.html", rows)
     work = Quickstart(rows, clock, page, folder, processes)
     try:

@@ -29,9 +29,9 @@ import quickstart_board as board
 import quickstart_plan as plan
 import study_grid as grid
 from absl import app, flags
-from unattended import available_cores, check_writable, exit_code, interrupt_main
+from unattended import available_cores, check_writable, exit_code, interrupt_on_signals
 
-from jaxdefense import files
+from jaxdefense import files, streams
 
 HERE = pathlib.Path(__file__).parent
 
@@ -692,7 +692,7 @@ def run_entries(
     renewal = Renewal(words if RENEW.value else (), workdir / "renewal.txt")
     deadline = float("inf") if HOURS.value is None else time.monotonic() + 3600 * HOURS.value
     study = Study(entries, Ranking(entries, workdir, records), clock, slots, renewal, deadline)
-    signal.signal(signal.SIGTERM, interrupt_main)
+    interrupt_on_signals()
     code = 0
     try:
         with board.make(progress=PROGRESS.value, attack="autoattack") as display:
@@ -718,7 +718,8 @@ def main(argv):
             folder = pathlib.Path(WORKDIR.value) / "choose"
             code = study_choose.main(folder, 60 * MINUTES.value, ROWS.value)
         else:
-            code = run()
+            with streams.outliving_readers():
+                code = run()
     except ValueError as error:
         sys.exit(f"error: {error}")
     sys.exit(code)

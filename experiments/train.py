@@ -88,4 +88,5 @@ def main(argv):
 
 if __name__ == "__main__":
     cli.ending.told = "the same command goes on from the last checkpoint"
+    cli.ending.outlives_readers = True
     cli.run(main, spread=True, batch=batch_size, saves=True)

@@ -33,12 +33,20 @@ def check_writable(folder: pathlib.Path) -> None:
 
 
 class Terminated(KeyboardInterrupt):
-    """SIGTERM, which ends a script as Ctrl-C does, but for the exit code."""
+    """SIGTERM or SIGHUP, which end a script as Ctrl-C does, but for the exit code."""
 
 
-def interrupt_main(number: int, frame: Any) -> None:
-    """SIGTERM's handler: as Ctrl-C."""
-    raise Terminated
+def _interrupt_main(number: int, frame: Any) -> None:
+    """A signal's handler: as Ctrl-C."""
+    raise Terminated(number)
+
+
+def interrupt_on_signals() -> None:
+    """SIGTERM, and SIGHUP of a closed terminal, raise `Terminated`, but where they are ignored."""
+    for name in ("SIGTERM", "SIGHUP"):  # Windows has no second one
+        number = getattr(signal, name, None)
+        if number is not None and signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, _interrupt_main)
 
 
 def exit_code(error: KeyboardInterrupt) -> int:
@@ -47,4 +55,4 @@ def exit_code(error: KeyboardInterrupt) -> int:
     Args:
       error: that ended the script.
     """
-    return 128 + (signal.SIGTERM if isinstance(error, Terminated) else signal.SIGINT)
+    return 128 + (error.args[0] if isinstance(error, Terminated) else signal.SIGINT)

@@ -9,6 +9,7 @@ to one is a signal to all (`any_process`). In one process every function here is
 import atexit
 import contextlib
 import functools
+import json
 import os
 import pathlib
 import pickle
@@ -25,7 +26,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding
 
-from jaxdefense import files
+from jaxdefense import files, validate
 from jaxdefense.types import Array, PyTree
 
 Result = TypeVar("Result")
@@ -300,6 +301,42 @@ def check_same(what: str, *arrays: Any) -> None:
             f"the {what} in process {other[0]} differ from those in process 0: every process needs "
             f"the same data set"
         )
+
+
+def check_same_values(what: str, values: Any) -> None:
+    """All processes hold the same plain values.
+
+    Args:
+      what: they are, for the error: "config".
+      values: what JSON can hold; anything else is compared by its `repr`.
+
+    Raises:
+      ValueError: one process has others than the first; names the keys that differ.
+
+    >>> from jaxdefense import distributed
+    >>> distributed.check_same_values("config", {"seed": 0})  # one process agrees with itself
+    """
+    if not several():
+        return
+    texts = _gather_texts(json.dumps(values, default=repr))
+    for number, text in enumerate(texts):
+        first, other = json.loads(texts[0]), json.loads(text)
+        if text != texts[0] and first != other:
+            places = ("in process 0", f"in process {number}")
+            changed = ", ".join(validate.describe_differences(first, other, places))
+            raise ValueError(
+                f"the processes differ in their {what} ({changed}): every process needs the same"
+            )
+
+
+def _gather_texts(text: str) -> list[str]:
+    """A text of each process, in every process."""
+    data = text.encode()
+    sizes = np.asarray(multihost_utils.process_allgather(np.uint32(len(data)))).reshape(-1)
+    padded = np.zeros(int(sizes.max()), np.uint8)
+    padded[: len(data)] = np.frombuffer(data, np.uint8)
+    rows = np.asarray(multihost_utils.process_allgather(padded)).reshape(len(sizes), -1)
+    return [row[:size].tobytes().decode() for row, size in zip(rows, sizes, strict=True)]
 
 
 def spans_processes(sharding: NamedSharding) -> bool:

@@ -69,6 +69,23 @@ def naming(path: str | os.PathLike) -> Iterator[None]:
         raise OSError(error.errno, error.strerror, os.fspath(path)) from error
 
 
+def is_writable(folder: str | os.PathLike) -> bool:
+    """Whether this process may write in a folder, or make it where it is not there.
+
+    Args:
+      folder: need not be there.
+
+    >>> import tempfile
+    >>> from jaxdefense import files
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     files.is_writable(f"{folder}/runs/new")
+    True
+    """
+    path = pathlib.Path(folder).absolute()
+    there = next(one for one in (path, *path.parents) if one.exists())
+    return there.is_dir() and os.access(there, os.W_OK | os.X_OK)
+
+
 def check_name(what: str, name: object) -> None:
     """A name that becomes a file's stays in the folder that the file is written to.
 

@@ -1,4 +1,6 @@
-"""How a run is asked to end, and how a script ends: SIGTERM, Ctrl-C and errors of the disk.
+"""How a run is asked to end, and how a script ends: signals and errors of the disk.
+
+The signals are Ctrl-C, SIGTERM, and SIGHUP of a terminal that is closed.
 
 `Requests` collects the first signal, so that a run may save before it ends; the second one ends the
 process as it would anywhere. `one_line_endings` is for scripts: one line instead of a traceback.
@@ -16,9 +18,11 @@ from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import Any, NoReturn
 
-from jaxdefense import distributed, files
+from jaxdefense import distributed, files, streams
 
-_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+# SIGTERM, and where the system has it SIGHUP: both end a run in the same way.
+_ENDS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name))
+_SIGNALS = (signal.SIGINT, *_ENDS)
 
 # A terminal, make or srun may send one request twice: what follows within so many seconds is no
 # second one.
@@ -26,11 +30,20 @@ _TWICE = 0.5
 
 
 class Interrupted(RuntimeError):
-    """The process was asked to end by SIGTERM; what is done was saved."""
+    """The process was asked to end by SIGTERM or SIGHUP; what is done was saved.
+
+    Args:
+      told: what was saved.
+      number: of the signal.
+    """
+
+    def __init__(self, told: str = "", number: int = signal.SIGTERM):
+        super().__init__(*([told] if told else []))
+        self.number = number
 
 
 class Requests:
-    """A context in which the first SIGTERM or Ctrl-C is only noted.
+    """A context in which the first SIGTERM, SIGHUP or Ctrl-C is only noted.
 
     A second one does what it would have done before. Outside the main thread, where Python takes no
     signals, nothing is ever asked; a signal that the process ignores (a job in the background,
@@ -83,13 +96,14 @@ class Requests:
 
         Raises:
           KeyboardInterrupt: after Ctrl-C.
-          Interrupted: after SIGTERM.
+          Interrupted: after SIGTERM or SIGHUP.
         """
         if not self._received:
             raise Interrupted(f"another process was asked to end; {told}")
-        if self._received[0] == signal.SIGINT:
+        number = self._received[0]
+        if number == signal.SIGINT:
             raise KeyboardInterrupt(f"interrupted; {told}")
-        raise Interrupted(f"{signal.Signals(self._received[0]).name}; {told}")
+        raise Interrupted(f"{signal.Signals(number).name}; {told}", number)
 
 
 @dataclasses.dataclass
@@ -103,12 +117,15 @@ class Ending:
       prefix: of the line of an error.
       watched: whether a second signal ends the process at once; not where the script has started
         others, which it ends itself.
+      outlives_readers: whether the script goes on where nobody reads its standard output any more;
+        else it then ends quietly.
     """
 
     told: str = "nothing was written"
     grace: float | None = 3.0
     prefix: str = "error"
     watched: bool = True
+    outlives_readers: bool = False
 
     def end_now(self, number: int) -> NoReturn:
         """Ends the process from any thread, whatever the main one does.
@@ -125,22 +142,31 @@ class Ending:
 def one_line_endings(ending: Ending) -> Iterator[None]:
     """A script's block: a signal or an error of the disk ends it with one line, no traceback.
 
-    Exit code 130 after Ctrl-C, 143 after SIGTERM, 1 after an error of the disk. The second signal
-    ends the process at once, also while JAX compiles or computes. It changes nothing outside the
-    main thread.
+    Exit code 130 after Ctrl-C, 143 after SIGTERM, 129 after SIGHUP, 1 after an error of the disk.
+    The second signal ends the process at once, also while JAX compiles or computes. It changes
+    nothing outside the main thread.
 
     Args:
       ending: what is said.
     """
+    with streams.outliving_readers(unread=ending.outlives_readers), _one_line(ending):
+        yield
+
+
+@contextlib.contextmanager
+def _one_line(ending: Ending) -> Iterator[None]:
+    """`one_line_endings`, whose lines may go nowhere."""
     try:
         with _watched(ending):
             yield
+        sys.stdout.flush()  # or what follows this block would meet a reader that is gone
     except KeyboardInterrupt as error:
         print(f"\n{error}" if error.args else f"\ninterrupted; {ending.told}", file=sys.stderr)
         distributed.leave_computing(128 + signal.SIGINT)
     except Interrupted as error:
-        print(error if error.args else f"SIGTERM; {ending.told}", file=sys.stderr)
-        distributed.leave_computing(128 + signal.SIGTERM)
+        name = signal.Signals(error.number).name
+        print(error if error.args else f"{name}; {ending.told}", file=sys.stderr)
+        distributed.leave_computing(128 + error.number)
     except BrokenPipeError:  # `script | head -1`: nobody reads what this prints any more
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
@@ -148,13 +174,13 @@ def one_line_endings(ending: Ending) -> Iterator[None]:
         sys.exit(f"{ending.prefix}: {files.explain(error)}")
 
 
-def _raise_interrupted(*_: object) -> NoReturn:
-    raise Interrupted
+def _raise_interrupted(number: int, _: FrameType | None) -> NoReturn:
+    raise Interrupted(number=number)
 
 
 @contextlib.contextmanager
 def _watched(ending: Ending) -> Iterator[None]:
-    """SIGTERM raises `Interrupted`; a thread sees signals that the main thread cannot see yet.
+    """`_ENDS` raise `Interrupted`; a thread sees signals that the main thread cannot see yet.
 
     Python's handlers run between two of the main thread's instructions, and a program of JAX is one
     instruction. The system's own handler writes each signal's number to a socket at once, where a
@@ -176,7 +202,8 @@ def _watched(ending: Ending) -> Iterator[None]:
         # exception could be lost: JAX and orbax call Python where nobody passes it on.
         handlers: dict[int, Any] = dict.fromkeys(_SIGNALS, end_now)
     else:
-        handlers = {signal.SIGTERM: _raise_interrupted, signal.SIGINT: signal.default_int_handler}
+        handlers = dict.fromkeys(_ENDS, _raise_interrupted)
+        handlers[signal.SIGINT] = signal.default_int_handler
     taken = [number for number in _SIGNALS if before[number] not in (signal.SIG_IGN, None)]
     for number in taken:
         signal.signal(number, handlers[number])
@@ -202,11 +229,10 @@ def _ends_lost_signals(ending: Ending, hook: Callable[[Any], object]) -> Callabl
 
     That is so in a finaliser and in a callback of the garbage collector; JAX has one.
     """
-    numbers = {KeyboardInterrupt: signal.SIGINT, Interrupted: signal.SIGTERM}
 
     def ends(unraisable: Any) -> None:
-        if unraisable.exc_type in numbers:
-            ending.end_now(numbers[unraisable.exc_type])
+        if unraisable.exc_type in (KeyboardInterrupt, Interrupted):
+            ending.end_now(getattr(unraisable.exc_value, "number", signal.SIGINT))
         hook(unraisable)
 
     return ends
@@ -216,7 +242,7 @@ def _watch(ours: socket.socket, done: threading.Event, ending: Ending) -> None:
     """Reads signals' numbers; ends the process at the second one, or after the grace."""
 
     def next_number(timeout: float | None) -> int | None:
-        """The next SIGINT or SIGTERM; None where the block ends or the time is over."""
+        """The next of `_SIGNALS`; None where the block ends or the time is over."""
         ours.settimeout(timeout)
         while True:
             try:

@@ -160,6 +160,35 @@ def check_file(name: str, path: str | os.PathLike) -> pathlib.Path:
     return path
 
 
+def describe_differences(
+    one: Any, other: Any, places: tuple[str, str] = ("there", "here"), name: str = ""
+) -> list[str]:
+    """The dotted keys whose values differ, with both values where these are no mappings.
+
+    Args:
+      one: plain values.
+      other: likewise.
+      places: where the two are, for the message.
+      name: of the values, as the first part of each key.
+
+    >>> from jaxdefense import validate
+    >>> validate.describe_differences({"seed": 0, "train": {"lr": 1}}, {"seed": 0, "train": {}})
+    ['train.lr: 1 there, None here']
+    """
+    if isinstance(one, Mapping) and isinstance(other, Mapping):
+        keys = sorted(key for key in {**one, **other} if one.get(key) != other.get(key))
+        return [
+            told
+            for key in keys
+            for told in describe_differences(
+                one.get(key), other.get(key), places, f"{name}.{key}".lstrip(".")
+            )
+        ]
+    if isinstance(one, Mapping) or isinstance(other, Mapping):
+        return [name]
+    return [f"{name}: {one!r} {places[0]}, {other!r} {places[1]}"]
+
+
 _NAMES = {
     int: "an integer",
     float: "a finite number",

@@ -11,7 +11,7 @@ ROOT = pathlib.Path(__file__).parents[1]
 FLOORS = (
     (
         *("types", "extras", "files", "checksums", "distributed", "interrupts", "registry"),
-        *("validate", "threat", "losses", "mixing", "conv", "rewrite", "models"),
+        *("streams", "validate", "threat", "losses", "mixing", "conv", "rewrite", "models"),
     ),
     ("attacks", "data"),
     ("defenses",),

@@ -36,6 +36,12 @@ def run(rows=slice(None), *, batch_size=128, devices=None, stages=STAGES, **opti
     )
 
 
+def test_an_empty_name_of_a_folder_is_refused():
+    """`pathlib` would take it for the current folder."""
+    with pytest.raises(ValueError, match=r"^folder must be the path of a folder, got ''$"):
+        cascade.autoattack(NET.apply, IMAGES, LABELS, BALL, variables=VARIABLES, folder="")
+
+
 @pytest.fixture(scope="module")
 def verdict():
     return run()

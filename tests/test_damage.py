@@ -185,6 +185,29 @@ def test_a_folder_in_a_file_s_place_or_a_file_in_a_folder_s(workdir, trained, na
     assert train_again(trained, workdir)[0] == f"{path} {said}"
 
 
+@pytest.mark.parametrize("name", ["metrics.jsonl", "config.json", "config.json.sha256"])
+def test_a_run_with_a_folder_in_a_file_s_place_is_not_restored(workdir, name):
+    (workdir / name).unlink()
+    (workdir / name).mkdir()
+    error, _ = outcome(lambda: runs.restore(workdir))
+    assert error == f"{workdir / name} is a folder, where a run has a file: remove it"
+
+
+def test_what_restore_is_given(workdir):
+    error, _ = outcome(lambda: runs.restore(workdir, kind="first"))
+    assert error == "unknown kind of checkpoint 'first'; nearest: last, best; known: best, last"
+    error, _ = outcome(lambda: runs.restore(5))
+    assert error == "workdir must be the path of a run or a file, got 5"
+
+
+def test_a_config_with_a_wrong_section_is_named(workdir):
+    path = workdir / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "trian": {}}))
+    (workdir / "config.json.sha256").unlink()
+    error, _ = outcome(lambda: runs.restore(workdir))
+    assert error.startswith(f"{path}: unknown config section 'trian'; nearest: train")
+
+
 def test_a_lost_log_is_said(workdir, trained, capsys):
     (workdir / "metrics.jsonl").unlink()
     train_again(trained, workdir)
@@ -267,6 +290,33 @@ def test_a_damaged_config(workdir, trained, content, why):
     path.unlink()
     assert train_again(trained, workdir)[0] is None  # the way out
     assert_equal(runs.restore(workdir).variables, runs.restore(trained[0]).variables)
+
+
+@pytest.mark.parametrize("kind", ["last", "best"])
+def test_a_lost_config_is_compared_with_the_checkpoints(workdir, trained, capsys, kind):
+    (workdir / "config.json").unlink()
+    if kind == "best":
+        shutil.rmtree(workdir / "last")
+    else:
+        told = (
+            f"{workdir}/config.json is gone: train.py with the run's own --config writes it again"
+        )
+        assert outcome(lambda: runs.restore(workdir))[0] == told
+    before = sorted(workdir.rglob("*"))
+    for section, key, value in (("threat", "eps", 0.25), ("dataset", "validation", 90)):
+        changed = {**trained[1], section: {**trained[1][section], key: value}}
+        error, _ = outcome(lambda changed=changed: train.train(changed, workdir, progress=False))
+        told = f"{section}.{key}: {trained[1][section].get(key)} there, {value} here"
+        assert error.startswith(f"{workdir} holds a run of another config (it differs in {told})")
+    assert sorted(workdir.rglob("*")) == before
+    if kind == "last":
+        for name in ("last", "best"):  # as older versions wrote them
+            store = checkpoint.Store(workdir / name)
+            meta = store.meta()
+            store.replace_meta({k: v for k, v in meta.items() if k not in ("config", "step")})
+            store.close()
+        assert train_again(trained, workdir)[0] is None
+        assert f"note: {workdir}/config.json is gone, and the" in capsys.readouterr().err
 
 
 def test_an_edited_config_is_taken_without_its_checksum(workdir):
@@ -398,6 +448,24 @@ def test_records_without_a_checksum_are_read_and_wrong_ones_named(tmp_path):
     assert outcome(lambda: records.load_all([tmp_path]))[0].startswith(f"{path} is not a record")
 
 
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({"results": "97 %"}, "record.results must be a mapping, got '97 %'"),
+        ({"results": {"main": []}}, "results.main must be a mapping, got []"),
+        ({"results": {"main": {"pgd": 5}}}, "results.main.pgd must be a mapping, got 5"),
+        ({"name": 5}, "record.name must be a text, got 5"),
+        ({"training": []}, "record.training must be a mapping, got []"),
+    ],
+)
+def test_a_record_edited_by_hand(tmp_path, changed, said):
+    path = tmp_path / "record.json"
+    made = records.make("tiny", {}, {"classifier": RECORD}, seed=0, seconds=1.0, training={})
+    path.write_text(json.dumps({**made, **changed}))
+    error, _ = outcome(lambda: records.load(path))
+    assert error == f"{path} is damaged or was edited: {said}; evaluate again"
+
+
 @pytest.mark.parametrize("kind", damages.KINDS)
 def test_any_damage_to_the_zoo(tmp_path, monkeypatch, kind):
     monkeypatch.setattr(zoo, "FOLDER", tmp_path / "zoo")
@@ -462,6 +530,17 @@ def test_any_file_of_a_prepared_set(prepared_digits, tfds_dir, tmp_path, kind):
             else:
                 assert str(data_dir) in error, told
                 assert error.endswith("and it is prepared anew when it is next read"), told
+
+
+def test_a_flipped_bit_in_the_names_of_shards(prepared_digits, tmp_path):
+    folder = tmp_path / "digits" / "1.0.0"
+    shutil.copytree(prepared_digits / "digits" / "1.0.0", folder)
+    (folder / checksums.LISTING).unlink()  # TFDS itself writes none
+    info = folder / "dataset_info.json"
+    info.write_text(info.read_text().replace("{DATASET}", "{DATASEU}"))
+    error, _ = outcome(lambda: data.load("digits", "train", data_dir=tmp_path))
+    assert error.startswith(f"digits: TFDS cannot read {folder} (")
+    assert error.endswith(f"; remove {folder}, and it is prepared anew when it is next read")
 
 
 @pytest.mark.parametrize("kind", damages.KINDS)

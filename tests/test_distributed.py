@@ -66,6 +66,25 @@ if distributed.is_writer():
 distributed.barrier("never")
 """
 
+# Trains, then begins to evaluate, each with what this process was given.
+DIFFERENT = """
+import json, sys
+from jaxdefense import distributed, train
+from jaxdefense.evaluation import journal
+distributed.initialize()
+values, folder, seed = json.loads(sys.argv[1]), sys.argv[2], int(sys.argv[3])
+description = dict(threat="linf", seed=seed, stages={})
+for attempt in (
+    lambda: train.train(values, folder, progress=False),
+    lambda: journal.Journal(folder, description, None),
+):
+    try:
+        attempt()
+    except ValueError as error:
+        print(error, file=sys.stderr)
+distributed.leave(1)
+"""
+
 
 def config(tfds_dir):
     changes = {
@@ -214,6 +233,22 @@ class TestTwoProcesses:
         assert "process 1 of 2" in said
         assert "go on from step 7" in said
 
+    def test_different_configs_are_refused_in_both(self, tmp_path, tfds_dir):
+        values = config(tfds_dir)
+        others = {**values, "threat": {**values["threat"], "eps": 0.2}}
+        folder = tmp_path / "run"
+        words = [(json.dumps(v), str(folder), str(i)) for i, v in enumerate((values, others))]
+        eps = values["threat"]["eps"]
+        for code, _, said in finish(*pair(DIFFERENT, words)):
+            assert code == 1
+            for what, changed in (
+                ("config", f"threat.eps: {eps} in process 0, 0.2 in process 1"),
+                ("evaluation", "seed: 0 in process 0, 1 in process 1"),
+            ):
+                line = f"the processes differ in their {what} ({changed}): every process needs the"
+                assert line in said
+        assert not folder.exists()
+
 
 class TestOneProcess:
     def test_everything_is_the_identity(self):
@@ -223,6 +258,7 @@ class TestOneProcess:
         assert distributed.is_writer()
         assert [distributed.any_process(flag) for flag in (True, False)] == [True, False]
         distributed.check_same("images", np.arange(3))
+        distributed.check_same_values("config", {"seed": 0})
         with pytest.raises(SystemExit, match="3"):
             distributed.leave(3)
 

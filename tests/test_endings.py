@@ -10,7 +10,9 @@ import time
 
 import numpy as np
 import pytest
-from conftest import ROOT
+import unattended
+from absl import flags
+from conftest import ROOT, import_script
 from test_cascade import run
 from test_train import config, leaves
 
@@ -146,6 +148,24 @@ class TestTraining:
         assert_equal_runs(tmp_path, whole)
 
 
+def test_a_read_only_workdir_is_judged_beside_its_record(tmp_path, monkeypatch, capsys):
+    monkeypatch.delitem(sys.modules, "evaluate", raising=False)  # its flags may have given way
+    evaluate = import_script("evaluate")
+    flags.FLAGS(["evaluate.py", "--protocol=audit", "--examples=20"])
+    workdir, path = tmp_path / "run", tmp_path / "elsewhere" / "x.json"
+    workdir.mkdir()
+    assert evaluate.find_folder(workdir, path) == workdir / "audit-best-20"
+    may = os.access
+    monkeypatch.setattr(os, "access", lambda where, how: where != workdir and may(where, how))
+    folder = path.with_name("x-audit-best-20")
+    assert evaluate.find_folder(workdir, path) == folder
+    told = f"note: {workdir} cannot be written to: what is finished is kept in {folder}\n"
+    assert capsys.readouterr().err == told
+    flags.FLAGS(["evaluate.py", f"--workdir={workdir}"])
+    with pytest.raises(ValueError, match=r"run cannot be written to: give --record=FILE in"):
+        evaluate.main(["evaluate.py"])
+
+
 class TestLog:
     def test_a_full_disk_tears_no_line(self, tmp_path, monkeypatch):
         log = logs.Log(tmp_path, 0)
@@ -229,22 +249,57 @@ class TestLock:
             run(folder=tmp_path)
 
 
+@pytest.fixture
+def hangups():
+    """SIGHUP as a terminal's process has it; as it was, afterwards."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
+
+
+class TestHangups:
+    def test_a_run_is_asked_to_end(self, hangups):
+        with interrupts.Requests() as requests:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert requests.asked()
+            with pytest.raises(interrupts.Interrupted, match="SIGHUP; saved") as raised:
+                requests.stop("saved")
+        assert raised.value.number == signal.SIGHUP
+
+    def test_one_that_is_ignored_is_not_heard(self, hangups):
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        with interrupts.Requests() as requests:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert not requests.asked()
+
+    def test_unattended_scripts_end_as_by_ctrl_c(self, hangups):
+        before = signal.getsignal(signal.SIGTERM)
+        try:
+            unattended.interrupt_on_signals()
+            with pytest.raises(KeyboardInterrupt) as raised:
+                os.kill(os.getpid(), signal.SIGHUP)
+            assert unattended.exit_code(raised.value) == 129
+        finally:
+            signal.signal(signal.SIGTERM, before)
+
+
 class TestScripts:
     """`one_line_endings` in processes that import no JAX."""
 
-    def start(self, block, grace="0.2"):
+    def start(self, block, options="grace=0.2"):
         script = (
-            "import ctypes, os, signal, time\n"
+            "import ctypes, os, signal, sys, time\n"
             "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # heard in the background
+            "signal.signal(signal.SIGHUP, signal.SIG_DFL)\n"  # and under nohup
             "from jaxdefense import interrupts\n"
-            f"with interrupts.one_line_endings(interrupts.Ending('goes on', grace={grace})):\n"
+            f"with interrupts.one_line_endings(interrupts.Ending('goes on', {options})):\n"
             f"    {block}\n"
         )
         command = [sys.executable, "-c", script]
-        pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-        return subprocess.Popen(command, cwd=ROOT, **pipes)
+        pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
+        return subprocess.Popen(command, cwd=ROOT, text=True, **pipes)
 
-    @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+    @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
     def test_a_signal_is_one_line(self, number):
         process = self.start(f"os.kill(os.getpid(), {int(number)}); time.sleep(60)")
         _, said = process.communicate(timeout=240)
@@ -258,7 +313,7 @@ class TestScripts:
         process = self.start(
             f"import gc; gc.callbacks.append(lambda *_: os.kill(os.getpid(), {int(number)})); "
             "gc.collect(); time.sleep(60)",
-            grace="200",
+            "grace=200",
         )
         _, said = process.communicate(timeout=240)
         assert process.returncode == 128 + number
@@ -279,7 +334,7 @@ class TestScripts:
         process = self.start(
             "print('in', flush=True); signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT]); "
             "ctypes.CDLL(None).sleep(600)",
-            grace,
+            f"grace={grace}",
         )
         assert process.stdout.readline() == "in\n"
         process.send_signal(signal.SIGINT)
@@ -289,6 +344,45 @@ class TestScripts:
         _, said = process.communicate(timeout=240)
         assert process.returncode == 130
         assert said.strip() == "interrupted; goes on"
+
+    def test_nohup_stays_deaf(self):
+        process = self.start(
+            "signal.signal(signal.SIGHUP, signal.SIG_IGN)\n"
+            "    with interrupts.one_line_endings(interrupts.Ending()):\n"
+            "        os.kill(os.getpid(), signal.SIGHUP); print('still here')"
+        )
+        assert process.communicate(timeout=240) == ("still here\n", "")
+        assert process.returncode == 0
+
+    @pytest.mark.parametrize("outlives", [True, False])
+    def test_its_reader_ends(self, tmp_path, outlives):
+        """Long work goes on, and says so once; a table, say, ends quietly."""
+        process = self.start(
+            "print('first', flush=True); input(); [print(i, flush=True) for i in range(9)]; "
+            f"open({str(tmp_path / 'done')!r}, 'w').close()",
+            f"outlives_readers={outlives}",
+        )
+        assert process.stdout.readline() == "first\n"
+        process.stdout.close()
+        process.stdin.write("\n")
+        process.stdin.close()
+        said = process.stderr.read()
+        process.stderr.close()
+        assert process.wait(timeout=240) == (0 if outlives else 1)
+        note = "note: nobody reads standard output any more: going on without it\n"
+        assert said == (note if outlives else "")
+        assert (tmp_path / "done").exists() == outlives
+
+    def test_nobody_reads_its_errors_either(self, tmp_path):
+        process = self.start(
+            "input(); print('a note', file=sys.stderr); os.kill(os.getpid(), signal.SIGHUP); "
+            "time.sleep(60)"
+        )
+        process.stderr.close()
+        process.stdout.close()
+        process.stdin.write("\n")
+        process.stdin.close()
+        assert process.wait(timeout=240) == 129
 
     def test_a_full_disk_is_one_line(self):
         process = self.start("open('/dev/full', 'w').write('a' * 100000)")

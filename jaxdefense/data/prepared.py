@@ -175,13 +175,14 @@ def open_folder(name: str, folder: pathlib.Path) -> Prepared:
     _check_classes(name, folder / _FEATURES, way_out)
     try:
         builder = tfds.builder_from_directory(folder)
+        paths = {split: info.filepaths for split, info in builder.info.splits.items()}
     except Exception as error:  # of TFDS, protobuf or a feature's own reader
         reason = checksums.shorten(error)
         raise ValueError(f"{name}: TFDS cannot read {folder} ({reason}); {way_out}") from error
     own = pathlib.Path(builder.data_path)
-    for split, info in builder.info.splits.items():
+    for split, shards in paths.items():
         files.check_name(f"{name}: split", split)
-        outside = [path for path in info.filepaths if pathlib.Path(path).parent != own]
+        outside = [path for path in shards if pathlib.Path(path).parent != own]
         if outside:
             raise ValueError(f"{name}: {folder / _INFO} names a file elsewhere, {outside[0]}")
     return Prepared(name, builder, _read_features(name, builder), way_out)

@@ -184,7 +184,7 @@ def autoattack(
     options: dict[str, Any] = dict(
         ids=ids,
         seed=seed,
-        folder=None if folder is None else pathlib.Path(folder),
+        folder=None if folder is None else validate.check_folder("folder", folder),
         progress=progress,
     )
     if random is not None:

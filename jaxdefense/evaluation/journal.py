@@ -118,7 +118,8 @@ class Journal:
 
     Raises:
       ValueError: the folder holds an evaluation of something else (what differs is named), the
-        description cannot tell one attack from another, or an attack's name cannot name a file.
+        description cannot tell one attack from another, an attack's name cannot name a file, or
+        another process evaluates something else.
     """
 
     def __init__(
@@ -136,6 +137,7 @@ class Journal:
                 )
         for stage in description.get("stages", ()):
             files.check_name("attack", stage)
+        distributed.check_same_values("evaluation", description)
         distributed.from_writer(lambda: self._open(folder, description, logits))
         distributed.tell(f"finished dispatches are in {folder}: the same command goes on with them")
 

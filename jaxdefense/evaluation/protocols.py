@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxdefense import attacks, data, registry, validate
+from jaxdefense import attacks, data, distributed, registry, validate
 from jaxdefense.attacks import checks
 from jaxdefense.evaluation import cascade, records
 from jaxdefense.evaluation.audit import Audit
@@ -44,6 +44,7 @@ class _Measurement:
         """Starts the clock and loads the first so many test examples, or all."""
         if examples is not None:
             checks.check_count("examples", examples)
+        distributed.check_same_values("evaluation", {"examples": examples, "config": run.config})
         began = time.monotonic()
         return cls(run, variables, run.arrays("test").take(slice(examples)), began)
 

@@ -31,7 +31,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxdefense import checksums, files
+from jaxdefense import checksums, files, validate
 
 FORMAT = 1
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "tensorflow-datasets", "numpy")
@@ -182,6 +182,27 @@ def save(record: Record, path: str | os.PathLike) -> None:
 _RENAMED = {"paper": "configured", "honest": "autoattack"}
 
 
+# Types of what tables and reports read of a record, whatever else stands there.
+_TEXTS = ("name", "protocol", "git", "date")
+_MAPPINGS = (
+    *("results", "config", "training", "reported", "attacks", "cascade", "audit", "dataset"),
+    *("parameters", "versions", "device"),
+)
+_ENTRIES = {**dict.fromkeys(_TEXTS, str), **dict.fromkeys(_MAPPINGS, Mapping), "seconds": float}
+
+
+def _check_entries(record: Record) -> None:
+    """Refuses a record whose entries are of other types than those that `make` writes.
+
+    Raises:
+      ValueError: names the entry.
+    """
+    validate.check_types("record", record, _ENTRIES)
+    for predictor, attacks in record["results"].items():
+        validate.check_types("results", {predictor: attacks}, {predictor: Mapping})
+        validate.check_types(f"results.{predictor}", attacks, dict.fromkeys(attacks, Mapping))
+
+
 def load(path: str | os.PathLike) -> Record:
     """Reads a record; see `save` for an example.
 
@@ -206,6 +227,10 @@ def load(path: str | os.PathLike) -> Record:
         ) from error
     if lacking := [key for key in ("name", "seed", "results") if key not in record]:
         raise ValueError(f"{path} is damaged: it has no {', no '.join(lacking)}; evaluate again")
+    try:
+        _check_entries(record)
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged or was edited: {error}; evaluate again") from error
     if (protocol := record.get("protocol")) in _RENAMED:
         record["protocol"] = _RENAMED[protocol]
     return record

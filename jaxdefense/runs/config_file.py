@@ -37,6 +37,8 @@ def read(workdir: pathlib.Path) -> dict[str, Any]:
       ValueError: no such file, or one that is damaged or was edited; says the way out.
     """
     path = workdir / NAME
+    if not path.exists() and (workdir / "last").is_dir():
+        raise ValueError(f"{path} is gone: train.py with the run's own --config writes it again")
     if not path.exists():
         raise ValueError(f"{workdir} holds no run: there is no {NAME}")
     again = f"remove {path} and train.py with the run's own --config writes it again"
@@ -48,3 +50,24 @@ def read(workdir: pathlib.Path) -> dict[str, Any]:
         path, workdir / LISTING, f"{again}; or remove {LISTING} if it was you who edited it"
     )
     return config
+
+
+def check_places(workdir: pathlib.Path) -> None:
+    """Checks that no folder lies where a run has a file, and no file where it has a folder.
+
+    Args:
+      workdir: of the run; it need not be there.
+
+    Raises:
+      ValueError: otherwise; names what to remove.
+    """
+    for name in ("metrics.jsonl", NAME, LISTING):
+        path = workdir / name
+        if path.is_dir():
+            raise ValueError(f"{path} is a folder, where a run has a file: remove it")
+        if path.is_symlink() and not path.exists():
+            raise ValueError(f"{path} is a link to nothing: remove it")
+    for name in ("last", "best"):
+        path = workdir / name
+        if path.exists() and not path.is_dir():
+            raise ValueError(f"{path} is no folder of checkpoints: remove it")

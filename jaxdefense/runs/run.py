@@ -588,11 +588,13 @@ def restore(
       The run, its variables and the checkpoint's metadata.
 
     Raises:
-      ValueError: no run there, no checkpoint, or a damaged one.
+      ValueError: no run there, no checkpoint, a damaged one, or an unknown kind.
 
     >>> run, variables, meta = runs.restore("runs/trades-mnist")  # doctest: +SKIP
     >>> logits = run.apply(run.defense.primary)(variables, images)  # doctest: +SKIP
     """
+    if not isinstance(workdir, str | os.PathLike):
+        raise ValueError(f"workdir must be the path of a run or a file, got {workdir!r}")
     workdir = pathlib.Path(workdir)
     if distributed.from_writer(workdir.is_file):
         return _restore_file(workdir)
@@ -607,14 +609,21 @@ def restore(
 def _restore_workdir(
     workdir: pathlib.Path, kind: str, *, model: Any = None, data: Sequence[Arrays] | None = None
 ) -> Restored:
+    if kind not in ("best", "last"):
+        registry.raise_unknown("kind of checkpoint", kind, ("best", "last"))
+    distributed.from_writer(lambda: config_file.check_places(workdir))
     config = distributed.from_writer(lambda: config_file.read(workdir))
     if not distributed.from_writer((workdir / kind).is_dir):
         raise checkpoint.Damaged(f"{workdir} has no checkpoint {kind!r}")
-    run = build(config, workdir=workdir, model=model, data=data)
+    try:
+        run = build(config, workdir=workdir, model=model, data=data)
+    except ValueError as error:  # of an edited file, say
+        raise ValueError(f"{workdir / config_file.NAME}: {error}") from error
     store = checkpoint.Store(workdir / kind)
     try:
         meta = store.meta()
-        meta = {k: v for k, v in meta.items() if k not in ("watch", "kept")}  # for a resumed run
+        for_resumed = ("watch", "kept", "config")
+        meta = {k: v for k, v in meta.items() if k not in for_resumed}
         params, carry = jax.eval_shape(run.init, run.arrays("validation").images)
         model = read_model(store, run.defense, params, carry)
     finally:

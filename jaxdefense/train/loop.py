@@ -144,7 +144,7 @@ class Trainer:
 
         Raises:
           Diverged: a loss that is not finite.
-          Interrupted: after SIGTERM, when the state is saved.
+          Interrupted: after SIGTERM or SIGHUP, when the state is saved.
           KeyboardInterrupt: after Ctrl-C, likewise.
           OSError: the disk is full or read-only; the last checkpoint is whole.
         """
@@ -373,6 +373,7 @@ class Trainer:
             "memory": self.memory,
             "warnings": self.watch.told(),
             "devices": self.devices,
+            "config": self.run.config,
         }
         if kind == "last":
             meta["log"] = distributed.from_writer(lambda: hash_log(self.workdir))
@@ -687,38 +688,28 @@ def _format_scores(scores: Mapping[str, float]) -> str:
     return f"validation {shown}"
 
 
-def _check_config(config: Mapping[str, Any], path: pathlib.Path) -> None:
-    """The workdir whose config.json is at `path` belongs to this config, or is new."""
-    if not path.exists():
+def _check_config(config: Mapping[str, Any], workdir: pathlib.Path) -> None:
+    """The workdir belongs to this config, or is new."""
+    path = workdir / config_file.NAME
+    is_there = distributed.from_writer(path.exists)
+    before = distributed.from_writer(lambda: config_file.read(workdir)) if is_there else None
+    held = distributed.from_writer(lambda: refused.has_checkpoint(workdir))
+    if before is None and held:  # the file is lost
+        before = recovery.config_of_checkpoints(workdir)
+    now = json.loads(json.dumps(config))
+    if before is None or before == now:
         return
-    before, now = config_file.read(path.parent), json.loads(json.dumps(config))
-    if before == now:
-        return
-    changed = ", ".join(_differences(before, now))
-    if not refused.has_checkpoint(path.parent):  # it failed, or was killed, at its start
-        recovery.note(f"{path.parent} holds no checkpoint: it gets another config ({changed})")
-        path.unlink()
+    changed = ", ".join(validate.describe_differences(before, now))
+    if not held:  # it failed, or was killed, at its start
+        recovery.note(f"{workdir} holds no checkpoint: it gets another config ({changed})")
+        distributed.from_writer(path.unlink)
     else:
         way = "choose another workdir, or remove it"
         if all(before.get(key) == value for key, value in now.items() if key != "train"):
             way += "; to go on from it, give another workdir train.init_from"
         raise ValueError(
-            f"{path.parent} holds a run of another config (it differs in {changed}); {way}"
+            f"{workdir} holds a run of another config (it differs in {changed}); {way}"
         )
-
-
-def _differences(before: Any, now: Any, name: str = "") -> list[str]:
-    """The dotted keys whose values differ, with both values where these are no mappings."""
-    if isinstance(before, Mapping) and isinstance(now, Mapping):
-        keys = sorted(key for key in {**before, **now} if before.get(key) != now.get(key))
-        return [
-            told
-            for key in keys
-            for told in _differences(before.get(key), now.get(key), f"{name}.{key}".lstrip("."))
-        ]
-    if isinstance(before, Mapping) or isinstance(now, Mapping):
-        return [name]
-    return [f"{name}: {before!r} there, {now!r} here"]
 
 
 def train(
@@ -750,12 +741,13 @@ def train(
     Raises:
       ValueError: a wrong config, or a workdir of another config; before any compilation.
       Diverged: a loss that is not finite; names the step and the last good checkpoint.
-      Interrupted: after SIGTERM, when the state is saved.
+      Interrupted: after SIGTERM or SIGHUP, when the state is saved.
       KeyboardInterrupt: after Ctrl-C, likewise. A second signal ends the process at once.
       OSError: the disk is full or read-only; the last checkpoint is whole.
     """
+    distributed.check_same_values("config", config)
     workdir = validate.check_folder("workdir", workdir)
-    recovery.check_places(workdir)
+    config_file.check_places(workdir)
     run = build(config, workdir=workdir, model=model, data=data)
     with _claimed(workdir):
         return _train(run, workdir, progress=progress)
@@ -784,7 +776,7 @@ def _write_config(run: Run, workdir: pathlib.Path) -> None:
 @refused.leaves_nothing
 def _train(run: Run, workdir: pathlib.Path, *, progress: bool) -> dict[str, Any]:
     """`train` in a workdir that is claimed."""
-    distributed.from_writer(lambda: _check_config(run.config, workdir / config_file.NAME))
+    _check_config(run.config, workdir)
     trainer = Trainer(run, workdir)  # refuses what it cannot train, before the workdir is claimed
     try:
         distributed.from_writer(lambda: _write_config(run, workdir))

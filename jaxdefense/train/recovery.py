@@ -32,27 +32,6 @@ def note(text: str) -> None:
     say(f"note: {text}")
 
 
-def check_places(workdir: pathlib.Path) -> None:
-    """Checks that no folder lies where a run has a file, and no file where it has a folder.
-
-    Args:
-      workdir: of the run; it need not be there.
-
-    Raises:
-      ValueError: otherwise; names what to remove.
-    """
-    for name in ("metrics.jsonl", config_file.NAME, config_file.LISTING):
-        path = workdir / name
-        if path.is_dir():
-            raise ValueError(f"{path} is a folder, where a run has a file: remove it")
-        if path.is_symlink() and not path.exists():
-            raise ValueError(f"{path} is a link to nothing: remove it")
-    for name in ("last", "best"):
-        path = workdir / name
-        if path.exists() and not path.is_dir():
-            raise ValueError(f"{path} is no folder of checkpoints: remove it")
-
-
 def note_torn_lines(path: pathlib.Path) -> int:
     """Says how many lines of a log are torn, and therefore dropped.
 
@@ -76,6 +55,32 @@ def note_lost_last(workdir: pathlib.Path) -> None:
     """
     if read_log(workdir / "metrics.jsonl"):
         note(f"{workdir / 'last'} holds no checkpoint: the run begins again at its first step")
+
+
+def config_of_checkpoints(workdir: pathlib.Path) -> dict[str, Any] | None:
+    """The config of a run whose config.json is lost, as its checkpoints have it.
+
+    Args:
+      workdir: of the run.
+
+    Returns:
+      The config; None, with a note, where no checkpoint can tell it.
+    """
+    for kind in ("last", "best"):
+        if not distributed.from_writer((workdir / kind).is_dir):
+            continue
+        with contextlib.closing(checkpoint.Store(workdir / kind)) as store:
+            try:
+                config = store.meta().get("config")
+            except checkpoint.Damaged:  # said where the run is restored
+                continue
+        if config is not None:
+            return config
+    note(
+        f"{workdir / config_file.NAME} is gone, and the checkpoints (damaged, or of an older "
+        f"version) do not tell the config: the one that is given is taken for theirs, unchecked"
+    )
+    return None
 
 
 @contextlib.contextmanager
