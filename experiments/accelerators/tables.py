@@ -14,7 +14,7 @@ HEADER = (
     "GB a device",
     "fits",
     "GFLOP",
-    "of products",
+    "products",
     "GB moved",
     "bound by",
     "ms, at least",
