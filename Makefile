@@ -28,7 +28,7 @@ docs: .venv/installed
 	.venv/bin/python experiments/tables.py --html site/report.html experiments/records
 	@echo "open site/index.html; for the search: .venv/bin/python -m http.server --directory site"
 
-# Compiles for a TPU without one: hours on a few cores, and it goes on where it was stopped.
+# Compiles for a TPU without one: an hour or two on two cores; it goes on where it was stopped.
 tpu-check: .venv/libtpu
 	.venv/bin/python experiments/accelerators $(ARGS)
 

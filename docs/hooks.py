@@ -34,6 +34,7 @@ PAGES = (
     "extras",
     "files",
     "interrupts",
+    "streams",
 )
 
 

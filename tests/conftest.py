@@ -210,6 +210,7 @@ def import_script(name):
         if (ROOT / "experiments" / f"{module.replace('.', '/')}.py").exists():
             for flag in list(defined):
                 delattr(flags.FLAGS, flag.name)
+            sys.modules.pop(module, None)  # imported again, it defines them again
     return importlib.import_module(name)
 
 

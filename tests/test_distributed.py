@@ -69,6 +69,7 @@ distributed.barrier("never")
 # Trains, then begins to evaluate, each with what this process was given.
 DIFFERENT = """
 import json, sys
+import numpy as np
 from jaxdefense import distributed, train
 from jaxdefense.evaluation import journal
 distributed.initialize()
@@ -76,7 +77,7 @@ values, folder, seed = json.loads(sys.argv[1]), sys.argv[2], int(sys.argv[3])
 description = dict(threat="linf", seed=seed, stages={})
 for attempt in (
     lambda: train.train(values, folder, progress=False),
-    lambda: journal.Journal(folder, description, None),
+    lambda: journal.Journal(folder, description, np.zeros((1, 2))),
 ):
     try:
         attempt()

@@ -30,6 +30,14 @@ def whole(tmp_path_factory, tfds_dir):
     return workdir
 
 
+@pytest.fixture(autouse=True)
+def heard():
+    """Ctrl-C is heard, also where these tests run in a shell's background, which ignores it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 def values(tfds_dir):
     return config(tfds_dir, **{"train.steps_per_dispatch": 3})
 

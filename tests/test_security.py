@@ -259,7 +259,7 @@ class TestFiles:
             "name": "a",
             "seed": 0,
             "__class__": f"{module}.Image",
-            "results": {"py/object": f"{module}.Image", "py/reduce": [{"py/type": module}]},
+            "results": {f"{module}.Image": {"py/reduce": {"py/type": module}}},
             "config": {"__reduce__": ["os.system", ["true"]], "!!python/object": module},
         }
         path = tmp_path / "record.json"

@@ -1,6 +1,6 @@
 """Compiles what users run for a TPU that is not there: does it compile, fit, how long will it take?
 
-    make tpu-check                                    # every row, hours on a few cores
+    make tpu-check                                    # every row: an hour or two on two cores
     make tpu-check ARGS="--rows=m2at,pgd_at --dtypes=bfloat16"
     python experiments/accelerators --list
 
