@@ -1562,6 +1562,21 @@ class TestFlags:
         found = by_name(flags.logit_flags(np.eye(10)[answers], np.asarray(labels)))
         assert found.get("one class", [None])[0] == severity
 
+    def test_another_precision_is_no_other_model(self):
+        evaluator = Evaluator(lambda _, x: predict(x), T)
+        judge(predict, WEAK, evaluator=evaluator)
+        half = judge(predict, WEAK, evaluator=evaluator, images=X.astype(np.float16))
+        assert half.clean.mean() > 0.9
+
+    def test_what_becomes_an_array_is_an_array(self):
+        class Tensor:  # as PyTorch's
+            dtype = "torch.float32"
+
+            def __array__(self, dtype=None, copy=None):
+                return X
+
+        assert judge(predict, WEAK, images=Tensor()).clean.all()
+
     def test_images_of_one_class_have_no_chance(self):
         assert flags.chance_flags(np.eye(10)[np.arange(40) % 9 + 1], np.zeros(40, int)) == []
 
