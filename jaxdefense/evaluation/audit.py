@@ -189,11 +189,11 @@ def audit(
     if labels is not None:
         inputs.check_label_count(np.asarray(labels), len(images))
     classes = inputs.count_classes(predict, images[:1])
-    labels = judge.logits((), images).argmax(-1) if labels is None else np.asarray(labels)
+    logits = judge.logits((), images)
+    labels = logits.argmax(-1) if labels is None else np.asarray(labels)
     inputs.check_labels(labels, len(images), classes)
     noise = judge.measure_noise((), images)
     answers = examine.ask(judge, (), images, labels, count=MIN_PER_DEVICE)
-    logits = judge.logits((), images)
     checks = _basic_checks(noise, logits, answers)
     if any(not check.passed and check.name in _FATAL for check in checks):
         nothing = np.zeros(len(images), bool)
@@ -238,8 +238,8 @@ def _basic_checks(noise: flags.Noise, logits: np.ndarray, answers: examine.Answe
 
     Args:
       noise: of `Evaluator.measure_noise`.
-      logits: (n, K) of the first images.
-      answers: of `examine.ask` about the same images.
+      logits: (N, K), clean.
+      answers: of `examine.ask` about the first of the images.
     """
     rows = (~np.isfinite(np.concatenate([logits, answers.nearby]))).any(-1).mean()
     sums = logits.sum(-1)

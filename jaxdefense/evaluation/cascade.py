@@ -26,7 +26,7 @@ from jaxdefense.evaluation import examine, flags, randomised
 from jaxdefense.evaluation.checks import check_attack, check_ids, check_targets
 from jaxdefense.evaluation.evaluator import Apply, Evaluator, Examples
 from jaxdefense.evaluation.flags import Flag
-from jaxdefense.evaluation.journal import Journal, describe_evaluation, keeps_folder
+from jaxdefense.evaluation.journal import LOG, Journal, describe_evaluation, keeps_folder
 from jaxdefense.evaluation.verdict import Verdict
 from jaxdefense.types import HostArray, PredictWithKey, PyTree, Threat
 
@@ -267,7 +267,7 @@ def run_stages(
     standing = _Progress(start.copy(), x_adv, logits.copy())
     with tqdm(total=len(stages) * int(start.sum()), disable=not progress, unit="image") as bar:
         for stage in stages:
-            rows = standing.begin(stage)
+            began, rows = time.monotonic(), standing.begin(stage)
             bar.set_postfix_str(standing.summary(stage))
             dispatch = functools.partial(_attack, evaluator, variables, stage, examples, seed)
             for done in journal.replay_and_run(stage.name, rows, evaluator.split_rows, dispatch):
@@ -275,6 +275,8 @@ def run_stages(
                 bar.set_postfix_str(standing.summary(stage))
                 bar.update(len(done["asked"]))
             standing.end(stage)
+            robust, seconds = standing.left.mean(), time.monotonic() - began
+            LOG.info(f"{stage.name}: {robust:.2%} robust, {seconds:.0f} s")
     survivors = {"clean": start, **standing.by_attack}
     raised += flags.survivor_flags({n: int(b.sum()) for n, b in survivors.items()}, len(images))
     if stages:

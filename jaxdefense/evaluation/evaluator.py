@@ -399,6 +399,7 @@ class Evaluator:
           ValueError: bad labels, probabilities, NaN, a random model, or one whose logits of an
             image depend on its batch (BatchNorm in train mode).
         """
+        checks.check_label_count(labels, len(images))
         checks.count_classes(lambda x: self.apply(variables, x), images[:1])
         logits = self.logits(variables, images)
         checks.check_logits(logits, len(images))
@@ -587,7 +588,6 @@ class Evaluator:
         if not isinstance(attacks, Mapping):
             raise ValueError(f"attacks must be a mapping {{name: attack}}, got {attacks!r}")
         images, labels = self.check_images(images), np.asarray(labels)
-        checks.check_label_count(labels, len(images))
         ids = check_ids(ids, len(images))
         for name, attack in attacks.items():
             checks.check_attack_name(name)

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxdefense import losses
+from jaxdefense import checksums, losses
 from jaxdefense.types import Array, Images, Labels, Predict, Threat
 
 # From harmless to fatal. A note says what was done; a warning, that another attack may find more;
@@ -413,11 +413,11 @@ def image_flags(images: np.ndarray, threat: Threat) -> list[Flag]:
         evidence = f"images in [{least:g}, {largest:g}] fill {share:.1%} of the bounds [{low:g}, "
         raised.append(Flag("another scale", "warning", f"{evidence}{high:g}]"))
     eps, diameter = float(np.max(threat.eps)), threat.diameter(images[0].size)
-    least = _TINY * diameter if threat.norm != "l1" else 0.1 * (high - low)  # of one pixel
-    if 0 < eps < least:
+    usual = _TINY * diameter if threat.norm != "l1" else 0.1 * (high - low)  # of one pixel
+    if 0 < eps < usual:
         evidence = f"eps {eps:g} in bounds [{low:g}, {high:g}]: eps has the images' units"
         raised.append(Flag("another scale", "warning", evidence))
-    different = len({image.tobytes() for image in images})
+    different = len({checksums.describe_array(image) for image in images})
     if different < 0.99 * len(images):
         evidence = f"{len(images)} images, of which {different} are different"
         raised.append(Flag("copies", "warning", evidence))

@@ -19,7 +19,6 @@ import logging
 import pathlib
 import re
 import sys
-import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, ParamSpec, TypeVar
 
@@ -125,7 +124,7 @@ class Journal:
     def __init__(
         self, folder: pathlib.Path | None, description: Mapping[str, Any], logits: np.ndarray
     ):
-        self.folder, self._examples = folder, len(logits)
+        self.folder = folder
         if folder is None:
             return
         for name, text in description.items():
@@ -199,21 +198,6 @@ class Journal:
         Yields:
           A dispatch's arrays, and its rows under "asked".
         """
-        began, left, counted = time.monotonic(), len(rows), False
-        for done in self._replay_and_run(stage, rows, packs, dispatch):
-            if "rows" in done:
-                left, counted = left - len(done["rows"]), True
-            yield done
-        robust = f"{left / self._examples:.2%} robust, " if counted else ""
-        LOG.info("%s: %s%.0f s", stage, robust, time.monotonic() - began)
-
-    def _replay_and_run(
-        self,
-        stage: str,
-        rows: np.ndarray,
-        packs: Callable[[np.ndarray], Iterable[np.ndarray]],
-        dispatch: Callable[[np.ndarray], dict[str, Any]],
-    ) -> Iterator[dict[str, Any]]:
         asked = [np.zeros(0, int)]
         number = 0
         for path in distributed.from_writer(lambda: self._files(stage)):

@@ -23,7 +23,7 @@ from jaxdefense.evaluation import examine, flags
 from jaxdefense.evaluation.checks import check_attack, check_ids
 from jaxdefense.evaluation.evaluator import Apply, Evaluator, Examples, attack_keys
 from jaxdefense.evaluation.flags import Flag
-from jaxdefense.evaluation.journal import Journal, describe_evaluation, keeps_folder
+from jaxdefense.evaluation.journal import LOG, Journal, describe_evaluation, keeps_folder
 from jaxdefense.evaluation.verdict import RandomVerdict
 from jaxdefense.types import Array, HostArray, Images, Labels, Logits, Predict, PyTree
 
@@ -94,6 +94,7 @@ def run_stages(
 
     with tqdm(total=len(stages) * len(images), disable=not progress, unit="image") as bar:
         for stage in stages:
+            began = time.monotonic()
             passes[stage.name] = (stage.forward * len(images), stage.backward * len(images))
             dispatch = functools.partial(_craft, evaluator, variables, stage, examples, seed)
             for done in journal.replay_and_run(
@@ -108,6 +109,7 @@ def run_stages(
                 bar.set_postfix_str(f"{stage.name}, {worst.mean():.2%} right")
                 bar.update(len(rows))
             by_attack[stage.name] = worst >= 0.5
+            LOG.info(f"{stage.name}: {time.monotonic() - began:.0f} s")
     counts = {name: int(bits.sum()) for name, bits in {"clean": start, **by_attack}.items()}
     raised += flags.survivor_flags(counts, len(images))
     share = judge.share("verdict", x_adv)

@@ -198,8 +198,9 @@ def _check_entries(record: Record) -> None:
       ValueError: names the entry.
     """
     validate.check_types("record", record, _ENTRIES)
-    for predictor, attacks in record["results"].items():
-        validate.check_types("results", {predictor: attacks}, {predictor: Mapping})
+    results = record["results"]
+    validate.check_types("results", results, dict.fromkeys(results, Mapping))
+    for predictor, attacks in results.items():
         validate.check_types(f"results.{predictor}", attacks, dict.fromkeys(attacks, Mapping))
 
 

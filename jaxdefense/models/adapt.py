@@ -308,11 +308,14 @@ class _NNX:
 
     def __init__(self, model: Any, name: str, example: Any):
         self._make = model
-        if not isinstance(model, nnx.Module):
-            # NNX's metaclass hides the arguments of a class.
-            bound = (model.__init__, "self") if inspect.isclass(model) else (model,)
-            _check_takes(bound[0], "(rngs=...)", *bound[1:], rngs=None)
-        module = copy.deepcopy(model) if isinstance(model, nnx.Module) else model(rngs=nnx.Rngs(0))
+        if isinstance(model, nnx.Module):
+            module = copy.deepcopy(model)
+        else:
+            if inspect.isclass(model):  # NNX's metaclass hides the arguments of a class
+                _check_takes(model.__init__, "(rngs=...)", "self", rngs=None)
+            else:
+                _check_takes(model, "(rngs=...)", rngs=None)
+            module = model(rngs=nnx.Rngs(0))
         if not isinstance(module, nnx.Module):
             raise ValueError(f"{name} must make an NNX module, made {type(module).__name__}")
         for path, part in nnx.iter_modules(module):
