@@ -1,4 +1,9 @@
-"""Two rows of records compared seed by seed, by a two-sided paired t-test."""
+"""Two rows of records compared: over seeds by a paired t-test, over the images in one seed.
+
+The second is McNemar's exact test of the images that one row answers rightly and the other does
+not; both are two-sided. It says which of two trained networks is better, and nothing of other
+seeds.
+"""
 
 import dataclasses
 import math
@@ -9,7 +14,7 @@ from typing import Any
 
 from scipy import stats
 
-from jaxdefense.evaluation import tables
+from jaxdefense.evaluation import records, tables
 from jaxdefense.evaluation.records import Record
 
 Seeds = Mapping[int, Mapping[str, Any]]  # {seed: record}
@@ -24,12 +29,15 @@ class Comparison:
       count: of images, as a table shows it.
       first: accuracies by seed.
       second: likewise, of the same seeds.
+      apart: (images that only the first answers rightly, only the second), of each seed whose
+        records have bits.
     """
 
     column: str
     count: str
     first: list[float]
     second: list[float]
+    apart: list[tuple[int, int]] = dataclasses.field(default_factory=list)
 
     @property
     def difference(self) -> float:
@@ -53,6 +61,25 @@ class Comparison:
             return None
         found = stats.ttest_rel(self.first, self.second)
         return float(found.statistic), float(found.pvalue)
+
+    def test_of_images(self) -> float | None:
+        """McNemar's exact p of a single pair; None for several, without bits or without images."""
+        if len(self.first) > 1 or not self.apart or not sum(self.apart[0]):
+            return None
+        return float(stats.binomtest(self.apart[0][0], sum(self.apart[0])).pvalue)
+
+
+def count_apart(first: Mapping[str, Any], second: Mapping[str, Any]) -> tuple[int, int] | None:
+    """Images that only the first answers rightly, and only the second; None without bits.
+
+    Args:
+      first: a result of a record, with "bits" and "n".
+      second: likewise, of the same images in the same order.
+    """
+    if "bits" not in first or "bits" not in second:
+        return None
+    a, b = (records.unpack_bits(result["bits"], result["n"]) for result in (first, second))
+    return int((a & ~b).sum()), int((b & ~a).sum())
 
 
 def find_row(found: Sequence[Record], label: str) -> tuple[str, Seeds]:
@@ -115,5 +142,6 @@ def compare(
                     f"{first} and {second} make no pairs: the {what} is {values[0]} and {values[1]}"
                 )
         a, b = ([row[s][column]["accuracy"] for s in seeds] for row in (one, two))
-        comparisons.append(Comparison(column, counts[0], a, b))
+        apart = [found for s in seeds if (found := count_apart(one[s][column], two[s][column]))]
+        comparisons.append(Comparison(column, counts[0], a, b, apart))
     return comparisons

@@ -3,7 +3,8 @@
     python experiments/study.py --list                  # the rows, what is done, expected minutes
     python experiments/study.py --hours=3 --grid=cpu
     python experiments/study.py --hours=0.15 --grid=gpu  # a slice of nine minutes
-    python experiments/study.py --rows='m2at-*' --again  # what failed is tried once more
+    python experiments/study.py --rows='m2at-*,trades-*'
+    python experiments/study.py --again                  # what failed is tried once more
     python experiments/study.py --choose                 # measures candidates of the reduced recipe
 
 A row trains in WORKDIR/ROW and leaves its records in RECORDS; a row whose records are there is
@@ -37,7 +38,7 @@ HERE = pathlib.Path(__file__).parent
 
 HOURS = flags.DEFINE_float("hours", None, "Stop after so long; default when all is done.", 0.0)
 GRID = flags.DEFINE_enum("grid", "cpu", grid.GRIDS, "Which rows; debug takes minutes.")
-ROWS = flags.DEFINE_string("rows", "*", "Only rows or candidates with such a name, with * and ?.")
+ROWS = flags.DEFINE_list("rows", ["*"], "Only rows or candidates so named, with * and ?.")
 AGAIN = flags.DEFINE_bool("again", False, "Try again what has failed.")
 LIST = flags.DEFINE_bool("list", False, "Print the rows with their minutes, and run nothing.")
 CHOOSE = flags.DEFINE_bool("choose", False, "Measure candidates of the reduced recipe instead.")

@@ -10,16 +10,15 @@ shorter its AutoAttack the shorter the whole grid. Killed, it goes on where it w
 """
 
 import dataclasses
-import fnmatch
 import json
 import pathlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import cli
 import study_grid as grid
 
-from jaxdefense import files, registry, runs
+from jaxdefense import files, runs
 from jaxdefense.evaluation import protocols, records, tables
 from jaxdefense.train import train
 
@@ -191,7 +190,7 @@ def line(candidate: Candidate, found: Mapping[str, Any]) -> list[str]:
 def main(
     folder: pathlib.Path,
     seconds: float,
-    pattern: str = "*",
+    patterns: Sequence[str] = ("*",),
     candidates: tuple[Candidate, ...] = CANDIDATES,
     measured: Callable[..., dict[str, Any]] = measure,
 ) -> int:
@@ -200,16 +199,14 @@ def main(
     Args:
       folder: of the runs.
       seconds: of training, for each.
-      pattern: of the names of those that are measured, with * and ?.
+      patterns: of the names of those that are measured, with * and ?.
       candidates: that there are.
       measured: as `measure`.
 
     Raises:
       ValueError: no candidate has such a name; the nearest are named.
     """
-    chosen = [one for one in candidates if fnmatch.fnmatchcase(one.name, pattern)]
-    if not chosen:
-        registry.raise_unknown("candidate", pattern, [one.name for one in candidates])
+    chosen = grid.matching("candidate", candidates, patterns)
     cli.quiet_logs()
     cli.enable_cache()
     cli.spread_over_cores()

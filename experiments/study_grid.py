@@ -25,6 +25,7 @@ STUDENTS = ("add", "ard", "iad", "adaad")
 ROBUST = ("pgd_at", "trades", "mart", "avmixup", "iat", "m2at", "m2at_shuffle")
 TRANSFORMS = ("awp", "ema")
 
+OF_PAPERS = ("cost_sensitive", "literal")  # protocols that are a paper's own: no honest number
 EXAMPLES = 1000  # first test images under AutoAttack
 EXAMPLES_OF = {"autoattack": EXAMPLES, "audit": 200}  # by protocol; all in the others
 
@@ -37,7 +38,7 @@ class Row:
       config: name of a config; empty where the study's own results choose it, see `best`.
       variant: of the config; of a chosen one what stands before the transform's name.
       seed: of the run.
-      protocols: of experiments/evaluate.py, in order, or "cost_sensitive", the script of
+      protocols: of experiments/evaluate.py, in order, or `OF_PAPERS`, scripts of
         experiments/papers.
       checkpoint: that is judged, "best" or "last".
       best: (place, transform): the row is that of the robust config in this place, with it.
@@ -113,9 +114,11 @@ def _settings(row: Row) -> dict[str, Any]:
     return found
 
 
-def _protocols(config: str) -> tuple[str, ...]:
-    """Clean, FGSM and PGD, then AutoAttack; for what cleans images the audit too."""
-    return ("configured", "autoattack", *(["audit"] if config in PURIFIERS else []))
+def _protocols(config: str, variant: str) -> tuple[str, ...]:
+    """Clean, FGSM and PGD, then AutoAttack; the audit for what cleans images; CLAF's own attack."""
+    audited = ["audit"] if config in PURIFIERS else []
+    literal = ["literal"] if config == "claf" and variant.startswith(_CPU) else []
+    return ("configured", "autoattack", *audited, *literal)
 
 
 def rows_of(pairs: Iterable[tuple[str, str]], seeds: Iterable[int] = (0,)) -> list[Row]:
@@ -126,7 +129,7 @@ def rows_of(pairs: Iterable[tuple[str, str]], seeds: Iterable[int] = (0,)) -> li
       seeds: the first of all pairs, then the second.
     """
     pairs = list(pairs)
-    return [Row(c, v, seed, _protocols(c)) for seed in seeds for c, v in pairs]
+    return [Row(c, v, seed, _protocols(c, v)) for seed in seeds for c, v in pairs]
 
 
 _CPU = "cifar10_cpu"
@@ -247,12 +250,32 @@ def _debug_rows() -> list[Row]:
     return [Row(*pair, protocols=("configured",)) for pair in pairs]
 
 
-def rows(grid: str, pattern: str = "*") -> list[Row]:
+def matching(what: str, known: Sequence[Any], patterns: Iterable[str]) -> list[Any]:
+    """What has a name that one of the patterns fits, in its order.
+
+    Args:
+      what: they are, e.g. "candidate", for the error.
+      known: things with a `name`.
+      patterns: with * and ?.
+
+    Raises:
+      ValueError: a pattern fits nothing; the nearest names are told.
+    """
+    names = [one.name for one in known]
+    chosen: set[str] = set()
+    for pattern in patterns:
+        if not (found := fnmatch.filter(names, pattern)):
+            registry.raise_unknown(what, pattern, names)
+        chosen.update(found)
+    return [one for one in known if one.name in chosen]
+
+
+def rows(grid: str, patterns: Iterable[str] = ("*",)) -> list[Row]:
     """The rows of a grid in order of worth.
 
     Args:
       grid: one of `GRIDS`.
-      pattern: of the rows' names, with * and ?.
+      patterns: of the rows' names, with * and ?.
 
     Raises:
       ValueError: no row has such a name; the nearest are named.
@@ -263,10 +286,7 @@ def rows(grid: str, pattern: str = "*") -> list[Row]:
         "full": lambda: [*_cpu_rows(), *_gpu_rows()],
         "debug": _debug_rows,
     }[grid]()
-    chosen = [row for row in found if fnmatch.fnmatchcase(row.name, pattern)]
-    if not chosen:
-        registry.raise_unknown(f"row of the grid {grid}", pattern, [row.name for row in found])
-    return chosen
+    return matching(f"row of the grid {grid}", found, patterns)
 
 
 def training_words(
@@ -302,6 +322,8 @@ def judging_words(
         # The paper's PGD on CIFAR-10 was of other networks; its metric I there is of eps .03.
         narrow = ("--eps=.03", "--pgd=false") if row.variant.startswith("cifar10") else ()
         return ("papers/cost_sensitive.py", *common, *narrow, "--progress=false")
+    if protocol == "literal":
+        return ("papers/claf_literal.py", *common)
     examples = EXAMPLES_OF.get(protocol)
     some = (f"--examples={examples}",) if examples else ()
     return ("evaluate.py", *common, f"--protocol={protocol}", *some)

@@ -111,7 +111,7 @@ def study_sources(row: grid.Row) -> list[Source]:
     return [
         Source(f"{STUDY}/{row.folder}/{protocol}", name, protected, _HONEST)
         for protocol in reversed(row.protocols)
-        if protocol != "cost_sensitive"
+        if protocol not in grid.OF_PAPERS
     ]
 
 
@@ -156,6 +156,12 @@ def _row(config: str, variant: str = _CPU, **more: object) -> grid.Row:
 
 def _reduced(label: str, config: str, variant: str = _CPU, differs: str = _SHORT) -> Line:
     return Line(f"{label}, CIFAR-10", _row(config, variant), differs=differs)
+
+
+def _reduced_claf(label: str, variant: str) -> Line:
+    """A row of the reduced recipe that is judged by CLAF's own attack too."""
+    own = Source(f"{STUDY}/{_CPU}/literal", f"claf-{variant} (the literal attack)")
+    return dataclasses.replace(_reduced(label, "claf", variant), own=own)
 
 
 def _on_cpu(text: str, first: str, second: str, column: str = "autoattack") -> Claim:
@@ -249,8 +255,8 @@ _CLAF = Document(
         _reduced("SupCon", "supcon"),
         _reduced("RoCL", "rocl"),
         _reduced("ACL", "acl"),
-        _reduced("CLAF, pixel mode", "claf"),
-        _reduced("CLAF, literal mode", "claf", f"{_CPU}_literal"),
+        _reduced_claf("CLAF, pixel mode", _CPU),
+        _reduced_claf("CLAF, literal mode", f"{_CPU}_literal"),
     ],
     [
         _on_cpu("CLAF has more clean accuracy than RoCL.", "claf", "rocl", "clean"),
@@ -619,15 +625,22 @@ def verdict(claim: Claim) -> str:
     if missing := [name for name in (claim.first, claim.second) if name not in have]:
         return f"open: no record of {' and '.join(missing)}"
     (pair,) = comparisons.compare(found, claim.first, claim.second, [claim.column])
-    count = len(pair.first)
-    gap = f"{pair.difference:+.2f} points"
-    test = pair.test()
-    if test is None:
-        return f"not tested: {gap} in {count} pair" + ("s that differ alike" if count > 1 else "")
-    told = f"{gap}, standard error {pair.error:.2f}, {count} pairs, p {_format_p(test[1])}"
-    if test[1] >= ALPHA:
-        return f"not decided: {told}"
-    return f"{'holds' if pair.difference > 0 else 'does not hold'}: {told}"
+    count, gap = len(pair.first), f"{pair.difference:+.2f} points"
+    if (test := pair.test()) is not None:
+        told = f"{gap}, standard error {pair.error:.2f}, {count} pairs, p {_format_p(test[1])}"
+        return _say(test[1], pair.difference, "", told)
+    if (p := pair.test_of_images()) is not None:
+        one, other = pair.apart[0]
+        told = f"{gap}; of {pair.count} images {one} and {other} are right in one alone, "
+        return _say(p, pair.difference, " in one seed", f"{told}p {_format_p(p)}")
+    return f"not tested: {gap} in {count} pair" + ("s that differ alike" if count > 1 else "")
+
+
+def _say(p: float, difference: float, where: str, told: str) -> str:
+    """A verdict and what it rests on."""
+    if p >= ALPHA:
+        return f"not decided{where}: {told}"
+    return f"{'holds' if difference > 0 else 'does not hold'}{where}: {told}"
 
 
 def _format_p(p: float) -> str:

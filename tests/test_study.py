@@ -89,7 +89,7 @@ def start(tmp_path, monkeypatch):
         (tmp_path / "fake.json").write_text(json.dumps(plans))
         monkeypatch.setattr(study.grid, "rows", lambda *_: list(rows))
         defaults = dict(
-            hours=None, grid="cpu", rows="*", again=False, list=False, side_by_side=1,
+            hours=None, grid="cpu", rows=["*"], again=False, list=False, side_by_side=1,
             workdir=str(tmp_path / "runs"), records=str(tmp_path / "records"), renew=False,
             progress=True,
         )  # fmt: skip
@@ -138,6 +138,13 @@ def test_the_grid_holds_what_the_study_promises():
     }
     for row in rows:
         assert ("audit" in row.protocols) == (row.config in grid.PURIFIERS)
+        for protocol in row.protocols:
+            words = grid.judging_words(row, protocol, pathlib.Path("run"), pathlib.Path("record"))
+            assert (ROOT / "experiments" / words[0]).exists()
+            own = protocol in grid.OF_PAPERS
+            assert own != (f"--protocol={protocol}" in words)
+    literal = {row.name for row in rows if "literal" in row.protocols}
+    assert literal >= {"claf-cifar10_cpu-0", "claf-cifar10_cpu_literal-0"}
 
 
 def test_teachers_come_before_their_students_and_few_rows_are_worth_most():
@@ -150,11 +157,13 @@ def test_teachers_come_before_their_students_and_few_rows_are_worth_most():
 
 
 def test_an_unknown_row_names_the_nearest():
-    assert [row.name for row in grid.rows("cpu", "trades-cifar10_cpu-?")] == [
-        f"trades-cifar10_cpu-{seed}" for seed in range(3)
+    named = grid.rows("cpu", ["standard-mnist-0", "trades-cifar10_cpu-?"])
+    assert [row.name for row in named] == [
+        *(f"trades-cifar10_cpu-{seed}" for seed in range(3)),
+        "standard-mnist-0",
     ]
     with pytest.raises(ValueError, match="nearest: trades-cifar10_cpu-0"):
-        grid.rows("cpu", "trade-cifar10_cpu-0")
+        grid.rows("cpu", ["standard-*", "trade-cifar10_cpu-0"])
 
 
 def fake_splits(name, classes=10, side=32, channels=3):
@@ -388,11 +397,13 @@ def test_candidates_are_measured_one_after_another(tmp_path, capsys, monkeypatch
         record = {"results": results, "seconds": 600.0}
         return {"epochs": 3.0, "step_ms": 400.0, "training": 470.0, "record": record}
 
-    assert study_choose.main(tmp_path, 480, study_choose.CANDIDATES[0].name, measured=measured) == 0
+    assert (
+        study_choose.main(tmp_path, 480, [study_choose.CANDIDATES[0].name], measured=measured) == 0
+    )
     said = capsys.readouterr().out
     assert "| resnet8-pgd2 | 17.3 | 400 | 3.0 | 50.0 | 26.0 | 25.0 | 7.8 | 10.0 |" in said
 
 
 def test_candidates_are_named_where_none_is_meant(tmp_path):
     with pytest.raises(ValueError, match=r"unknown candidate .resnet8-pgd3.*resnet8-pgd2"):
-        study_choose.main(tmp_path, 480, "resnet8-pgd3")
+        study_choose.main(tmp_path, 480, ["resnet8-pgd3"])

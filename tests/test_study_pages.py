@@ -1,5 +1,6 @@
 """The cross-table: who is first, what it cost, what is open."""
 
+import numpy as np
 import pytest
 import study_grid as grid
 import study_pages
@@ -67,3 +68,43 @@ def test_what_is_open_has_the_command_of_its_grid(folder):
     both = study_pages.cross_table("cifar10")
     assert "`python experiments/study.py --grid=gpu`" in both
     assert "--grid=cpu" in both
+
+
+class TestVerdict:
+    """By hand: nine and one images apart have p = 2 (1 + 10) / 1024 = .021, eight and two .109."""
+
+    claim = study_pages.Claim("a is better.", "a-digits", "b-digits", "records", "pgd20")
+
+    @pytest.fixture
+    def compared(self, tmp_path, monkeypatch):
+        monkeypatch.setattr(study_pages, "ROOT", tmp_path)
+
+        def verdict(a, b, seeds=1):
+            """Of rows that answer rightly what a and b hold, of 20 images."""
+            for name, right in {"a": a, "b": b}.items():
+                bits = np.isin(np.arange(20), list(right))
+                result = {"accuracy": 100 * bits.mean(), "n": 20, "bits": records.pack_bits(bits)}
+                for seed in range(seeds):
+                    config = {"dataset": {"name": "digits"}}
+                    results = {"classifier": {"pgd20": result}}
+                    made = records.make(f"{name}-digits", config, results, seed=seed, seconds=1.0)
+                    (tmp_path / "records").mkdir(exist_ok=True)
+                    records.save(made, tmp_path / "records" / f"{name}-{seed}.json")
+            return study_pages.verdict(self.claim)
+
+        return verdict
+
+    def test_one_seed_is_tested_over_its_images(self, compared):
+        told = (
+            "holds in one seed: +40.00 points; of 20 images 9 and 1 are right in one alone, p .021"
+        )
+        assert compared(range(10, 19), {0}) == told
+        assert compared({0}, range(10, 19)).startswith("does not hold in one seed: -40.00 points")
+        found = compared(range(10, 18), {0, 1})
+        assert found.startswith("not decided in one seed: +30.00 points")
+        assert found.endswith("p .109")
+
+    def test_what_cannot_be_tested_says_so(self, compared):
+        assert compared({1}, {1}) == "not tested: +0.00 points in 1 pair"
+        told = "not tested: +40.00 points in 3 pairs that differ alike"
+        assert compared(range(10, 19), {0}, seeds=3) == told

@@ -9,8 +9,8 @@ The released code perturbs images that are already normalised, by eps in units o
 them to [0, 1] there. So every value below the mean becomes the mean, every one above mean + std
 becomes that, and the rest moves by about 1.6/255. Any trained CIFAR-10 run is judged under that
 attack and under PGD with the same numbers in pixels; claf:cifar10_literal is the run to reproduce
-the README's number with. Writes FOLDER/NAME.json and .png, NAME being the run's. The literal
-accuracy counts, as the released code does, every image that is right after the attack.
+the README's number with. The literal accuracy counts, as the released code does, every image that
+is right after the attack.
 """
 
 import pathlib
@@ -39,7 +39,10 @@ with cli.needed("plots"):
 FOLDER = pathlib.Path(__file__).parents[1] / "records" / "claf_literal"
 
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder of a trained CIFAR-10 run.", required=True)
-OUT = flags.DEFINE_string("folder", str(FOLDER), "Where the record and the figure go.")
+KIND = flags.DEFINE_enum("checkpoint", "best", ["best", "last"], "Which checkpoint is judged.")
+RECORD = flags.DEFINE_string(
+    "record", None, f"Where to write it, with the figure beside; default {FOLDER.name}/NAME.json."
+)
 EXAMPLES = flags.DEFINE_integer("examples", 512, "Only the first so many test examples.")
 
 # What most CIFAR-10 loaders subtract and divide by, for a model without its own. INFERRED for the
@@ -120,7 +123,7 @@ def main(argv):
         print(f"skipped: CIFAR-10 is not prepared in {folder}, see experiments/prepare_data.py")
         return
     began = time.monotonic()
-    run, variables, meta = runs.restore(WORKDIR.value)
+    run, variables, meta = runs.restore(WORKDIR.value, kind=KIND.value)
     if run.config["dataset"]["name"] != "cifar10":
         raise ValueError(f"{WORKDIR.value} is a run on {run.config['dataset']['name']}")
     mean = getattr(run.module, "mean", None) or NORMALISED["mean"]
@@ -153,13 +156,13 @@ def main(argv):
         seconds=time.monotonic() - began,
         protocol="literal",
         threat=dict(norm="linf", eps=BALL.eps, note="literal: of normalised images, clamped"),
-        training={"checkpoint": "best", **meta},
+        training={"checkpoint": KIND.value, **meta},
         reported=run.config.get("reported", {}),
         geometry=numbers,
         normalisation={"mean": list(mean), "std": list(std)},
     )
-    out = pathlib.Path(OUT.value)
-    records.save(record, out / f"{run.config['name']}.json")
+    path = pathlib.Path(RECORD.value or FOLDER / f"{run.config['name']}.json")
+    records.save(record, path)
     columns = {
         "original": images,
         "clamped": clamped,
@@ -173,10 +176,10 @@ def main(argv):
         "pgd10": "PGD-10,\n8/255",
     }
     accuracies = {title: results[name]["accuracy"] for name, title in titles.items()}
-    draw(columns, numbers, accuracies).savefig(out / f"{run.config['name']}.png", dpi=110)
+    draw(columns, numbers, accuracies).savefig(path.with_suffix(".png"), dpi=110)
     for name, value in (*numbers.items(), *((n, r["accuracy"]) for n, r in results.items())):
         print(f"{name:42s} {value:8.2f}")
-    print(f"record and figure: {out}")
+    print(f"record and figure: {path}, {path.with_suffix('.png').name}")
 
 
 if __name__ == "__main__":
