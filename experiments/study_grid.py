@@ -133,25 +133,25 @@ def rows_of(pairs: Iterable[tuple[str, str]], seeds: Iterable[int] = (0,)) -> li
 
 
 _CPU = "cifar10_cpu"
-# The first row of each document with what it is compared with, then their rivals.
+# The systems with what they are compared with, then their rivals.
 _CPU_FIRST = [
     ("pgd_at", _CPU),
     ("standard", _CPU),
     ("trades", _CPU),
     ("m2at", _CPU),
-    ("avmixup", _CPU),
     ("cse", _CPU),
     ("csa", _CPU),
     ("gssl", _CPU),
     ("gssl_baseline", _CPU),
-    ("mart", _CPU),
-    ("iat", _CPU),
-    ("add", _CPU),
     ("ipg", _CPU),
     ("claf", _CPU),
+    ("avmixup", _CPU),
+    ("mart", _CPU),
+    ("iat", _CPU),
+    ("m2at_shuffle", _CPU),
+    ("add", _CPU),
 ]
 _CPU_RIVALS = [
-    ("m2at_shuffle", _CPU),
     ("m2at", f"{_CPU}_gamma2"),
     ("m2at", f"{_CPU}_onehot"),
     ("fgsm_at", _CPU),

@@ -23,6 +23,7 @@ ROOT = pathlib.Path(__file__).parents[1]
 RECORDS = "experiments/records"
 STUDY = f"{RECORDS}/study"
 
+TOP = 10  # rows of a cross-table that README shows
 ALPHA = 0.05  # a verdict needs a p below it
 
 
@@ -674,11 +675,28 @@ def _epoch_seconds(record: Record) -> float | None:
 
 
 def cross_table(folder: str) -> str:
-    """All systems of one recipe, the most robust under AutoAttack first, with what they cost.
+    """All systems of one recipe, the most robust under AutoAttack first, and what is open.
 
     Args:
       folder: of the study's records, e.g. "cifar10_cpu".
     """
+    table, robust = _ranked(folder)
+    parts = [table, tables.provenance(robust)] if robust else []
+    return "\n\n".join([*parts, *_open_rows(folder, {record["name"] for record in robust})])
+
+
+def top_table(folder: str) -> str:
+    """The first rows of a cross-table.
+
+    Args:
+      folder: of the study's records, e.g. "cifar10_cpu".
+    """
+    table, robust = _ranked(folder, TOP)
+    return f"{table}\n\n{tables.provenance(robust)}"
+
+
+def _ranked(folder: str, most: int | None = None) -> tuple[str, list[Record]]:
+    """A cross-table of so many rows, with what they cost, and the records behind it."""
     path = ROOT / STUDY / folder
     robust = records.load_all([path / "autoattack"]) if (path / "autoattack").exists() else []
     clean = records.load_all([path / "configured"]) if (path / "configured").exists() else []
@@ -705,13 +723,12 @@ def cross_table(folder: str) -> str:
             *_costs(same),
             _thousands(same[0].get("parameters", {}).get(predictor)),
         ]
-        ranked.append((statistics.fmean(values), cells))
-    ranked.sort(key=lambda found: -found[0])
-    lines = [cells for _, cells in ranked]
+        ranked.append((statistics.fmean(values), cells, same))
+    ranked = sorted(ranked, key=lambda found: -found[0])[:most]
     header = ["accuracy, %", "threat", "n", "clean", pgd, "autoattack", "worst class"]
     header += ["s an epoch", "GB", "parameters"]
-    parts = [tables.markdown(header, lines), tables.provenance(robust)] if lines else []
-    return "\n\n".join([*parts, *_open_rows(folder, {record["name"] for record in robust})])
+    shown = [record for *_, same in ranked for record in same]
+    return tables.markdown(header, [cells for _, cells, _ in ranked]), shown
 
 
 def _longest_pgd(found: Sequence[Record]) -> str:

@@ -10,8 +10,8 @@
 
 A marked table lies between `<!-- KIND PATH -->` and `<!-- end -->`; KIND is table, protected
 (metric I), benchmark, accelerators or soak (the counts of experiments/soak.py), and PATH is of its
-records. In docs/tables KIND is also document or claims, with the name of one, or cross, with a
-folder of the study's records (study_pages.py).
+records. KIND is also document or claims, with the name of one, or cross or top, with a folder of
+the study's records: a whole cross-table or its first rows (study_pages.py).
 
 One number within a line of text lies between `<!-- accuracy PATH; ROW; ATTACK -->` and
 `<!-- end -->`; ROW is a record's NAME or NAME[PREDICTOR], or a run of the benchmark `fast`, whose
@@ -52,7 +52,7 @@ _RENDERED = {"benchmark": benchmark.render, "accelerators": accelerators.render}
 
 ROOT = pathlib.Path(__file__).parents[1]
 _MARKED = re.compile(
-    r"(<!-- (table|protected|benchmark|accelerators|soak|document|claims|cross) (\S+) -->\n)"
+    r"(<!-- (table|protected|benchmark|accelerators|soak|document|claims|cross|top) (\S+) -->\n)"
     r".*?(<!-- end -->)",
     re.DOTALL,
 )
@@ -62,6 +62,7 @@ _OF_STUDY = {
     "document": study_pages.document_table,
     "claims": study_pages.claims,
     "cross": study_pages.cross_table,
+    "top": study_pages.top_table,
 }
 # What --check looks at in prose: 84.34, 60.47 %, 5 %, .2 %; not 2302.08066, 8/255 or eps .15.
 _PERCENT = re.compile(r"(?<![\w.\-/])(\d{1,3}\.\d\d(?![\w]|\.\d)|(?:\d{1,3}|\d{0,3}\.\d+)(?= ?%))")

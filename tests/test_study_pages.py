@@ -59,6 +59,15 @@ def test_the_most_robust_is_first_with_its_costs(folder):
     assert found[5:9] == ["90.50 ± 0.71 (2)", "85.50 ± 0.71 (2)", "11", "1.50"]
 
 
+def test_the_top_shows_the_first_rows_and_their_records_alone(folder, monkeypatch):
+    monkeypatch.setattr(study_pages, "TOP", 1)
+    table = study_pages.top_table(folder)
+    assert "pgd_at-mnist" in table
+    assert "trades-mnist" not in table
+    assert "2 records;" in table
+    assert "Open" not in table
+
+
 def test_what_is_open_has_the_command_of_its_grid(folder):
     (told,) = [line for line in study_pages.cross_table(folder).splitlines() if "Open" in line]
     assert "m2at-mnist," in told
