@@ -487,6 +487,30 @@ _ADD = Document(
     ],
 )
 
+def _both(text: str, first: str, second: str, column: str = "autoattack") -> list[Claim]:
+    """A claim about two rows of reduced CIFAR-10, then of MNIST's."""
+    folder = "autoattack" if column == "autoattack" else "configured"
+    return [
+        Claim(f"{text}, {said}.", f"{first}-{row}", f"{second}-{row}", path, column)
+        for said, row, path in (
+            ("CIFAR-10", _CPU, f"{STUDY}/{_CPU}/{folder}"),
+            ("MNIST", "mnist", f"{STUDY}/mnist/{folder}"),
+        )
+    ]
+
+
+# The tests behind the findings of docs/tables/all_systems.md.
+_FINDINGS = Document(
+    [],
+    [
+        *_both("CSE is more robust than standard training", "cse", "standard"),
+        *_both("PGD-AT is more robust than M2AT", "pgd_at", "m2at"),
+        *_both("M2AT has more clean accuracy than PGD-AT", "m2at", "pgd_at", "clean"),
+        *_both("TRADES is more robust than PGD-AT", "trades", "pgd_at"),
+        *_both("CSA is more robust than FGSM training", "csa", "fgsm_at"),
+    ],
+)
+
 DOCUMENTS = {
     "m2at": _M2AT,
     "claf": _CLAF,
@@ -494,6 +518,7 @@ DOCUMENTS = {
     "gssl": _GSSL,
     "ipg": _IPG,
     "add": _ADD,
+    "all_systems": _FINDINGS,
 }
 
 
