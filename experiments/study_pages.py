@@ -487,6 +487,7 @@ _ADD = Document(
     ],
 )
 
+
 def _both(text: str, first: str, second: str, column: str = "autoattack") -> list[Claim]:
     """A claim about two rows of reduced CIFAR-10, then of MNIST's."""
     folder = "autoattack" if column == "autoattack" else "configured"
