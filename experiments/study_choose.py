@@ -75,12 +75,12 @@ class Candidate:
         return 49000 * (2 * self.steps + 3) * grid.forward_cost(self.config(1))
 
     def epochs(self, seconds: float) -> float:
-        """The epochs that should fit at `grid.SPEED`.
+        """The epochs that should fit at `grid.CPU_SPEED`.
 
         Args:
           seconds: of training.
         """
-        return seconds * grid.SPEED["cpu"] / self.operations
+        return seconds * grid.CPU_SPEED / self.operations
 
 
 def _resnet(width: int) -> dict[str, Any]:

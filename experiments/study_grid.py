@@ -7,6 +7,7 @@ import dataclasses
 import fnmatch
 import functools
 import json
+import math
 import pathlib
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -359,7 +360,13 @@ FORWARD = {
 }
 IMAGES = {"mnist": 60000, "fashion_mnist": 60000, "digits": 1297}  # of the others 50,000
 SIDES = {"mnist": 28, "fashion_mnist": 28, "digits": 8}  # of the others 32
-SPEED = {"cpu": 5e10, "gpu": 2e13}  # operations a second: measured on two AVX2 cores; a guess
+CPU_SPEED = 5e10  # operations a second: measured on two AVX2 cores
+# A GPU's are of the operations and bytes that `make tpu-check` found, at the limits of an H100's
+# data sheet (TF32 without sparsity); which share of them is reached is a guess until a row is
+# measured, then `plan.Clock` scales all.
+ACCELERATORS = pathlib.Path(__file__).parent / "records" / "accelerators" / "v5e.json"
+GPU_OPERATIONS, GPU_BYTES = 495e12, 3.35e12
+GPU_SHARE = 0.2
 
 # Passes through the network for a training image, beside the attack's two a step: forward,
 # input gradient and weight gradient are one each.
@@ -423,16 +430,44 @@ def expected_seconds(row: Row, machine: str) -> float:
       row: one whose config the results choose counts as the first robust one.
       machine: "cpu" or "gpu".
     """
-    config = settings(row.resolved(ROBUST))
-    passes = training_passes(config)
+    row = row.resolved(ROBUST)
+    config = settings(row)
+    passes = 0.0
     if "configured" in row.protocols:
         steps = sum(attack.get("steps", 1) for attack in config["evaluation"]["attacks"].values())
         passes += 10000 * (2 * steps + 1)
     share = WITHSTANDS.get(config["dataset"]["name"], 0.25) if _withstands(row) else 0.02
     passes += EXAMPLES * AUTOATTACK * share * ("autoattack" in row.protocols)
     passes += EXAMPLES_OF["audit"] * AUDIT * ("audit" in row.protocols)
-    starts = START * (1 + len(row.protocols))
-    return passes * forward_cost(config) / SPEED[machine] + starts
+    training, judging = CPU_SPEED, CPU_SPEED
+    if machine == "gpu":
+        training, judging = gpu_speed(f"{row.config}:cifar10"), gpu_speed("attack pgd10")
+    seconds = forward_cost(config) * (training_passes(config) / training + passes / judging)
+    return seconds + START * (1 + len(row.protocols))
+
+
+@functools.cache
+def gpu_speed(compiled: str) -> float:
+    """Operations a second that a GPU should reach, as `forward_cost` counts them.
+
+    Args:
+      compiled: a row of `ACCELERATORS`, a training or ten steps of PGD; for one that is not there,
+        that of PGD-AT.
+    """
+    record = json.loads(ACCELERATORS.read_text())
+    chips = math.prod(map(int, record["topology"].partition(":")[2].split("x")))
+    found = {one["row"]: one for one in record["rows"] if one["dtype"] == "float32"}
+    row = found.get(compiled, found["pgd_at:cifar10"])
+    least = [  # seconds of one chip that had the work of all
+        chips * max(one["flops"] / GPU_OPERATIONS, one["moved"] / GPU_BYTES)
+        for one in row["programs"]
+    ]
+    if row["kind"] == "train":
+        passes = training_passes(row["config"])
+        seconds = sum(one["times"] * s for one, s in zip(row["programs"], least, strict=True))
+    else:
+        passes, seconds = 21.0 * row["programs"][0]["images"], least[0]
+    return GPU_SHARE * passes * forward_cost(row["config"]) / seconds
 
 
 def _withstands(row: Row) -> bool:

@@ -118,6 +118,24 @@ def test_each_row_of_a_grid_has_its_own_name_and_a_config(name):
         config = grid.settings(row.resolved(grid.ROBUST))
         assert config["seed"] == row.seed
         assert grid.expected_seconds(row, "cpu") > 0
+        assert grid.expected_seconds(row, "gpu") > 0
+
+
+def test_a_gpu_takes_five_times_the_seconds_that_its_operations_or_bytes_need(
+    tmp_path, monkeypatch
+):
+    """By hand: four chips' 495e9 operations are 4 ms, their 6.7 GB 8 ms; the longer counts."""
+    config = grid.settings(grid.Row("trades", "cifar10"))
+    program = {"times": 1000, "images": 128, "flops": 495e9, "moved": 6.7e9}
+    row = {"row": "trades:cifar10", "dtype": "float32", "kind": "train", "config": config}
+    record = {"topology": "v5e:2x2", "rows": [row | {"programs": [program]}]}
+    record["rows"].append(record["rows"][0] | {"row": "pgd_at:cifar10"})
+    (tmp_path / "v5e.json").write_text(json.dumps(record))
+    monkeypatch.setattr(grid, "ACCELERATORS", tmp_path / "v5e.json")
+    speed = grid.gpu_speed.__wrapped__  # not what was found before
+    work = grid.training_passes(config) * grid.forward_cost(config)
+    assert work / speed("trades:cifar10") == pytest.approx(5 * 8)
+    assert speed("m2at:cifar10") == speed("pgd_at:cifar10")
 
 
 def test_the_grid_holds_what_the_study_promises():
