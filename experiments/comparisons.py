@@ -141,6 +141,10 @@ def compare(
                 raise ValueError(
                     f"{first} and {second} make no pairs: the {what} is {values[0]} and {values[1]}"
                 )
+        for s in seeds:
+            classes = [row[s][column].get("per_class_n") for row in (one, two)]
+            if None not in classes and classes[0] != classes[1]:
+                raise ValueError(f"{first} and {second} make no pairs: their images differ")
         a, b = ([row[s][column]["accuracy"] for s in seeds] for row in (one, two))
         apart = [found for s in seeds if (found := count_apart(one[s][column], two[s][column]))]
         comparisons.append(Comparison(column, counts[0], a, b, apart))

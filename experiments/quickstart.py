@@ -66,7 +66,13 @@ else:
     import configs
     import quickstart_board as board
     import quickstart_plan as plan
-    from unattended import available_cores, check_writable, exit_code, interrupt_on_signals
+    from unattended import (
+        available_cores,
+        check_writable,
+        exit_code,
+        interrupt_on_signals,
+        parse_flags,
+    )
 
 SYSTEMS = flags.DEFINE_string(
     "systems", "", "Names with commas between; all; default the seven, their rivals, baselines."
@@ -566,22 +572,6 @@ def run_systems(names: Sequence[str], folder: pathlib.Path) -> int:
         print(f"the page could not be made: {page.error}")
     print(f"\npage: {page.path}\n{board.describe_seconds(time.monotonic() - began)} min in all")
     return 1 if failed or unkept or page.error else 0
-
-
-def parse_flags(argv: Sequence[str]) -> list[str]:
-    """absl's parser of flags, whose errors end the script with one line and exit code 2.
-
-    Args:
-      argv: of the script, its name first.
-
-    Returns:
-      The words that are no flags.
-    """
-    try:
-        return flags.FLAGS(argv)
-    except flags.Error as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        sys.exit(2)
 
 
 def main(argv):

@@ -30,7 +30,7 @@ import quickstart_board as board
 import quickstart_plan as plan
 import study_grid as grid
 from absl import app, flags
-from unattended import available_cores, check_writable, exit_code, interrupt_on_signals
+from unattended import available_cores, check_writable, exit_code, interrupt_on_signals, parse_flags
 
 from jaxdefense import files, streams
 
@@ -135,9 +135,10 @@ class Entry(board.Row):
         """Takes accuracies and seconds from its records: it is done."""
         found = {name: read_object(path) for name, path in self.records.items()}
         self.results = {}
-        for record in found.values():
-            primary = next(iter(record["results"].values()))
-            self.results |= {name: result["accuracy"] for name, result in primary.items()}
+        for protocol, record in found.items():
+            if protocol not in grid.OF_PAPERS:
+                primary = next(iter(record["results"].values()))
+                self.results |= {name: result["accuracy"] for name, result in primary.items()}
         training = next(iter(found.values())).get("training", {}).get("seconds", 0.0)
         self.seconds = training + sum(record["seconds"] for record in found.values())
         self.state = "done"
@@ -727,4 +728,4 @@ def main(argv):
 
 
 if __name__ == "__main__":
-    app.run(main)
+    app.run(main, flags_parser=parse_flags)

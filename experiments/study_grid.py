@@ -260,12 +260,17 @@ def matching(what: str, known: Sequence[Any], patterns: Iterable[str]) -> list[A
       patterns: with * and ?.
 
     Raises:
-      ValueError: a pattern fits nothing; the nearest names are told.
+      ValueError: no pattern, an empty one, or one that fits nothing; the nearest names are told.
     """
-    names = [one.name for one in known]
+    names, patterns = [one.name for one in known], list(patterns)
+    if not all(patterns):
+        raise ValueError(f"the name of a {what} is empty: {', '.join(map(repr, patterns))}")
+    if not patterns:
+        raise ValueError(f"no {what} is named")
     chosen: set[str] = set()
     for pattern in patterns:
-        if not (found := fnmatch.filter(names, pattern)):
+        found = [name for name in names if fnmatch.fnmatchcase(name, pattern)]
+        if not found:
             registry.raise_unknown(what, pattern, names)
         chosen.update(found)
     return [one for one in known if one.name in chosen]
@@ -393,6 +398,7 @@ PASSES = {
 # Passes of AutoAttack for a test image, by the share that withstands it.
 AUTOATTACK = 1e4
 AUDIT = 2e4
+LITERAL = 512 * 44  # CLAF's own attack and PGD of ten steps, on its images
 WITHSTANDS = {"cifar10": 0.25, "cifar100": 0.15, "mnist": 0.85, "fashion_mnist": 0.6}
 START = 25.0  # seconds that a process takes to start and compile
 
@@ -439,6 +445,7 @@ def expected_seconds(row: Row, machine: str) -> float:
     share = WITHSTANDS.get(config["dataset"]["name"], 0.25) if _withstands(row) else 0.02
     passes += EXAMPLES * AUTOATTACK * share * ("autoattack" in row.protocols)
     passes += EXAMPLES_OF["audit"] * AUDIT * ("audit" in row.protocols)
+    passes += LITERAL * ("literal" in row.protocols)
     training, judging = CPU_SPEED, CPU_SPEED
     if machine == "gpu":
         training, judging = gpu_speed(f"{row.config}:cifar10"), gpu_speed("attack pgd10")
@@ -447,17 +454,17 @@ def expected_seconds(row: Row, machine: str) -> float:
 
 
 @functools.cache
-def gpu_speed(compiled: str) -> float:
+def gpu_speed(program: str) -> float:
     """Operations a second that a GPU should reach, as `forward_cost` counts them.
 
     Args:
-      compiled: a row of `ACCELERATORS`, a training or ten steps of PGD; for one that is not there,
+      program: a row of `ACCELERATORS`, a training or ten steps of PGD; for one that is not there,
         that of PGD-AT.
     """
     record = json.loads(ACCELERATORS.read_text())
     chips = math.prod(map(int, record["topology"].partition(":")[2].split("x")))
     found = {one["row"]: one for one in record["rows"] if one["dtype"] == "float32"}
-    row = found.get(compiled, found["pgd_at:cifar10"])
+    row = found.get(program, found["pgd_at:cifar10"])
     least = [  # seconds of one chip that had the work of all
         chips * max(one["flops"] / GPU_OPERATIONS, one["moved"] / GPU_BYTES)
         for one in row["programs"]
@@ -466,6 +473,7 @@ def gpu_speed(compiled: str) -> float:
         passes = training_passes(row["config"])
         seconds = sum(one["times"] * s for one, s in zip(row["programs"], least, strict=True))
     else:
+        # Two passes for each of ten steps, and one of the result.
         passes, seconds = 21.0 * row["programs"][0]["images"], least[0]
     return GPU_SHARE * passes * forward_cost(row["config"]) / seconds
 

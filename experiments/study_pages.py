@@ -9,6 +9,7 @@ import pathlib
 import shlex
 import statistics
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import comparisons
 import configs
@@ -165,11 +166,13 @@ def _reduced_claf(label: str, variant: str) -> Line:
     return dataclasses.replace(_reduced(label, "claf", variant), own=own)
 
 
-def _on_cpu(text: str, first: str, second: str, column: str = "autoattack") -> Claim:
-    """A claim about two rows of the reduced recipe."""
-    path = _AUTOATTACK if column in ("autoattack", "aa-fast") else _CONFIGURED
-    names = [f"{name}-{_CPU}" if "-" not in name else name for name in (first, second)]
-    return Claim(text, *names, path, column)
+def _on_cpu(
+    text: str, first: str, second: str, column: str = "autoattack", variant: str = _CPU
+) -> Claim:
+    """A claim about two rows of the study, of the reduced recipe or of MNIST."""
+    protocol = "autoattack" if column in ("autoattack", "aa-fast") else "configured"
+    names = [f"{name}-{variant}" if "-" not in name else name for name in (first, second)]
+    return Claim(text, *names, f"{STUDY}/{variant}/{protocol}", column)
 
 
 def _paper_values(config: str, variant: str = "cifar10_paper") -> dict[str, float]:
@@ -490,27 +493,21 @@ _ADD = Document(
 
 def _both(text: str, first: str, second: str, column: str = "autoattack") -> list[Claim]:
     """A claim about two rows of reduced CIFAR-10, then of MNIST's."""
-    folder = "autoattack" if column == "autoattack" else "configured"
     return [
-        Claim(f"{text}, {said}.", f"{first}-{row}", f"{second}-{row}", path, column)
-        for said, row, path in (
-            ("CIFAR-10", _CPU, f"{STUDY}/{_CPU}/{folder}"),
-            ("MNIST", "mnist", f"{STUDY}/mnist/{folder}"),
-        )
+        _on_cpu(f"{text}, {said}.", first, second, column, variant)
+        for said, variant in (("CIFAR-10", _CPU), ("MNIST", "mnist"))
     ]
 
 
 # The tests behind the findings of docs/tables/all_systems.md.
-_FINDINGS = Document(
-    [],
-    [
-        *_both("CSE is more robust than standard training", "cse", "standard"),
-        *_both("PGD-AT is more robust than M2AT", "pgd_at", "m2at"),
-        *_both("M2AT has more clean accuracy than PGD-AT", "m2at", "pgd_at", "clean"),
-        *_both("TRADES is more robust than PGD-AT", "trades", "pgd_at"),
-        *_both("CSA is more robust than FGSM training", "csa", "fgsm_at"),
-    ],
-)
+_FINDINGS = [
+    *_both("CSE is more robust than standard training", "cse", "standard"),
+    *_both("CSA is more robust than standard training", "csa", "standard"),
+    *_both("PGD-AT is more robust than M2AT", "pgd_at", "m2at"),
+    *_both("TRADES is more robust than M2AT", "trades", "m2at"),
+    *_both("M2AT has more clean accuracy than PGD-AT", "m2at", "pgd_at", "clean"),
+    *_both("PGD-AT is more robust than TRADES", "pgd_at", "trades"),
+]
 
 DOCUMENTS = {
     "m2at": _M2AT,
@@ -519,7 +516,6 @@ DOCUMENTS = {
     "gssl": _GSSL,
     "ipg": _IPG,
     "add": _ADD,
-    "all_systems": _FINDINGS,
 }
 
 
@@ -561,14 +557,16 @@ def _honest_cell(line: Line) -> str:
     """The honest numbers of a line, with the threat and the images behind them."""
     for source in line.honest_sources():
         if found := source.load():
-            if source.protected:
-                count = metric_i.count(found[0])
-            else:
-                results = [r for record in found for r in _results(record, source).values()]
-                count = tables.format_count(results)
-            told = f"{tables.format_threat(found[0])}, n {count}"
+            told = f"{tables.format_threat(found[0])}, n {_count(source, found)}"
             return f"{_cell(source.accuracies())} ({told})"
     return _open(line.row)
+
+
+def _count(source: Source, found: Sequence[Record]) -> str:
+    """The images behind a source's records."""
+    if found and source.protected:
+        return metric_i.count(found[0])
+    return tables.format_count(r for record in found for r in _results(record, source).values())
 
 
 def _results(record: Record, source: Source) -> Mapping[str, Mapping[str, float]]:
@@ -587,10 +585,11 @@ def document_table(name: str) -> str:
     """
     rows, commands, used = [], [], []
     for line in find_document(name).lines:
-        own = line.own.accuracies() if line.own else {}
-        own_text = _cell(own)
-        if line.own and not own:
-            own_text = _open(line.row)
+        own_text = ""
+        if line.own:
+            found = line.own.load()
+            own_text = f"{_cell(line.own.accuracies())} (n {_count(line.own, found)})"
+            own_text = own_text if found else _open(line.row)
         paper = "; ".join(f"{k} {v:.2f}" for k, v in line.reported.items())
         cells = [paper and f"{paper} (FOUND)", own_text, _honest_cell(line), line.differs]
         rows.append([line.label, *(cell or "–" for cell in cells)])
@@ -624,13 +623,25 @@ def _commands(line: Line, found: Sequence[Record]) -> list[str]:
             record["config"], protocol=_OLD_NAMES.get(protocol, protocol), checkpoint=checkpoint
         )
         words = [command for command in told if not command.startswith("#")]
-        if len(words) == 2 and (some := _first_examples(record)):
-            words[1] += f" --examples={some}"
+        words = [*_teacher_command(record["config"]), *words]
+        if len(words) >= 2 and (some := _first_examples(record)):
+            words[-1] += f" --examples={some}"
         if script:
             workdir = next(word for word in told[0].split() if word.startswith("--workdir="))
-            words.append(f"python experiments/papers/{script}.py {workdir}")
+            narrow = f" --eps={record['eps']}" if record.get("eps", 0.3) != 0.3 else ""
+            words.append(f"python experiments/papers/{script}.py {workdir}{narrow}")
         lines |= dict.fromkeys(words)
     return list(lines) or ["# open: an accelerator's work"]
+
+
+def _teacher_command(config: Mapping[str, Any]) -> list[str]:
+    """The line that trains a run's teacher, whose folder is named NAME-SEED."""
+    workdir = config.get("defense", {}).get("teacher", {}).get("workdir")
+    if not workdir:
+        return []
+    folder = pathlib.PurePath(workdir).name
+    teacher = f"{folder.partition('-')[0]}:{config['dataset']['name']}"
+    return [f"python experiments/train.py --config={teacher} --workdir=runs/{folder}"]
 
 
 def _first_examples(record: Record) -> int | None:
@@ -641,7 +652,7 @@ def _first_examples(record: Record) -> int | None:
 
 
 def verdict(claim: Claim) -> str:
-    """What the paired test says of a claim, in words.
+    """What a test of pairs says of a claim, in words: of seeds, or in a single seed of images.
 
     Args:
       claim: of a document.
@@ -655,15 +666,18 @@ def verdict(claim: Claim) -> str:
     count, gap = len(pair.first), f"{pair.difference:+.2f} points"
     if (test := pair.test()) is not None:
         told = f"{gap}, standard error {pair.error:.2f}, {count} pairs, p {_format_p(test[1])}"
-        return _say(test[1], pair.difference, "", told)
+        return _decide(test[1], pair.difference, "", told)
     if (p := pair.test_of_images()) is not None:
         one, other = pair.apart[0]
         told = f"{gap}; of {pair.count} images {one} and {other} are right in one alone, "
-        return _say(p, pair.difference, " in one seed", f"{told}p {_format_p(p)}")
-    return f"not tested: {gap} in {count} pair" + ("s that differ alike" if count > 1 else "")
+        return _decide(p, pair.difference, " in one seed", f"{told}p {_format_p(p)}")
+    if count > 1:
+        return f"not tested: {gap} in {count} pairs that differ alike"
+    alike = pair.apart == [(0, 0)]
+    return "nothing to test: both are right on the same images" if alike else f"not tested: {gap}"
 
 
-def _say(p: float, difference: float, where: str, told: str) -> str:
+def _decide(p: float, difference: float, where: str, told: str) -> str:
     """A verdict and what it rests on."""
     if p >= ALPHA:
         return f"not decided{where}: {told}"
@@ -671,20 +685,20 @@ def _say(p: float, difference: float, where: str, told: str) -> str:
 
 
 def _format_p(p: float) -> str:
-    return "< .001" if p < 0.001 else f"{p:.3f}".lstrip("0")
+    return "< .001" if p < 0.001 else f"{p:.3g}".lstrip("0")
 
 
 def claims(name: str) -> str:
-    """The verdicts of a document, a line each.
+    """The verdicts of a document or of the findings, a line each.
 
     Args:
-      name: a key of `DOCUMENTS`.
+      name: a key of `DOCUMENTS`, or "all_systems".
 
     Raises:
       ValueError: unknown.
     """
     lines = []
-    for claim in find_document(name).claims:
+    for claim in _FINDINGS if name == "all_systems" else find_document(name).claims:
         word, _, rest = verdict(claim).partition(":")
         lines.append(f"* {claim.text} **{word}**" + (f":{rest}" if rest else ""))
     return "\n".join(lines)
@@ -705,6 +719,9 @@ def cross_table(folder: str) -> str:
 
     Args:
       folder: of the study's records, e.g. "cifar10_cpu".
+
+    Raises:
+      ValueError: no row of the study has it.
     """
     table, robust = _ranked(folder)
     parts = [table, tables.provenance(robust)] if robust else []
@@ -716,6 +733,9 @@ def top_table(folder: str) -> str:
 
     Args:
       folder: of the study's records, e.g. "cifar10_cpu".
+
+    Raises:
+      ValueError: no row of the study has it.
     """
     table, robust = _ranked(folder, TOP)
     return f"{table}\n\n{tables.provenance(robust)}"
@@ -723,6 +743,7 @@ def top_table(folder: str) -> str:
 
 def _ranked(folder: str, most: int | None = None) -> tuple[str, list[Record]]:
     """A cross-table of so many rows, with what they cost, and the records behind it."""
+    registry.check_known("folder of the study", [folder], {row.folder for row in grid.rows("full")})
     path = ROOT / STUDY / folder
     robust = records.load_all([path / "autoattack"]) if (path / "autoattack").exists() else []
     clean = records.load_all([path / "configured"]) if (path / "configured").exists() else []
@@ -743,7 +764,7 @@ def _ranked(folder: str, most: int | None = None) -> tuple[str, list[Record]]:
             tables.format_threat(same[0]),
             tables.format_count([result["autoattack"] for result in results]),
             tables.format_mean([result["clean"]["accuracy"] for result in results]),
-            tables.format_mean([result[pgd]["accuracy"] for result in beside if pgd in result]),
+            tables.format_mean(_on_first(beside, pgd, results[0]["autoattack"]["n"])),
             tables.format_mean(values),
             tables.format_mean(worst),
             *_costs(same),
@@ -755,6 +776,12 @@ def _ranked(folder: str, most: int | None = None) -> tuple[str, list[Record]]:
     header += ["s an epoch", "GB", "parameters"]
     shown = [record for *_, same in ranked for record in same]
     return tables.markdown(header, [cells for _, cells, _ in ranked]), shown
+
+
+def _on_first(found: Sequence[Mapping[str, Any]], attack: str, count: int) -> list[float]:
+    """Each seed's accuracy under an attack on the first so many images, percent."""
+    bits = [records.unpack_bits(one[attack]["bits"], one[attack]["n"]) for one in found]
+    return [100.0 * right[:count].mean().item() for right in bits]
 
 
 def _longest_pgd(found: Sequence[Record]) -> str:

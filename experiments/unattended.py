@@ -1,4 +1,4 @@
-"""What scripts share that run for long with nobody beside them: cores, folders, signals.
+"""What scripts share that run for long with nobody beside them: flags, cores, folders, signals.
 
 Nothing here imports JAX.
 """
@@ -6,14 +6,34 @@ Nothing here imports JAX.
 import os
 import pathlib
 import signal
+import sys
 import tempfile
+from collections.abc import Sequence
 from typing import Any
+
+from absl import flags
 
 
 def available_cores() -> list[int]:
     """The cores that this process may use."""
     affinity = getattr(os, "sched_getaffinity", None)  # not on macOS
     return sorted(affinity(0)) if affinity else list(range(os.cpu_count() or 1))
+
+
+def parse_flags(argv: Sequence[str]) -> list[str]:
+    """absl's parser of flags, whose errors end the script with one line and exit code 2.
+
+    Args:
+      argv: of the script, its name first.
+
+    Returns:
+      The words that are no flags.
+    """
+    try:
+        return flags.FLAGS(argv)
+    except flags.Error as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(2)
 
 
 def check_writable(folder: pathlib.Path) -> None:

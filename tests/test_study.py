@@ -129,13 +129,24 @@ def test_a_gpu_takes_five_times_the_seconds_that_its_operations_or_bytes_need(
     program = {"times": 1000, "images": 128, "flops": 495e9, "moved": 6.7e9}
     row = {"row": "trades:cifar10", "dtype": "float32", "kind": "train", "config": config}
     record = {"topology": "v5e:2x2", "rows": [row | {"programs": [program]}]}
-    record["rows"].append(record["rows"][0] | {"row": "pgd_at:cifar10"})
+    half = row | {"dtype": "bfloat16", "programs": [program | {"moved": 1.0, "flops": 1.0}]}
+    longer = [program | {"flops": 2 * 990e9}]
+    steps = [program | {"images": 100, "moved": 670e9}]
+    record["rows"] += [
+        half,
+        row | {"row": "pgd_at:cifar10", "programs": longer},
+        row | {"row": "attack pgd10", "kind": "attack", "programs": steps},
+    ]
     (tmp_path / "v5e.json").write_text(json.dumps(record))
     monkeypatch.setattr(grid, "ACCELERATORS", tmp_path / "v5e.json")
     speed = grid.gpu_speed.__wrapped__  # not what was found before
     work = grid.training_passes(config) * grid.forward_cost(config)
     assert work / speed("trades:cifar10") == pytest.approx(5 * 8)
-    assert speed("m2at:cifar10") == speed("pgd_at:cifar10")
+    assert work / speed("pgd_at:cifar10") == pytest.approx(5 * 16)
+    assert speed("m2at:cifar10") == speed("pgd_at:cifar10")  # is not there
+    # Ten steps of two passes, and one more, on 100 images, in five times .8 s.
+    once = 100 * grid.forward_cost(config)
+    assert speed("attack pgd10") == pytest.approx(21 * once / (5 * 0.8))
 
 
 def test_the_grid_holds_what_the_study_promises():
@@ -180,8 +191,13 @@ def test_an_unknown_row_names_the_nearest():
         *(f"trades-cifar10_cpu-{seed}" for seed in range(3)),
         "standard-mnist-0",
     ]
-    with pytest.raises(ValueError, match="nearest: trades-cifar10_cpu-0"):
-        grid.rows("cpu", ["standard-*", "trade-cifar10_cpu-0"])
+    for asked, message in (
+        (["standard-*", "trade-cifar10_cpu-0"], "nearest: trades-cifar10_cpu-0"),
+        (["standard-*", ""], "the name of a row of the grid cpu is empty"),
+        ([], "no row of the grid cpu is named"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            grid.rows("cpu", asked)
 
 
 def fake_splits(name, classes=10, side=32, channels=3):

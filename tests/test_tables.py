@@ -256,6 +256,11 @@ class TestPaired:
             one["results"]["main"]["pgd"]["n"] = 100
         with pytest.raises(ValueError, match="no pairs: the number of images is 500 and 100"):
             paired.table(found, "a", "b", ["pgd"])
+        found = copy.deepcopy(self.found)
+        for one, counts in zip(found, [[400, 100]] * 2 + [[100, 400]] * 2, strict=True):
+            one["results"]["main"]["pgd"]["per_class_n"] = counts
+        with pytest.raises(ValueError, match="no pairs: their images differ"):
+            paired.table(found, "a", "b", ["pgd"])
 
 
 class TestCommitted:

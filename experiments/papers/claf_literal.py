@@ -26,7 +26,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))  # the scripts' folde
 import cli
 from configs import recipes
 
-from jaxdefense import attacks, data, runs, threat
+from jaxdefense import attacks, data, runs, threat, validate
 from jaxdefense.attacks import checks
 from jaxdefense.data import prepare
 from jaxdefense.defenses import claf
@@ -118,6 +118,8 @@ def main(argv):
     if len(argv) > 1:
         raise ValueError(f"unexpected arguments: {argv[1:]}")
     checks.check_count("--examples", EXAMPLES.value)
+    if RECORD.value and validate.check_file("--record", RECORD.value).suffix != ".json":
+        raise ValueError(f"--record must end in .json, got {RECORD.value}")
     folder = prepare.default_data_dir(None)
     if not prepare.is_prepared("cifar10", folder):
         print(f"skipped: CIFAR-10 is not prepared in {folder}, see experiments/prepare_data.py")

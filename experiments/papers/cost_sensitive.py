@@ -31,7 +31,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))  # the scripts' folde
 
 import cli
 
-from jaxdefense import attacks, data, losses, runs, threat
+from jaxdefense import attacks, data, losses, runs, threat, validate
 from jaxdefense.attacks import checks
 from jaxdefense.defenses import cse
 from jaxdefense.evaluation import records, tables
@@ -156,6 +156,9 @@ def main(argv):
         checks.check_count("--examples", EXAMPLES.value)
     if not 0 < EPS.value < math.inf:
         raise ValueError(f"--eps must be positive and finite, got {EPS.value}")
+    for name, path in (("--record", RECORD.value), ("--figure", FIGURE.value)):
+        if path:
+            validate.check_file(name, path)
     began = time.monotonic()
     run, variables, meta = runs.restore(WORKDIR.value, kind=KIND.value)
     if BEFORE.value:
