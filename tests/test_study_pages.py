@@ -91,7 +91,7 @@ def test_what_is_open_has_the_command_of_its_grid(folder):
 
 
 class TestVerdict:
-    """By hand: nine and one images apart have p = 2 (1 + 10) / 1024 = .021, eight and two .109."""
+    """By hand: nine and one images apart have p = 2 (1 + 10) / 1024 = .0215, eight and two .109."""
 
     claim = study_pages.Claim("a is better.", "a-digits", "b-digits", "records", "pgd20")
 
@@ -116,7 +116,7 @@ class TestVerdict:
 
     def test_one_seed_is_tested_over_its_images(self, compared):
         told = (
-            "holds in one seed: +40.00 points; of 20 images 9 and 1 are right in one alone, p .021"
+            "holds in one seed: +40.00 points; of 20 images 9 and 1 are right in one alone, p .0215"
         )
         assert compared(range(10, 19), {0}) == told
         assert compared({0}, range(10, 19)).startswith("does not hold in one seed: -40.00 points")
