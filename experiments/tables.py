@@ -255,7 +255,7 @@ def page(paths, title):
 
 def main(argv):
     for name, path in (("--html", HTML.value), ("--into", INTO.value)):
-        if path:
+        if path is not None:
             validate.check_file(name, path)
     if HTML.value and INTO.value:
         raise ValueError("--html writes a page and --into renews a file: give one of them")
@@ -268,6 +268,8 @@ def main(argv):
         if (renewed := renew(text)) != text:
             files.write_text(path, renewed)
             print(f"renewed: {path}")
+        elif INTO.value:
+            print(f"as it was: {path} has {'its' if _MARKED.search(text) else 'no'} marked tables")
     if CHECK.value:
         check()
     if HTML.value:

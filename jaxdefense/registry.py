@@ -9,6 +9,9 @@ from types import ModuleType
 from typing import NoReturn
 
 
+_LISTED = 60  # known names, at most, that an error lists
+
+
 def raise_unknown(kind: str, name: object, known: Iterable[str]) -> NoReturn:
     """Raises the error for an unknown name.
 
@@ -18,12 +21,14 @@ def raise_unknown(kind: str, name: object, known: Iterable[str]) -> NoReturn:
       known: the names that there are.
 
     Raises:
-      ValueError: always; it says what was asked for, the nearest names and all known ones.
+      ValueError: always; it says what was asked for, the nearest names and, where they are not
+        too many for a line, all known ones.
     """
     known = sorted(known)
     near = difflib.get_close_matches(str(name), known, n=3, cutoff=0.4)
     hint = f"nearest: {', '.join(near)}; " if near else ""
-    raise ValueError(f"unknown {kind} {name!r}; {hint}known: {', '.join(known)}")
+    listed = ", ".join(known) if len(known) <= _LISTED else f"{len(known)} names"
+    raise ValueError(f"unknown {kind} {name!r}; {hint}known: {listed}")
 
 
 def check_known(kind: str, names: Iterable[object], known: Iterable[str]) -> None:

@@ -82,3 +82,10 @@ print(json.dumps([name for name in sys.modules if name.startswith("jaxdefense.")
         *models.names(),
         *models.generators(),
     } == {"cnn"}
+
+
+def test_many_known_names_are_counted_and_few_are_listed():
+    with pytest.raises(ValueError, match=r"unknown row 'r7x'; nearest: r7, .*; known: 61 names$"):
+        registry.raise_unknown("row", "r7x", [f"r{i}" for i in range(61)])
+    with pytest.raises(ValueError, match=r"known: r0, r1, r2$"):
+        registry.raise_unknown("row", "r7x", ["r0", "r1", "r2"])
