@@ -8,7 +8,6 @@ from collections.abc import Iterable
 from types import ModuleType
 from typing import NoReturn
 
-
 _LISTED = 60  # known names, at most, that an error lists
 
 
