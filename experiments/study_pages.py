@@ -565,7 +565,7 @@ def _honest_cell(line: Line) -> str:
 
 def _count(source: Source, found: Sequence[Record]) -> str:
     """The images behind a source's records."""
-    if found and source.protected:
+    if source.protected:
         return metric_i.count(found[0])
     return tables.format_count(r for record in found for r in _results(record, source).values())
 
@@ -587,10 +587,10 @@ def document_table(name: str) -> str:
     rows, commands, used = [], [], []
     for line in find_document(name).lines:
         own_text = ""
-        if line.own:
-            found = line.own.load()
+        if line.own and (found := line.own.load()):
             own_text = f"{_cell(line.own.accuracies())} (n {_count(line.own, found)})"
-            own_text = own_text if found else _open(line.row)
+        elif line.own:
+            own_text = _open(line.row)
         paper = "; ".join(f"{k} {v:.2f}" for k, v in line.reported.items())
         cells = [paper and f"{paper} (FOUND)", own_text, _honest_cell(line), line.differs]
         rows.append([line.label, *(cell or "–" for cell in cells)])
@@ -781,7 +781,8 @@ def _ranked(folder: str, most: int | None = None) -> tuple[str, list[Record]]:
 
 def _on_first(found: Sequence[Mapping[str, Any]], attack: str, count: int) -> list[float]:
     """Each seed's accuracy under an attack on the first so many images, percent."""
-    bits = [records.unpack_bits(one[attack]["bits"], one[attack]["n"]) for one in found]
+    results = [one[attack] for one in found if attack in one]
+    bits = [records.unpack_bits(result["bits"], result["n"]) for result in results]
     return [100.0 * right[:count].mean().item() for right in bits]
 
 
