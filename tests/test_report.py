@@ -16,7 +16,9 @@ from jaxdefense.evaluation import records, report
 from jaxdefense.evaluation.report import charts, papers, rows
 
 RECORDS = pathlib.Path(__file__).parents[1] / "experiments" / "records"
-LIMIT = 4_000_000  # bytes of a page
+# Bytes of a page: libraries and styles, the galleries of images together, and each row with its
+# details and charts.
+LIBRARIES, GALLERIES, ROW = 1_800_000, 1_000_000, 15_000
 EVIL = "</script><script>document.title='broken'</script><b>&"
 
 
@@ -418,7 +420,12 @@ class TestBrowser:
         return browser.find_elements("css selector", selector)
 
     def test_size(self, committed):
-        assert committed.stat().st_size < LIMIT
+        text = committed.read_text()
+        galleries = sum(
+            map(len, re.findall(r'<table class="gallery">.*?</table>', text, re.DOTALL))
+        )
+        assert galleries <= GALLERIES
+        assert len(text) - galleries < LIBRARIES + ROW * text.count('<tr class="main"')
 
     def test_it_opens_with_tables_and_charts(self, opened):
         assert opened.title == "Committed"
