@@ -421,11 +421,10 @@ class TestBrowser:
 
     def test_size(self, committed):
         text = committed.read_text()
-        galleries = sum(
-            map(len, re.findall(r'<table class="gallery">.*?</table>', text, re.DOTALL))
-        )
+        found = re.findall(r'<table class="gallery">.*?</table>', text, re.DOTALL)
+        galleries = sum(map(len, found))
         assert galleries <= GALLERIES
-        assert len(text) - galleries < LIBRARIES + ROW * text.count('<tr class="main"')
+        assert len(text) - galleries < LIBRARIES + ROW * text.count('<template id="detail')
 
     def test_it_opens_with_tables_and_charts(self, opened):
         assert opened.title == "Committed"
