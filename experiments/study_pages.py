@@ -175,6 +175,14 @@ def _on_cpu(
     return Claim(text, *names, f"{STUDY}/{variant}/{protocol}", column)
 
 
+def _both(text: str, first: str, second: str, column: str = "autoattack") -> list[Claim]:
+    """A claim about two rows of reduced CIFAR-10, then of MNIST's."""
+    return [
+        _on_cpu(f"{text}, {said}.", first, second, column, variant)
+        for said, variant in (("CIFAR-10", _CPU), ("MNIST", "mnist"))
+    ]
+
+
 def _paper_values(config: str, variant: str = "cifar10_paper") -> dict[str, float]:
     """{attack: percent} that a config says that its paper reports."""
     section = configs.load(config, variant).get("reported", {})
@@ -470,6 +478,16 @@ _ADD = Document(
         _light("PGD-AT", "pgd_at"),
         _light("TRADES", "trades"),
         _light("ADD", "add"),
+        Line("PGD-AT (the teacher), MNIST", _row("pgd_at", "mnist")),
+        *(
+            Line(f"{label}, MNIST", _row(config, "mnist"), differs="a quarter-width student")
+            for label, config in (
+                ("ADD", "add"),
+                ("ARD", "ard"),
+                ("IAD", "iad"),
+                ("AdaAD", "adaad"),
+            )
+        ),
         _reduced("PGD-AT (a teacher)", "pgd_at"),
         _reduced("TRADES (a teacher)", "trades"),
         _reduced("ADD, half as wide", "add", differs=f"{_SHORT}; all but the idea INFERRED"),
@@ -484,19 +502,11 @@ _ADD = Document(
         _light_claim(
             "A teacher gives a light network more clean accuracy than PGD-AT.", "pgd_at", "clean"
         ),
-        _on_cpu("Soft labels everywhere (ADD) are more robust than ARD.", "add", "ard"),
-        _on_cpu("ADD is more robust than AdaAD.", "add", "adaad"),
-        _on_cpu("ADD is more robust than IAD.", "add", "iad"),
+        *_both("Soft labels everywhere (ADD) are more robust than ARD", "add", "ard"),
+        *_both("ADD is more robust than AdaAD", "add", "adaad"),
+        *_both("ADD is more robust than IAD", "add", "iad"),
     ],
 )
-
-
-def _both(text: str, first: str, second: str, column: str = "autoattack") -> list[Claim]:
-    """A claim about two rows of reduced CIFAR-10, then of MNIST's."""
-    return [
-        _on_cpu(f"{text}, {said}.", first, second, column, variant)
-        for said, variant in (("CIFAR-10", _CPU), ("MNIST", "mnist"))
-    ]
 
 
 # The tests behind the findings of docs/tables/all_systems.md.
