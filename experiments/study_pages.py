@@ -481,12 +481,7 @@ _ADD = Document(
         Line("PGD-AT (the teacher), MNIST", _row("pgd_at", "mnist")),
         *(
             Line(f"{label}, MNIST", _row(config, "mnist"), differs="a quarter-width student")
-            for label, config in (
-                ("ADD", "add"),
-                ("ARD", "ard"),
-                ("IAD", "iad"),
-                ("AdaAD", "adaad"),
-            )
+            for label, config in zip(("ADD", "ARD", "IAD", "AdaAD"), grid.STUDENTS, strict=True)
         ),
         _reduced("PGD-AT (a teacher)", "pgd_at"),
         _reduced("TRADES (a teacher)", "trades"),
