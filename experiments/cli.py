@@ -21,6 +21,7 @@ if _OURS and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
     signal.signal(signal.SIGINT, _end_early)
 
 import jax  # noqa: E402
+import unattended  # noqa: E402
 from absl import app, flags, logging  # noqa: E402
 
 from jaxdefense import distributed, extras, interrupts, registry  # noqa: E402
@@ -147,28 +148,24 @@ def _devices_for(cores: int, batch: int | None) -> int:
 
 
 def parse_flags(argv: Sequence[str]) -> list[str]:
-    """absl's parser of flags, whose errors end the script with one line and exit code 2.
+    """`unattended.parse_flags` of a script whose --config may be wrong too.
 
     Args:
-      argv: of the script, its name first.
-
-    Returns:
-      The words that are no flags.
+      argv: as there.
     """
     try:
         _check_overrides(argv)
-        return flags.FLAGS(argv)
-    except (flags.Error, ValueError) as error:
-        message = _explain(error)
+        return unattended.parse_flags(argv, _explain)
+    except ValueError as error:
+        unattended.refuse_flags(_explain(error))
     except Exception as error:  # of a config file of the user's own, or of a key that it has not
-        message = f"--config: {type(error).__name__}: {' '.join(str(error).split())}"
-    print(f"error: {message}", file=sys.stderr)
-    sys.exit(2)
+        told = f"{type(error).__name__}: {unattended.one_line(error)}"
+        unattended.refuse_flags(f"--config: {told}")
 
 
 def _explain(error: Exception) -> str:
     """One line of what is wrong with the flags."""
-    message = " ".join(str(error).split())
+    message = unattended.one_line(error)
     if isinstance(error, flags.UnrecognizedFlagError):
         own = flags.FLAGS.get_flags_for_module(sys.argv[0])
         try:

@@ -145,7 +145,6 @@ class Document:
 
 
 _CPU = "cifar10_cpu"
-_AUTOATTACK = f"{STUDY}/{_CPU}/autoattack"
 _CONFIGURED = f"{STUDY}/{_CPU}/configured"
 _SHORT = "reduced recipe"
 
@@ -629,14 +628,13 @@ def _commands(line: Line, found: Sequence[Record]) -> list[str]:
             record["config"], protocol=_OLD_NAMES.get(protocol, protocol), checkpoint=checkpoint
         )
         words = [command for command in told if not command.startswith("#")]
-        words = [*_teacher_command(record["config"]), *words]
-        if len(words) >= 2 and (some := _first_examples(record)):
-            words[-1] += f" --examples={some}"
+        if len(words) == 2 and (some := _first_examples(record)):
+            words[1] += f" --examples={some}"
         if script:
             workdir = next(word for word in told[0].split() if word.startswith("--workdir="))
             narrow = f" --eps={record['eps']}" if record.get("eps", 0.3) != 0.3 else ""
             words.append(f"python experiments/papers/{script}.py {workdir}{narrow}")
-        lines |= dict.fromkeys(words)
+        lines |= dict.fromkeys([*_teacher_command(record["config"]), *words])
     return list(lines) or ["# open: an accelerator's work"]
 
 

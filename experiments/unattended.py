@@ -8,8 +8,8 @@ import pathlib
 import signal
 import sys
 import tempfile
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NoReturn
 
 from absl import flags
 
@@ -20,11 +20,31 @@ def available_cores() -> list[int]:
     return sorted(affinity(0)) if affinity else list(range(os.cpu_count() or 1))
 
 
-def parse_flags(argv: Sequence[str]) -> list[str]:
+def one_line(error: Exception) -> str:
+    """An error's text without its line breaks.
+
+    Args:
+      error: of any kind.
+    """
+    return " ".join(str(error).split())
+
+
+def refuse_flags(message: str) -> NoReturn:
+    """Ends the script with one line and exit code 2.
+
+    Args:
+      message: what is wrong with its flags.
+    """
+    print(f"error: {message}", file=sys.stderr)
+    sys.exit(2)
+
+
+def parse_flags(argv: Sequence[str], explain: Callable[[Exception], str] = one_line) -> list[str]:
     """absl's parser of flags, whose errors end the script with one line and exit code 2.
 
     Args:
       argv: of the script, its name first.
+      explain: words an error.
 
     Returns:
       The words that are no flags.
@@ -32,8 +52,7 @@ def parse_flags(argv: Sequence[str]) -> list[str]:
     try:
         return flags.FLAGS(argv)
     except flags.Error as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        sys.exit(2)
+        refuse_flags(explain(error))
 
 
 def check_writable(folder: pathlib.Path) -> None:
