@@ -132,11 +132,10 @@ def spread_over_cores(batch: int | None = None) -> None:
     Args:
       batch: size of a training batch; None for what has none.
     """
-    affinity = getattr(os, "sched_getaffinity", None)  # not on macOS
-    cores = len(affinity(0)) if affinity else os.cpu_count() or 1
     asked = "device_count" in os.environ.get("XLA_FLAGS", "")
     if not asked and "JAX_NUM_CPU_DEVICES" not in os.environ:
-        jax.config.update("jax_num_cpu_devices", _devices_for(min(cores, 8), batch))
+        cores = min(len(unattended.available_cores()), 8)
+        jax.config.update("jax_num_cpu_devices", _devices_for(cores, batch))
 
 
 def _devices_for(cores: int, batch: int | None) -> int:
@@ -155,38 +154,12 @@ def parse_flags(argv: Sequence[str]) -> list[str]:
     """
     try:
         _check_overrides(argv)
-        return unattended.parse_flags(argv, _explain)
+        return unattended.parse_flags(argv)
     except ValueError as error:
-        unattended.refuse_flags(_explain(error))
+        unattended.refuse_flags(unattended.explain(error))
     except Exception as error:  # of a config file of the user's own, or of a key that it has not
         told = f"{type(error).__name__}: {unattended.one_line(error)}"
         unattended.refuse_flags(f"--config: {told}")
-
-
-def _explain(error: Exception) -> str:
-    """One line of what is wrong with the flags."""
-    message = unattended.one_line(error)
-    if isinstance(error, flags.UnrecognizedFlagError):
-        own = flags.FLAGS.get_flags_for_module(sys.argv[0])
-        try:
-            registry.raise_unknown("flag", error.flagname, [flag.name for flag in own])
-        except ValueError as unknown:
-            return f"{unknown}; --help explains them"
-    # absl gives the flag and its value in the text alone: "flag --NAME=VALUE: what is wrong".
-    if not (found := re.match(r"flag --([\w.]+)=(.*?): ", message)) or found[1] not in flags.FLAGS:
-        return message
-    name, value = found.groups()
-    flag = flags.FLAGS[name]
-    if message.endswith("must have a value other than None."):
-        return f"--{name} is needed: {' '.join(flag.help.split())}"
-    known = getattr(flag.parser, "enum_values", None)
-    if known:
-        try:
-            registry.raise_unknown(f"value of --{name}", value, known)
-        except ValueError as unknown:
-            return str(unknown)
-    kind = {"int": "an integer", "float": "a number", "bool": "true or false"}
-    return f"--{name} must be {kind.get(flag.flag_type(), flag.flag_type())}, got {value!r}"
 
 
 def _check_overrides(argv: Sequence[str]) -> None:

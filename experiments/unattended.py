@@ -5,13 +5,16 @@ Nothing here imports JAX.
 
 import os
 import pathlib
+import re
 import signal
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NoReturn
 
 from absl import flags
+
+from jaxdefense import registry
 
 
 def available_cores() -> list[int]:
@@ -39,12 +42,42 @@ def refuse_flags(message: str) -> NoReturn:
     sys.exit(2)
 
 
-def parse_flags(argv: Sequence[str], explain: Callable[[Exception], str] = one_line) -> list[str]:
+def explain(error: Exception) -> str:
+    """One line of what is wrong with the flags, with the nearest name where one is unknown.
+
+    Args:
+      error: of absl, or a ValueError that says what is wrong.
+    """
+    message = one_line(error)
+    if isinstance(error, flags.UnrecognizedFlagError):
+        own = flags.FLAGS.get_flags_for_module(sys.argv[0])
+        try:
+            registry.raise_unknown("flag", error.flagname, [flag.name for flag in own])
+        except ValueError as unknown:
+            return f"{unknown}; --help explains them"
+    # absl gives the flag and its value in the text alone: "flag --NAME=VALUE: what is wrong".
+    if not (found := re.match(r"flag --([\w.]+)=(.*?): ", message)) or found[1] not in flags.FLAGS:
+        return message
+    name, value = found.groups()
+    flag = flags.FLAGS[name]
+    if message.endswith("must have a value other than None."):
+        return f"--{name} is needed: {' '.join(flag.help.split())}"
+    known = getattr(flag.parser, "enum_values", None)
+    if known:
+        try:
+            registry.raise_unknown(f"value of --{name}", value, known)
+        except ValueError as unknown:
+            return str(unknown)
+    kind = flag.flag_type()
+    kind = flag.parser.syntactic_help or {"bool": "true or false"}.get(kind, kind)
+    return f"--{name} must be {kind}, got {value!r}"
+
+
+def parse_flags(argv: Sequence[str]) -> list[str]:
     """absl's parser of flags, whose errors end the script with one line and exit code 2.
 
     Args:
       argv: of the script, its name first.
-      explain: words an error.
 
     Returns:
       The words that are no flags.

@@ -203,13 +203,18 @@ COMMANDS = (
         "unknown data set with original files '../../etc'",
     ),
     ("quickstart.py --systems=nothing --workdir=q", "unknown system 'nothing'"),
+    ("quickstart.py --processes=x", "--processes must be a positive integer, got 'x'"),
+    ("study.py --side_by_side=0", "--side_by_side must be a positive integer, got '0'"),
+    ("study.py --hours=-1", "--hours must be a non-negative number, got '-1'"),
     (
-        "quickstart.py --processes=x",
-        "flag --processes=x: invalid literal for int() with base 10: 'x'",
+        "study.py --gird=cpu",
+        "unknown flag 'gird'; nearest: grid, again; known: again, choose, grid, hours, list, "
+        "minutes, progress, records, renew, rows, side_by_side, workdir; --help explains them",
     ),
     (
         "quickstart.py --sistems=m2at",
-        "Unknown command line flag 'sistems'. Did you mean: systems ?",
+        "unknown flag 'sistems'; nearest: systems; known: processes, progress, records, systems, "
+        "variant, workdir; --help explains them",
     ),
     ("benchmark --repeats=0 conv", "--repeats must be an integer >= 1, got 0"),
     (
