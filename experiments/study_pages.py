@@ -512,6 +512,8 @@ _FINDINGS = [
     *_both("PGD-AT is more robust than TRADES", "pgd_at", "trades"),
     _on_cpu("M2AT withstands PGD-20 better than CSA, CIFAR-10.", "m2at", "csa", "pgd20"),
     _on_cpu("M2AT withstands AutoAttack better than CSA, CIFAR-10.", "m2at", "csa"),
+    _on_cpu("MART withstands PGD-20 better than PGD-AT, CIFAR-10.", "mart", "pgd_at", "pgd20"),
+    _on_cpu("MART withstands AutoAttack better than PGD-AT, CIFAR-10.", "mart", "pgd_at"),
 ]
 
 DOCUMENTS = {
