@@ -28,7 +28,7 @@ with extras.required("plots", __name__):
 
     from jaxdefense.evaluation.report import charts, images
 
-# Characters of all galleries of a page, beyond which further ones are left out.
+# Characters of the images of all galleries of a page, beyond which further galleries are left out.
 _GALLERIES = 1_000_000
 _SHOWN = 3  # columns of attacks that are visible at first
 
