@@ -3,15 +3,21 @@
 XLA:CPU takes 3 to 190 times longer for the two gradients of a convolution inside a loop (`scan`,
 `fori_loop`, `while_loop`) than outside, in the form that autodiff gives them: reversed windows,
 batch and feature axes exchanged. The gradients here are forward convolutions and matrix products,
-which XLA runs as fast inside a loop as outside. Five rules choose between the forms; the figures
+which XLA runs as fast inside a loop as outside. Seven rules choose between the forms; the figures
 are ms on two cores of about 170 GFLOP/s together, or on one of 105 where that is said, jax 0.10.2
 and 0.11.2 agreeing within the noise (`python experiments/benchmark conv` compares with autodiff's).
 
 * One pixel. With a 1x1 kernel, forward pass and weight gradient are a matrix product of the pixels
-  (32x32x64 -> 128, stride 2: forward 4.2 -> 1.6, weights 14 -> 2). The weight gradient is one of
-  the image's patches as well with a stride and at most four channels (28x28x1 -> 16, 4x4,
-  stride 2, 1,000 images: 4.8 -> 3.4); else a convolution of the images by the cotangent, the batch
-  being the contracted channel.
+  (32x32x64 -> 128, stride 2: forward 4.2 -> 1.6, weights 14 -> 2).
+* First layers. With at most four channels in, and a stride or at least 32 outputs, the weight
+  gradient is a matrix product of the image's patches (28x28x1 -> 16, 4x4, stride 2, 1,000 images:
+  4.8 -> 3.4; 64 images on one core: 32x32x3 -> 64, 3x3 46 -> 20).
+* Weights. Other weight gradients are one matrix product for each of the kernel's pixels where 8x8
+  pixels or more went out (64 images, 3x3, on one core: 32x32x64 -> 64 969 -> 196; 8x8x256 -> 256
+  130 -> 83; 32x32x64 -> 128, stride 2 147 -> 76; 32x32x3 -> 8 7.5 -> 2). Such products are too thin
+  from fewer pixels, from one channel, or from 5 to 16 channels to at most 16: there it is a
+  convolution of the images by the cotangent, the batch being the contracted channel
+  (4x4x512 -> 512: 91, not 107; 28x28x1 -> 6, 5x5: 1.3, not 8).
 * Several at once. With at most 16 outputs, XLA's vectors are nearly empty; there, of at most 16
   channels, up to 32 are made at once, of 2 to 8 neighbours in a row, by a kernel that holds the
   kernel as often, shifted, and a stride as many times as long. The wider kernel's zeros cost less
@@ -57,6 +63,8 @@ Pads = tuple[Pair, Pair]
 _VECTOR = 32  # outputs of a convolution at which XLA:CPU's matrix product has full vectors
 _NARROW = 16  # most channels, in and out, of a convolution that makes several pixels at once
 _NEIGHBOURS = 8  # most of those pixels
+_FEW = 4  # most channels into a network's first convolution
+_MANY_PIXELS = 64  # of a result, for a matrix product over them to be worth it
 _LAYOUT = ("NHWC", "HWIO", "NHWC")
 _forced: contextvars.ContextVar[bool | None] = contextvars.ContextVar("forced", default=None)
 
@@ -245,7 +253,8 @@ _depthwise.defvjp(_depthwise_forward, _depthwise_backward)
 
 
 def _by_patches(w: Array, strides: Pair) -> bool:
-    return w.shape[:2] == (1, 1) or (max(strides) > 1 and w.shape[2] <= 4)
+    first = w.shape[2] <= _FEW and (max(strides) > 1 or w.shape[3] >= _VECTOR)
+    return w.shape[:2] == (1, 1) or first
 
 
 def _dot(a: Array, b: Array, axes: Any, precision: Any) -> Array:
@@ -324,6 +333,11 @@ def _weight_gradient(
     if _by_patches(w, strides):
         patches = _patches(x, w.shape[:2], strides, pads)
         return _dot(patches, dy, ((0, 1, 2), (0, 1, 2)), precision).reshape(w.shape)
+    thick = 1 < w.shape[2] <= _FEW or not _is_narrow(w)
+    if thick and dy.shape[1] * dy.shape[2] >= _MANY_PIXELS:
+        taps = _taps(x, w.shape[:2], strides, pads)
+        dw = jnp.stack([_dot(tap, dy, ((0, 1, 2), (0, 1, 2)), precision) for tap in taps])
+        return dw.reshape(w.shape)
     # The cotangent's pixels are s apart over the image; rows that no window reached are cut off.
     edges = [
         (lo, k + (n - 1) * s - size - lo)

@@ -91,6 +91,22 @@ def test_both_gradients(strides, window, channels, pads):
 
 
 @pytest.mark.parametrize(
+    ("strides", "window", "channels", "outputs", "pads"),
+    [
+        ((1, 1), (3, 3), 3, 5, "SAME"),
+        ((1, 1), (3, 3), 3, 32, "SAME"),
+        ((1, 1), (3, 3), 1, 32, "VALID"),
+        ((1, 1), (4, 3), 17, 5, ((2, 0), (1, 3))),
+        ((2, 2), (3, 3), 9, 5, "SAME"),
+        ((2, 1), (4, 3), 9, 5, ((5, 4), (0, 3))),
+    ],
+)
+def test_both_gradients_of_many_pixels(strides, window, channels, outputs, pads):
+    """Where the weights' is a product for each of the kernel's pixels, or of patches."""
+    assert_agree(*operands((2, 17, 16, channels), (*window, channels, outputs)), strides, pads)
+
+
+@pytest.mark.parametrize(
     ("size", "window", "strides", "pads"),
     [
         ((1, 9), (1, 3), (4, 4), ((2, 0), (2, 2))),
