@@ -2,7 +2,7 @@
 
     python experiments/benchmark                      # all suites
     python experiments/benchmark conv pgd training    # some
-    python experiments/benchmark --record=experiments/records/benchmark/cpu.json pgd
+    python experiments/benchmark --record=experiments/records/benchmark/pgd.json pgd
     python experiments/benchmark --runs=runs/pgd_at-mnist-0:1000 --reference=auto-attack attacks
     python experiments/benchmark --runs=runs/pgd_at-mnist-0:500 --repeats=2 rewritten
     python experiments/benchmark --runs=runs/pgd_at-mnist-0:1000 --journal=J fast half targeted
