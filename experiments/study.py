@@ -8,10 +8,10 @@
     python experiments/study.py --choose                 # measures candidates of the reduced recipe
 
 A row trains in WORKDIR/ROW and leaves its records in RECORDS; a row whose records are there is
-done. Interrupted, killed or out of time, the same command goes on where it was: training and
-AutoAttack in the middle of a row too. A row that fails is kept with its reason and left out until
---again. ROW's output is in WORKDIR/ROW/log.txt. As rows finish, the tables of docs and
-WORKDIR/report.html are renewed.
+done. A student's teacher is trained first, where its run is not in WORKDIR. Interrupted, killed or
+out of time, the same command goes on where it was: training and AutoAttack in the middle of a row
+too. A row that fails is kept with its reason and left out until --again. ROW's output is in
+WORKDIR/ROW/log.txt. As rows finish, the tables of docs and WORKDIR/report.html are renewed.
 """
 
 import dataclasses
@@ -32,10 +32,9 @@ import study_grid as grid
 from absl import app, flags
 from unattended import available_cores, check_writable, exit_code, interrupt_on_signals, parse_flags
 
-from jaxdefense import files, streams
+from jaxdefense import checksums, files, interrupts, streams
 
 HERE = pathlib.Path(__file__).parent
-
 HOURS = flags.DEFINE_float("hours", None, "Stop after so long; default when all is done.", 0.0)
 GRID = flags.DEFINE_enum("grid", "cpu", grid.GRIDS, "Which rows; debug takes minutes.")
 ROWS = flags.DEFINE_list("rows", ["*"], "Only rows or candidates so named, with * and ?.")
@@ -56,6 +55,7 @@ RENEWAL = (sys.executable, str(HERE / "tables.py"))
 WAIT = 120.0  # seconds that a step has for saving, once it is asked to end
 PAUSE = 0.2  # seconds between two looks at the processes
 MOST_DEVICES = 8
+TEACHING = "training its teacher"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,14 +63,16 @@ class Step:
     """A command of a row.
 
     Attributes:
-      state: what is shown while it runs: "training" or a protocol.
+      state: what is shown while it runs: "training", `TEACHING` or a protocol.
       words: script and arguments.
       record: that it leaves; none for training.
+      teacher: that it trains, if it does.
     """
 
     state: str
     words: tuple[str, ...]
     record: pathlib.Path | None = None
+    teacher: "Entry | None" = None
 
 
 @dataclasses.dataclass
@@ -92,7 +94,7 @@ class Entry(board.Row):
 
     @property
     def state_path(self) -> pathlib.Path:
-        """The file of what is known of it: seconds of each step, devices, why it failed."""
+        """What is known of it: seconds of each step, devices, ranking, what runs, why it failed."""
         return self.workdir / "study.json"
 
     def read_state(self) -> dict[str, Any]:
@@ -114,26 +116,39 @@ class Entry(board.Row):
         self.workdir.mkdir(parents=True, exist_ok=True)
         files.write_text(self.state_path, json.dumps(state, indent=1) + "\n")
 
-    def open_steps(self, teacher: pathlib.Path | None = None) -> list[Step]:
+    @property
+    def trained(self) -> bool:
+        """Whether its training has ended."""
+        return "training" in self.read_state().get("seconds", {})
+
+    def open_steps(self, teacher: "Entry | None" = None) -> list[Step]:
         """What is still to be run, in order; nothing for a row whose records are all there.
 
         Args:
-          teacher: workdir of the run that it learns from, where it does.
+          teacher: that it learns from, where it does.
         """
         open_records = {name: path for name, path in self.records.items() if not path.exists()}
         if not open_records:
             return []
         found = []
-        if "training" not in self.read_state().get("seconds", {}):
-            found.append(Step("training", grid.training_words(self.row, self.workdir, teacher)))
+        if not self.trained:
+            if teacher and not teacher.trained:
+                words = grid.training_words(teacher.row, teacher.workdir)
+                found.append(Step(TEACHING, words, teacher=teacher))
+            words = grid.training_words(self.row, self.workdir, teacher and teacher.workdir)
+            found.append(Step("training", words))
         for protocol, path in open_records.items():
             words = grid.judging_words(self.row, protocol, self.workdir, path)
             found.append(Step(protocol, words, path))
         return found
 
     def take_records(self) -> None:
-        """Takes accuracies and seconds from its records: it is done."""
-        found = {name: read_object(path) for name, path in self.records.items()}
+        """Takes accuracies and seconds from its records: it is done.
+
+        Raises:
+          ValueError: one of them is damaged or was edited.
+        """
+        found = {name: read_record(path) for name, path in self.records.items()}
         self.results = {}
         for protocol, record in found.items():
             if protocol not in grid.OF_PAPERS:
@@ -162,6 +177,27 @@ def read_object(path: pathlib.Path) -> dict[str, Any]:
     return found
 
 
+def read_record(path: pathlib.Path) -> dict[str, Any]:
+    """Reads a record, as `jaxdefense.evaluation.records.load` does, which needs JAX.
+
+    Args:
+      path: of the file.
+
+    Raises:
+      ValueError: it is damaged or was edited; names it.
+    """
+    try:
+        record = checksums.unseal(read_object(path))
+        if lacking := [key for key in ("config", "results", "seconds") if not record.get(key)]:
+            raise ValueError(f"it has no {', no '.join(lacking)}")
+    except ValueError as error:
+        if str(path) in str(error):
+            raise
+        message = f"{path} is damaged or was edited: {error}; remove it and run this again"
+        raise ValueError(message) from error
+    return record
+
+
 def without_places(value: Any) -> Any:
     """A config without the paths of other runs, which say where a thing lies, not what it is.
 
@@ -183,9 +219,6 @@ def make_entries(
       workdir: folder of the runs.
       records: folder of the records.
       again: what has failed waits once more.
-
-    Raises:
-      ValueError: a record of another config, as after a change of the recipe, or a damaged file.
     """
     entries = []
     for row in rows:
@@ -193,18 +226,30 @@ def make_entries(
         paths = {protocol: folder / protocol / f"{row.name}.json" for protocol in row.protocols}
         config = grid.settings(row.resolved(grid.ROBUST))
         entry = Entry(row.name, config, workdir / row.name, row=row, records=paths)
-        for path in paths.values():
-            if path.exists() and row.best is None:
-                check_config(path, config)
-        if all(path.exists() for path in paths.values()):
-            entry.take_records()
-        elif "failed" in (state := entry.read_state()):
-            if again:
-                entry.write_state(failed=None)
-            else:
-                entry.state, entry.reason = "failed", state["failed"]
+        try:
+            _read_entry(entry, again)
+        except ValueError as error:  # the other rows go on
+            entry.state, entry.reason = "failed", str(error)
         entries.append(entry)
     return entries
+
+
+def _read_entry(entry: Entry, again: bool) -> None:
+    """Finds out whether a row is done, failed or waits.
+
+    Raises:
+      ValueError: a record of another config, as after a change of the recipe, or a damaged file.
+    """
+    for path in entry.records.values():
+        if path.exists() and entry.row.best is None:
+            check_config(path, entry.config)
+    if all(path.exists() for path in entry.records.values()):
+        entry.take_records()
+    elif "failed" in (state := entry.read_state()):
+        if again:
+            entry.write_state(failed=None)
+        else:
+            entry.state, entry.reason = "failed", state["failed"]
 
 
 def check_config(path: pathlib.Path, config: Mapping[str, Any]) -> None:
@@ -217,7 +262,7 @@ def check_config(path: pathlib.Path, config: Mapping[str, Any]) -> None:
     Raises:
       ValueError: it is of another one; names the sections that differ.
     """
-    found, now = without_places(read_object(path).get("config")), without_places(config)
+    found, now = without_places(read_record(path)["config"]), without_places(config)
     if found != now:
         differ = [key for key in now if not isinstance(found, dict) or found.get(key) != now[key]]
         raise ValueError(
@@ -229,18 +274,13 @@ def check_config(path: pathlib.Path, config: Mapping[str, Any]) -> None:
 class Ranking:
     """The robust rows of a variant, the best first: teachers, and what the transforms are tried on.
 
-    It is made once, when everything that may be in it is over, and then kept in a file: a run that
-    goes on later must have the same teacher.
-
     Args:
       entries: of all rows that are looked at.
-      workdir: folder of the runs.
       records: folder of the records.
     """
 
-    def __init__(self, entries: Sequence[Entry], workdir: pathlib.Path, records: pathlib.Path):
-        self._entries, self._workdir, self._records = entries, workdir, records
-        self._path = workdir / "ranking.json"
+    def __init__(self, entries: Sequence[Entry], records: pathlib.Path):
+        self._entries, self._records = entries, records
 
     def ready(self, variant: str) -> bool:
         """Whether no robust row of the variant waits or runs any more.
@@ -248,8 +288,6 @@ class Ranking:
         Args:
           variant: of the rows.
         """
-        if variant in self._kept():
-            return True
         rivals = [
             entry
             for entry in self._entries
@@ -259,29 +297,43 @@ class Ranking:
         ]
         return all(entry.state in ("done", "failed") for entry in rivals)
 
-    def of(self, variant: str) -> list[str]:
-        """The configs, by AutoAttack's accuracy of seed 0, of which the trained run is here.
+    def of(self, row: grid.Row) -> list[str]:
+        """The configs by AutoAttack's accuracy of seed 0; for a student its teacher first.
+
+        All students of a variant have one teacher: that of those which have a record.
 
         Args:
-          variant: of the rows.
-        """
-        kept = self._kept()
-        if variant not in kept:
-            accuracies = {}
-            for name in grid.ROBUST:
-                row = grid.Row(name, variant)
-                path = self._records / row.folder / "autoattack" / f"{row.name}.json"
-                if path.exists() and (self._workdir / row.name / "config.json").exists():
-                    primary = next(iter(read_object(path)["results"].values()))
-                    accuracies[name] = primary["autoattack"]["accuracy"]
-            if not accuracies:
-                return []  # not kept: there may be some later
-            kept[variant] = grid.rank(accuracies)
-            files.write_text(self._path, json.dumps(kept, indent=1) + "\n")
-        return kept[variant]
+          row: whose variant it is.
 
-    def _kept(self) -> dict[str, list[str]]:
-        return read_object(self._path) if self._path.exists() else {}
+        Raises:
+          ValueError: no robust row has a record, or one is damaged.
+        """
+        accuracies, row_of = {}, {name: grid.Row(name, row.variant) for name in grid.ROBUST}
+        for name, rival in row_of.items():
+            if (path := self._find(rival)).exists():
+                primary = next(iter(read_record(path)["results"].values()))
+                accuracies[name] = primary["autoattack"]["accuracy"]
+        found = grid.rank(accuracies)
+        if row.needs_teacher:
+            runs = {rival.name: name for name, rival in row_of.items()}
+            taught = [runs[name] for name in self._teachers(row.variant) if name in runs]
+            found = [*taught[:1], *(name for name in found if name not in taught[:1])]
+        if not found:
+            raise ValueError(
+                f"no robust row of {row.variant} has a record in {self._records}: add e.g. "
+                f"{row_of[grid.ROBUST[0]].name} to --rows"
+            )
+        return found
+
+    def _teachers(self, variant: str) -> list[str]:
+        """The names of the runs that taught the variant's students."""
+        students = [grid.Row(name, variant) for name in grid.STUDENTS]
+        known = [path for student in students if (path := self._find(student)).exists()]
+        defenses = [read_record(path)["config"]["defense"] for path in known]
+        return [pathlib.PurePath(defense["teacher"]["workdir"]).name for defense in defenses]
+
+    def _find(self, row: grid.Row) -> pathlib.Path:
+        return self._records / row.folder / "autoattack" / f"{row.name}.json"
 
 
 @dataclasses.dataclass
@@ -425,7 +477,6 @@ class Study:
     ):
         self.entries, self.ranking, self.clock, self.slots = entries, ranking, clock, slots
         self.renewal, self.deadline = renewal, deadline
-        self._workdir = ranking._workdir
         self._began = time.monotonic()
 
     def run(self, display: board.Lines | board.Table) -> None:
@@ -463,12 +514,19 @@ class Study:
             chosen = entry.row.best or entry.row.needs_teacher
             if chosen and not self.ranking.ready(entry.row.variant):
                 continue
+            if entry.row.needs_teacher and self._teaching(entry.row.variant):
+                continue
             try:
                 self._begin(slot, entry)
             except ValueError as error:
                 self._fail(entry, str(error))
                 continue
             return
+
+    def _teaching(self, variant: str) -> bool:
+        """Whether a teacher of the variant is in training."""
+        running = [slot for slot in self.slots if slot.steps]
+        return any(slot.steps[0].teacher and slot.entry.row.variant == variant for slot in running)
 
     def _begin(self, slot: Slot, entry: Entry) -> None:
         """Begins a row.
@@ -478,18 +536,21 @@ class Study:
         """
         row, teacher = entry.row, None
         if row.best or row.needs_teacher:
-            ranking = self.ranking.of(row.variant)
+            # Kept: a run that goes on has the same teacher, whatever was measured meanwhile.
+            ranking = entry.read_state().get("ranking") or self.ranking.of(row)
             if row.needs_teacher:
-                if not ranking:
-                    raise ValueError(f"no robust row of {row.variant} is trained: no teacher")
-                teacher = self._workdir / grid.Row(ranking[0], row.variant).name
+                found = grid.Row(ranking[0], row.variant)
+                workdir = entry.workdir.parent / found.name
+                teacher = Entry(found.name, grid.settings(found), workdir, row=found)
             entry.row = row.resolved(ranking)
             entry.config = grid.settings(entry.row)
+            entry.write_state(ranking=ranking)
         steps = entry.open_steps(teacher)
-        # As many devices as it began with: a run that goes on with others has other bits.
         cores = len(slot.cores) or len(available_cores())
-        devices = count_devices(cores, entry.config["train"]["batch_size"])
-        entry.write_state(devices=entry.read_state().get("devices", devices))
+        for one in (entry, teacher) if teacher else (entry,):
+            # As many devices as it began with: a run that goes on with others has other bits.
+            devices = count_devices(cores, one.config["train"]["batch_size"])
+            one.write_state(devices=one.read_state().get("devices", devices))
         entry.began = time.monotonic()
         slot.entry, slot.steps = entry, steps
         self._start(slot)
@@ -499,13 +560,15 @@ class Study:
         entry, step = slot.entry, slot.steps[0]
         script, *arguments = step.words
         entry.state, slot.began = step.state, time.monotonic()
+        entry.write_state(running=step.state)
+        devices = (step.teacher or entry).read_state()["devices"]
         if step.record:
             step.record.parent.mkdir(parents=True, exist_ok=True)
         with (entry.workdir / "log.txt").open("ab") as log:
             log.write(f"$ {shlex.join(step.words)}\n".encode())
             log.flush()
             words = (*RUN, str(HERE / script), *arguments)
-            slot.process = start_process(words, slot.cores, entry.read_state()["devices"], log)
+            slot.process = start_process(words, slot.cores, devices, log)
 
     def _look(self, slot: Slot) -> None:
         """Goes on with a slot whose process has ended."""
@@ -527,8 +590,10 @@ class Study:
         slot.process.stdin.close()
         if slot.process.returncode != 0 or (step.record and not step.record.exists()):
             return False
-        seconds = entry.read_state().get("seconds", {})
-        entry.write_state(seconds={**seconds, step.state: time.monotonic() - slot.began})
+        owner, name = (step.teacher, "training") if step.teacher else (entry, step.state)
+        seconds = {**owner.read_state().get("seconds", {}), name: time.monotonic() - slot.began}
+        owner.write_state(seconds=seconds)
+        entry.write_state(running=None)
         del slot.steps[0]
         if not slot.steps:
             entry.take_records()
@@ -538,7 +603,7 @@ class Study:
 
     def _fail(self, entry: Entry, reason: str, state: str = "") -> None:
         entry.state, entry.reason = "failed", f"{state}: {reason}" if state else reason
-        entry.write_state(failed=entry.reason)
+        entry.write_state(failed=entry.reason, running=None)
 
     def stop(self) -> None:
         """Asks what runs to save and to end, and waits for it; its rows wait again."""
@@ -557,6 +622,7 @@ class Study:
             slot.free()
             if entry.state != "done":
                 entry.state = "waiting"
+                entry.write_state(running=None)
 
     def kill(self) -> None:
         """Ends all processes at once."""
@@ -602,7 +668,7 @@ def print_list(entries: Sequence[Entry], clock: plan.Clock) -> None:
     left = 0.0
     for i, entry in enumerate(entries, 1):
         seconds = entry.seconds if entry.state == "done" else clock.expected(entry.name)
-        left += 0.0 if entry.state == "done" else seconds
+        left += 0.0 if entry.state in ("done", "failed") else seconds
         script, *words = grid.training_words(entry.row.resolved(grid.ROBUST), entry.workdir)
         command = shlex.join(["python", f"experiments/{script}", *words])
         if entry.row.best:
@@ -630,7 +696,8 @@ def print_open(entries: Sequence[Entry], clock: plan.Clock, slots: int) -> None:
     done = sum(entry.state == "done" for entry in entries)
     print(f"\n{done} done, {len(failed)} failed, {len(waiting)} open")
     for entry in failed:
-        print(f"failed: {entry.name}: {entry.reason}; see {entry.workdir / 'log.txt'}")
+        log = entry.workdir / "log.txt"
+        print(f"failed: {entry.name}: {entry.reason}" + (f"; see {log}" if log.exists() else ""))
     command = [word for word in sys.argv if word not in ("--again", "--again=true")]
     again = shlex.join([sys.executable, *command])
     if waiting:
@@ -654,17 +721,36 @@ def make_clock(entries: Sequence[Entry], machine: str) -> plan.Clock:
     return clock
 
 
+def is_in_use(lock: pathlib.Path) -> bool:
+    """Whether a process holds a lock.
+
+    Args:
+      lock: its file, which a killed process leaves behind.
+    """
+    if not lock.exists():
+        return False
+    try:
+        with files.locked(lock, "study"):
+            return False
+    except ValueError:
+        return True
+
+
 def run() -> int:
     """Runs what the flags ask for; returns the exit code.
 
     Raises:
-      ValueError: see `make_entries`, or a folder that cannot be written or is in use.
+      ValueError: no row has such a name, or a folder cannot be written or is in use.
     """
     rows = grid.rows(GRID.value, ROWS.value)
     workdir, records = pathlib.Path(WORKDIR.value), pathlib.Path(RECORDS.value)
     machine = "gpu" if GRID.value == "gpu" else "cpu"
     if LIST.value:
         entries = make_entries(rows, workdir, records)
+        if is_in_use(workdir / "study.lock"):
+            for entry in entries:
+                if entry.state == "waiting":
+                    entry.state = entry.read_state().get("running", "waiting")
         print_list(entries, make_clock(entries, machine))
         return 0
     for path in (workdir, records):
@@ -693,7 +779,7 @@ def run_entries(
     words = (*RENEWAL, "--renew", f"--html={workdir / 'report.html'}", str(records))
     renewal = Renewal(words if RENEW.value else (), workdir / "renewal.txt")
     deadline = float("inf") if HOURS.value is None else time.monotonic() + 3600 * HOURS.value
-    study = Study(entries, Ranking(entries, workdir, records), clock, slots, renewal, deadline)
+    study = Study(entries, Ranking(entries, records), clock, slots, renewal, deadline)
     interrupt_on_signals()
     code = 0
     try:
@@ -715,10 +801,13 @@ def main(argv):
         sys.exit(f"error: unexpected arguments: {argv[1:]}")
     try:
         if CHOOSE.value:
+            if LIST.value:
+                raise ValueError("--choose has no --list: it measures its candidates")
             import study_choose
 
             folder = pathlib.Path(WORKDIR.value) / "choose"
-            code = study_choose.main(folder, 60 * MINUTES.value, ROWS.value)
+            with interrupts.one_line_endings(interrupts.Ending("the same command goes on")):
+                code = study_choose.main(folder, 60 * MINUTES.value, ROWS.value)
         else:
             with streams.outliving_readers():
                 code = run()

@@ -83,9 +83,13 @@ def parse_flags(argv: Sequence[str]) -> list[str]:
       The words that are no flags.
     """
     try:
-        return flags.FLAGS(argv)
+        rest = flags.FLAGS(argv)
     except flags.Error as error:
         refuse_flags(explain(error))
+    for flag in flags.FLAGS.get_flags_for_module(argv[0]):
+        if flag.value != flag.value:  # every bound lets NaN pass
+            refuse_flags(f"--{flag.name} must be {flag.parser.syntactic_help}, got 'nan'")
+    return rest
 
 
 def check_writable(folder: pathlib.Path) -> None:
@@ -97,6 +101,8 @@ def check_writable(folder: pathlib.Path) -> None:
     Raises:
       ValueError: it cannot be made or written to.
     """
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"{folder} is not a folder")
     try:
         folder.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()

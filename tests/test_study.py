@@ -3,6 +3,7 @@
 Most runs are of FAKE_STEP, which answers as train.py and evaluate.py do, without JAX.
 """
 
+import contextlib
 import copy
 import io
 import json
@@ -23,7 +24,7 @@ import study_choose
 import study_grid as grid
 from conftest import ROOT, import_script
 
-from jaxdefense import data, runs
+from jaxdefense import checksums, data, files, runs
 
 study = import_script("study")
 
@@ -56,7 +57,11 @@ if told["behaviour"] == "kill":
 time.sleep(told.get("seconds", 0.0))
 note(ended=True)
 (workdir / "config.json").write_text("{}")
+if "config.defense.teacher.workdir" in options:
+    (workdir / "teacher").write_text(options["config.defense.teacher.workdir"])
 if name == "evaluate":
+    if (workdir / "teacher").exists():
+        told["config"]["defense"]["teacher"]["workdir"] = (workdir / "teacher").read_text()
     protocol = options["protocol"]
     accuracy = {"clean": 90.0, "pgd20": 50.0} if protocol == "configured" else {}
     accuracy |= {"autoattack": told["accuracy"]} if protocol == "autoattack" else {}
@@ -273,15 +278,36 @@ def test_the_best_robust_row_teaches_and_is_strengthened(start, tmp_path):
     assert first["at"] >= ran(tmp_path, TRADES)[-1]["at"]
     assert ran(tmp_path, best)[0]["options"]["config"] == "trades:cifar10_cpu_awp"
     # Kept: a run that goes on later has the same teacher.
-    assert json.loads((tmp_path / "runs/ranking.json").read_text()) == {
-        "cifar10_cpu": ["trades", "pgd_at"]
-    }
+    for row in (ADD, best):
+        kept = json.loads((tmp_path / "runs" / row.name / "study.json").read_text())["ranking"]
+        assert kept == ["trades", "pgd_at"]
 
 
 def test_a_student_without_a_teacher_fails_with_the_reason(start, tmp_path, capsys):
     assert start([ADD]) == 1
-    assert "no robust row of cifar10_cpu is trained: no teacher" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert f"no robust row of cifar10_cpu has a record in {tmp_path / 'records'}" in said
+    assert "add e.g. pgd_at-cifar10_cpu-0 to --rows" in said
     assert start([PGD_AT, ADD], again=True) == 0
+
+
+def test_a_teacher_whose_run_is_elsewhere_is_trained_once_before_its_students(start, tmp_path):
+    assert start([PGD_AT, TRADES], {TRADES.name: {"accuracy": 26.0}}) == 0
+    students = [grid.Row(name, "cifar10_cpu") for name in ("add", "ard", "iad")]
+    (tmp_path / "runs").rename(tmp_path / "elsewhere")
+    told = {TRADES.name: {"seconds": 0.5}}
+    assert start([*students, TRADES], told, side_by_side=2) == 0
+    (taught,) = [one for one in ran(tmp_path, TRADES) if "ended" in one]
+    assert taught["script"] == "train"
+    for row in students:
+        first = ran(tmp_path, row)[0]
+        assert first["options"]["config.defense.teacher.workdir"].endswith(f"/runs/{TRADES.name}")
+        assert first["at"] >= taught["at"]
+    # A better one comes later: the next student has the teacher of the others all the same.
+    mart, adaad = (grid.Row(name, "cifar10_cpu") for name in ("mart", "adaad"))
+    assert start([mart, adaad], {mart.name: {"accuracy": 40.0}}) == 0
+    (first, *_) = ran(tmp_path, adaad)
+    assert first["options"]["config.defense.teacher.workdir"].endswith(f"/runs/{TRADES.name}")
 
 
 def test_a_failure_is_kept_and_not_tried_before_it_is_asked(start, tmp_path, capsys):
@@ -338,17 +364,44 @@ def test_devices_share_a_batch():
     assert study.count_devices(2, 7) == 1
 
 
-def test_a_record_of_another_config_is_refused(start, tmp_path):
-    assert start([PGD_AT]) == 0
+def test_a_record_of_another_config_or_that_was_edited_is_refused(start, tmp_path, capsys):
+    rows = [PGD_AT, TRADES]
+    assert start(rows) == 0
     path = tmp_path / "records/cifar10_cpu/configured" / f"{PGD_AT.name}.json"
     record = json.loads(path.read_text())
-    record["config"]["train"]["length"] = "1e"
-    path.write_text(json.dumps(record))
-    with pytest.raises(ValueError, match=f"{path} is of another config .*: train differ"):
-        start([PGD_AT])
-    path.write_text("{")
-    with pytest.raises(ValueError, match=f"{path} is damaged"):
-        start([PGD_AT])
+    other = copy.deepcopy(record)
+    other["config"]["train"]["length"] = "1e"
+    edited = checksums.seal(record)
+    edited["results"]["classifier"]["clean"]["accuracy"] = 99.0
+    bare = {key: value for key, value in record.items() if key != "results"}
+    for text, reason in (
+        (json.dumps(other), f"{path} is of another config than the row's now: train differ"),
+        ("{", f"{path} is damaged"),
+        (json.dumps(edited), f"{path} is damaged or was edited: its checksum differs"),
+        (json.dumps(bare), f"{path} is damaged or was edited: it has no results"),
+    ):
+        path.write_text(text)
+        capsys.readouterr()
+        for listed in (False, True):
+            assert start(rows, list=listed) == int(not listed)
+            said = capsys.readouterr().out
+            assert f"{PGD_AT.name}: failed: {reason}" in said or f"failed: {PGD_AT.name}" in said
+            assert reason in said
+            assert "1 done" in said or "1 of 2 done" in said  # the other row
+    path.write_text(json.dumps(checksums.seal(record)))
+    assert start(rows) == 0
+
+
+def test_the_list_says_what_runs(start, tmp_path, capsys):
+    assert start([PGD_AT]) == 0
+    state = study.Entry(TRADES.name, {}, tmp_path / "runs" / TRADES.name, row=TRADES)
+    state.write_state(running="autoattack")  # as in a study, and after one that was killed
+    for held, told in ((True, "autoattack"), (False, "waiting")):
+        capsys.readouterr()
+        lock = tmp_path / "runs/study.lock"
+        with files.locked(lock, "study") if held else contextlib.nullcontext():
+            assert start([PGD_AT, TRADES], list=True) == 0
+        assert f"{TRADES.name}: {told}, about" in capsys.readouterr().out
 
 
 def test_the_list_says_what_is_done_and_what_that_takes(start, tmp_path, capsys):
