@@ -106,10 +106,15 @@ def covers(
     if len(lhs.shape) != 4 or lhs.dtype != rhs.dtype or not jnp.issubdtype(lhs.dtype, jnp.floating):
         return False
     depthwise = feature_group_count == lhs.shape[3] == rhs.shape[3] > 1
-    # No negative padding, and a result that is not empty.
-    fits = 0 not in lhs.shape and all(
-        lo >= 0 and hi >= 0 and size + lo + hi >= k
-        for size, k, (lo, hi) in zip(lhs.shape[1:3], rhs.shape[:2], pads)
+    # No negative padding, nothing empty; what does not fit is refused by `jax.lax` in its words.
+    channels = rhs.shape[2] * feature_group_count == lhs.shape[3]
+    fits = (
+        channels
+        and 0 not in (*lhs.shape, *rhs.shape)
+        and all(
+            lo >= 0 and hi >= 0 and size + lo + hi >= k
+            for size, k, (lo, hi) in zip(lhs.shape[1:3], rhs.shape[:2], pads)
+        )
     )
     same_type = preferred_element_type in (None, lhs.dtype)
     return fits and same_type and (feature_group_count == 1 or depthwise)
@@ -155,20 +160,21 @@ def conv(
 
     Returns:
       The convolution, of lhs's dtype (`preferred_element_type` if given). Sums of products of
-      bfloat16 are taken in float32 and rounded once.
+      bfloat16 are taken in float32 and rounded once. A NaN or infinity among the images may spoil
+      pixels beside those whose windows hold it, where several are made at once.
     """
     in_layout = lhs.ndim == 4 and (
         lax.conv_dimension_numbers(lhs.shape, rhs.shape, dimension_numbers)
         == lax.conv_dimension_numbers(lhs.shape, rhs.shape, _LAYOUT)
     )
     undilated = all(d == 1 for d in (*(lhs_dilation or ()), *(rhs_dilation or ())))
-    if is_explicit() and in_layout and undilated and batch_group_count == 1:
+    plain = undilated and batch_group_count == 1 and len(window_strides) == 2
+    if is_explicit() and in_layout and plain:
         edges = padding
         if isinstance(edges, str):
             edges = lax.padtype_to_pads(lhs.shape[1:3], rhs.shape[:2], window_strides, edges)
-        (top, bottom), (left, right) = edges
-        pads = ((int(top), int(bottom)), (int(left), int(right)))
-        if covers(lhs, rhs, pads, feature_group_count, preferred_element_type):
+        pads = tuple((int(lo), int(hi)) for lo, hi in edges)
+        if len(pads) == 2 and covers(lhs, rhs, pads, feature_group_count, preferred_element_type):
             strides = (int(window_strides[0]), int(window_strides[1]))
             if feature_group_count > 1:
                 return _depthwise(lhs, rhs, strides, pads)

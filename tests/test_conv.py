@@ -281,6 +281,7 @@ def test_vmap(in_axes, channels):
         ((2, 6, 6, 4), (3, 3, 4, 4), {"padding": ((-1, 0), (0, 0))}),
         ((2, 2, 6, 4), (3, 3, 4, 4), {}),  # an empty result
         ((0, 6, 6, 4), (3, 3, 4, 4), {}),
+        ((2, 6, 6, 4), (3, 3, 4, 0), {}),
     ],
 )
 def test_other_convolutions_are_jaxs(x_shape, w_shape, options):
@@ -290,6 +291,26 @@ def test_other_convolutions_are_jaxs(x_shape, w_shape, options):
     ours = jax.make_jaxpr(lambda x, w: conv(x, w, strides, **options))(x, w)
     theirs = jax.make_jaxpr(lambda x, w: lax.conv_general_dilated(x, w, strides, **options))(x, w)
     assert str(ours) == str(theirs)
+
+
+@pytest.mark.parametrize(
+    ("w_shape", "strides", "padding"),
+    [
+        ((3, 3, 4, 8), (1,), "SAME"),
+        ((3, 3, 4, 8), (1, 1, 1), "VALID"),
+        ((3, 3, 4, 8), (1, 1), ((0, 0),)),
+        ((1, 1, 5, 8), (1, 1), "SAME"),
+        ((3, 3, 5, 8), (1, 1), "SAME"),
+    ],
+)
+def test_what_does_not_fit_is_refused_in_jaxs_words(w_shape, strides, padding):
+    x, w = operands((2, 6, 6, 4), w_shape)
+    told = []
+    for convolve in (conv, lax.conv_general_dilated):
+        with pytest.raises((TypeError, ValueError)) as refused:
+            convolve(x, w, strides, padding, dimension_numbers=LAYOUT)
+        told.append(str(refused.value))
+    assert told[0] == told[1]
 
 
 @pytest.mark.parametrize(("dtype", "preferred"), [(jnp.int32, None), (jnp.bfloat16, jnp.float32)])
