@@ -1,7 +1,7 @@
 """Compares two rows seed by seed: mean difference, its standard error, a paired t-test.
 
     python experiments/paired.py gssl-mnist_small gssl_baseline-mnist_small \
-        experiments/records/gssl
+        experiments/records/study/mnist/configured
 
 The rows are names of records, or NAME[PREDICTOR]; then come records, or folders searched for
 *.json. Only seeds that both rows have are compared, on the same number of images of one data set;

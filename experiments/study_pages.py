@@ -105,15 +105,18 @@ class Line:
 def study_sources(row: grid.Row) -> list[Source]:
     """The study's records of a row, one source for each protocol that is honest.
 
+    FGSM and PGD are no honest measure of what AutoAttack judges too: until it has, the row is open.
+
     Args:
       row: of any seed.
     """
+    weak = ("configured",) if "autoattack" in row.protocols else ()
     name, stacked = f"{row.config}-{row.variant}", "protect" in str(grid.settings(row)["defense"])
     protected = stacked and row.variant.endswith("_paper")
     return [
         Source(f"{STUDY}/{row.folder}/{protocol}", name, protected, _HONEST)
         for protocol in reversed(row.protocols)
-        if protocol not in grid.OF_PAPERS
+        if protocol not in (*grid.OF_PAPERS, *weak)
     ]
 
 
@@ -349,7 +352,7 @@ def _gssl_claim(dataset: str, folder: str, row: str) -> Claim:
     )
 
 
-_SMALL = f"{RECORDS}/gssl"
+_SMALL = f"{STUDY}/mnist/configured"
 
 
 def _gssl(label: str, variant: str) -> list[Line]:
@@ -362,7 +365,8 @@ def _gssl(label: str, variant: str) -> list[Line]:
     for name, said in (("gssl_baseline", "standard training"), ("gssl", "GSSL")):
         own = Source(_SMALL, f"{name}-mnist_small", columns=("clean",))
         mnist = variant == "mnist_paper"
-        row = None if variant != "cifar10_paper" else _row(name, variant)
+        made = {"mnist_paper": "mnist_small", "cifar10_paper": variant}.get(variant)
+        row = _row(name, made) if made else None
         found.append(
             Line(
                 f"{said}, {label}",
@@ -482,8 +486,7 @@ _ADD = Document(
             Line(f"{label}, MNIST", _row(config, "mnist"), differs="a quarter-width student")
             for label, config in zip(("ADD", "ARD", "IAD", "AdaAD"), grid.STUDENTS, strict=True)
         ),
-        _reduced("PGD-AT (a teacher)", "pgd_at"),
-        _reduced("TRADES (a teacher)", "trades"),
+        _reduced("MART (the teacher)", "mart"),
         _reduced("ADD, half as wide", "add", differs=f"{_SHORT}; all but the idea INFERRED"),
         _reduced("ARD, half as wide", "ard"),
         _reduced("IAD, half as wide", "iad"),
@@ -601,9 +604,10 @@ def document_table(name: str) -> str:
         cells = [paper and f"{paper} (FOUND)", own_text, _honest_cell(line), line.differs]
         rows.append([line.label, *(cell or "–" for cell in cells)])
         sources = [*([line.own] if line.own else []), *line.honest_sources()]
-        found = [record for source in sources for record in source.load()]
-        used += found
-        commands += [f"# {line.label}", *_commands(line, found)]
+        loaded = [(source, source.load()) for source in sources]
+        used += [record for _, found in loaded for record in found]
+        apart = [found for source, found in loaded if not source.path.startswith(f"{STUDY}/")]
+        commands += _commands(line, [record for found in apart for record in found])
     header = ["accuracy, %", "reported", "measured, its protocol", "measured honestly", "differs"]
     told = f"{tables.provenance(used)}\n\n" if used else ""
     listed = "\n".join(commands)
@@ -616,28 +620,31 @@ _OLD_NAMES = {"honest": "autoattack"}  # of older records' protocols
 
 
 def _commands(line: Line, found: Sequence[Record]) -> list[str]:
-    """The lines that make a row: of its records' configs, or of the study."""
-    if line.row:
-        return [study_command(line.row.config, line.row.variant)]
+    """The lines that make a row: of its records beside the study's, and of the study."""
     lines: dict[str, None] = {}
+    others = sorted({record["seed"] for record in found})[1:]
+    seeds = "|".join(map(str, others))
+    told = f"; --config.seed={seeds} and other folders make the others" if others else ""
     for record in found:
         if record["seed"] != found[0]["seed"]:
             continue
         protocol = record.get("protocol", "configured")
         script = _SCRIPTS.get(protocol.partition(":")[0])
         checkpoint = record.get("training", {}).get("checkpoint", "best")
-        told = configs.commands(
+        made = configs.commands(
             record["config"], protocol=_OLD_NAMES.get(protocol, protocol), checkpoint=checkpoint
         )
-        words = [command for command in told if not command.startswith("#")]
+        words = [command for command in made if not command.startswith("#")]
         if len(words) == 2 and (some := _first_examples(record)):
             words[1] += f" --examples={some}"
         if script:
-            workdir = next(word for word in told[0].split() if word.startswith("--workdir="))
+            workdir = next(word for word in made[0].split() if word.startswith("--workdir="))
             narrow = f" --eps={record['eps']}" if record.get("eps", 0.3) != 0.3 else ""
             words.append(f"python experiments/papers/{script}.py {workdir}{narrow}")
         lines |= dict.fromkeys([*_teacher_command(record["config"]), *words])
-    return list(lines) or ["# open: an accelerator's work"]
+    if line.row:
+        lines[study_command(line.row.config, line.row.variant)] = None
+    return [f"# {line.label}{told}", *(lines or ["# open: an accelerator's work"])]
 
 
 def _teacher_command(config: Mapping[str, Any]) -> list[str]:
@@ -652,9 +659,14 @@ def _teacher_command(config: Mapping[str, Any]) -> list[str]:
 
 def _first_examples(record: Record) -> int | None:
     """The number of test images behind a record, where it is a part of them."""
-    counts = [r["n"] for attacks in record["results"].values() for r in attacks.values()]
-    whole = record["config"]["dataset"]["name"] == "digits" or len(record["results"]) > 3
-    return None if whole or max(counts) >= 10000 else max(counts)
+    results = record["results"]
+    if record["config"]["dataset"]["name"] == "digits":
+        return None
+    if any(name.startswith("protect") for name in results):  # each is judged on its class
+        count = int(metric_i.count(record))
+    else:
+        count = max(result["n"] for attacks in results.values() for result in attacks.values())
+    return None if count >= 10000 else count
 
 
 def verdict(claim: Claim) -> str:
@@ -731,7 +743,7 @@ def cross_table(folder: str) -> str:
     """
     table, robust = _ranked(folder)
     parts = [table, tables.provenance(robust)] if robust else []
-    return "\n\n".join([*parts, *_open_rows(folder, {record["name"] for record in robust})])
+    return "\n\n".join([*parts, *_open_rows(folder)])
 
 
 def top_table(folder: str) -> str:
@@ -775,11 +787,12 @@ def _ranked(folder: str, most: int | None = None) -> tuple[str, list[Record]]:
             tables.format_mean(worst),
             *_costs(same),
             _thousands(same[0].get("parameters", {}).get(predictor)),
+            _flags(same, predictor),
         ]
         ranked.append((statistics.fmean(values), cells, same))
     ranked = sorted(ranked, key=lambda found: -found[0])[:most]
     header = ["accuracy, %", "threat", "n", "clean", pgd, "autoattack", "worst class"]
-    header += ["s an epoch", "GB", "parameters"]
+    header += ["s an epoch", "GB", "parameters", "flags"]
     shown = [record for *_, same in ranked for record in same]
     return tables.markdown(header, [cells for _, cells, _ in ranked]), shown
 
@@ -808,22 +821,45 @@ def _costs(same: Sequence[Record]) -> list[str]:
     ]
 
 
+def _flags(same: Sequence[Record], predictor: str) -> str:
+    """What AutoAttack's flags say against the number; a dash where they say nothing."""
+    found = [flag for record in same for flag in record.get("cascade", {}).get("flags", [])]
+    names = dict.fromkeys(flag["name"] for flag in found if flag["predictor"] == predictor)
+    return ", ".join(names) or "–"
+
+
 def _thousands(count: int | None) -> str:
     return f"{count:,}" if count else "–"
 
 
-def _open_rows(folder: str, done: set[str]) -> list[str]:
+def _open_rows(folder: str) -> list[str]:
     """What has no record under AutoAttack yet, and the command of each grid that makes it."""
-    told, listed = [], set(done)
+    told: list[str] = []
+    listed: set[str] = set()
     for machine in ("cpu", "gpu"):
-        rows = [row for row in grid.rows(machine) if row.folder == folder and not row.best]
-        rows = [row for row in rows if "autoattack" in row.protocols]
-        if missing := sorted({f"{row.config}-{row.variant}" for row in rows} - listed):
+        rows = [row for row in grid.rows(machine) if row.folder == folder]
+        path = ROOT / STUDY / folder / "autoattack"
+        missing: dict[str, list[str]] = {}
+        for row in rows:
+            done = row.name in listed or (path / f"{row.name}.json").exists()
+            if "autoattack" in row.protocols and not done:
+                name, _, seed = row.name.rpartition("-")
+                missing.setdefault(name, []).append(seed)
+                listed.add(row.name)
+        if missing:
             command = f"python experiments/study.py --grid={machine}"
-            rows_open = "1 row" if len(missing) == 1 else f"{len(missing)} rows"
-            told.append(f"Open, {rows_open}: {', '.join(missing)}; `{command}`.")
-            listed |= set(missing)
+            count = sum(map(len, missing.values()))
+            names = [name + _seeds(seeds) for name, seeds in sorted(missing.items())]
+            rows_open = "1 row" if count == 1 else f"{count} rows"
+            told.append(f"Open, {rows_open}: {', '.join(names)}; `{command}`.")
     return told
+
+
+def _seeds(seeds: Sequence[str]) -> str:
+    """Which seeds a row is open for; nothing where it is the first alone."""
+    if list(seeds) == ["0"]:
+        return ""
+    return f" (seed{'s' if len(seeds) > 1 else ''} {', '.join(seeds)})"
 
 
 def reported_values() -> set[float]:

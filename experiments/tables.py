@@ -213,7 +213,10 @@ def problems(text, known):
         return found
     for old, new in zip(text.splitlines(), renew(text).splitlines(), strict=False):
         if old != new:
-            found.append(f"is not renewed: {old.strip()[:80]!r} is now {new.strip()[:80]!r}")
+            pairs = enumerate(zip(old, new, strict=False))
+            same = next((i for i, (a, b) in pairs if a != b), min(len(old), len(new)))
+            place = slice(max(same - 30, 0), same + 50)
+            found.append(f"is not renewed: {old[place]!r} is now {new[place]!r}")
             break
     if not found and renew(text) != text:
         found.append("is not renewed: its tables have grown or shrunk")
@@ -235,7 +238,7 @@ def check():
     ]
     if found:
         raise ValueError(f"{'; '.join(found)}; python experiments/tables.py --renew renews tables")
-    print(f"{len(pages())} pages: every number has its record")
+    print(f"{len(pages())} pages: marked numbers are their records', others are in some record")
 
 
 def page(paths, title):

@@ -206,6 +206,8 @@ COMMANDS = (
     ("quickstart.py --processes=x", "--processes must be a positive integer, got 'x'"),
     ("study.py --side_by_side=0", "--side_by_side must be a positive integer, got '0'"),
     ("study.py --hours=-1", "--hours must be a non-negative number, got '-1'"),
+    ("study.py --hours=nan", "--hours must be a non-negative number, got 'nan'"),
+    ("study.py --choose --list", "--choose has no --list: it measures its candidates"),
     (
         "study.py --gird=cpu",
         "unknown flag 'gird'; nearest: grid, again; known: again, choose, grid, hours, list, "

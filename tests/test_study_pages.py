@@ -29,7 +29,7 @@ def folder(tmp_path, monkeypatch):
     """A folder of records of two MNIST rows: trades, then pgd_at with two seeds."""
     monkeypatch.setattr(study_pages, "ROOT", tmp_path)
 
-    def add(name, seed, robust, seconds, memory):
+    def add(name, seed, robust, seconds, memory, flags=()):
         row = grid.Row(name, "mnist", seed)
         config = grid.settings(row)
         training = {"step": 6000, "steps": 12000, "seconds": seconds, "memory": memory}
@@ -38,7 +38,8 @@ def folder(tmp_path, monkeypatch):
             ("autoattack", {"clean": 98.5, "autoattack": robust}, 500),
         ):
             results = {"classifier": measured(accuracies, n)}
-            more = {"training": training, "protocol": protocol}
+            told = [{"predictor": "classifier", "name": flag} for flag in flags]
+            more = {"training": training, "protocol": protocol, "cascade": {"flags": told}}
             made = records.make(config["name"], config, results, seed=seed, seconds=1.0, **more)
             path = tmp_path / study_pages.STUDY / row.folder / protocol / f"{row.name}.json"
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -46,7 +47,7 @@ def folder(tmp_path, monkeypatch):
 
     add("trades", 0, 88.0, seconds=120.0, memory=2e9)
     add("pgd_at", 0, 90.0, seconds=60.0, memory=1e9)
-    add("pgd_at", 1, 91.0, seconds=72.0, memory=1.5e9)
+    add("pgd_at", 1, 91.0, seconds=72.0, memory=1.5e9, flags=["masked gradients"] * 2)
     return "mnist"
 
 
@@ -63,9 +64,10 @@ def test_the_most_robust_is_first_with_its_costs(folder):
     found = cells(table, "trades-mnist")
     # 120 s until step 6000 of 12000: half of twelve epochs. PGD-40 fools 90 images of the 1,000,
     # the first ones, hence 90 of the 500 that AutoAttack met.
-    assert found[3:] == ["98.50", "82.00", "88.00", "83.00", "20", "2.00", "–"]
+    assert found[3:] == ["98.50", "82.00", "88.00", "83.00", "20", "2.00", "–", "–"]
     found = cells(table, "pgd_at-mnist")
     assert found[5:9] == ["90.50 ± 0.71 (2)", "85.50 ± 0.71 (2)", "11", "1.50"]
+    assert found[-1] == "masked gradients"
 
 
 def test_the_top_shows_the_first_rows_and_their_records_alone(folder, monkeypatch):
@@ -85,9 +87,26 @@ def test_what_is_open_has_the_command_of_its_grid(folder):
     assert told.endswith("`python experiments/study.py --grid=cpu`.")
     with pytest.raises(ValueError, match="unknown folder of the study 'mnst'; nearest: mnist"):
         study_pages.cross_table("mnst")
+    reduced = study_pages.cross_table("cifar10_cpu")
+    everything = [row for row in grid.rows("cpu") if row.folder == "cifar10_cpu"]
+    assert reduced.startswith(f"Open, {len(everything)} rows: ")
+    assert "pgd_at-cifar10_cpu (seeds 0, 1, 2)," in reduced
+    assert "best1_awp-cifar10_cpu," in reduced
     both = study_pages.cross_table("cifar10")
     assert "`python experiments/study.py --grid=gpu`" in both
     assert "--grid=cpu" in both
+
+
+def test_a_row_without_autoattack_is_open_and_not_measured_by_pgd(folder, tmp_path):
+    def table():
+        lines = study_pages.document_table("add").splitlines()
+        return next(line for line in lines if line.startswith("| PGD-AT (the teacher), MNIST |"))
+
+    assert "autoattack 90.50" in table()
+    for path in (tmp_path / study_pages.STUDY / "mnist/autoattack").iterdir():
+        path.unlink()
+    assert "open: `python experiments/study.py --rows='pgd_at-mnist-*'`" in table()
+    assert "clean" not in table()
 
 
 class TestVerdict:
