@@ -130,7 +130,7 @@ def test_commands_name_scripts_flags_and_configs(name, command):
 
 def test_commands_are_found():
     found = {command for _, command in COMMANDS}
-    assert "experiments/train.py --config=gssl_baseline:mnist_small --config.seed=4 " in {
+    assert "experiments/train.py --config=fgsm_at:mnist_example --config.seed=2 " in {
         f"{command} ".partition("--workdir")[0] for command in found
     }
     assert len(found) > 40
