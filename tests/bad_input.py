@@ -225,7 +225,7 @@ COMMANDS = (
     ),
     (
         "papers/cost_sensitive.py --workdir=a_folder --eps=nan",
-        "--eps must be positive and finite, got nan",
+        "--eps must be a number, got 'nan'",
     ),
 )
 
