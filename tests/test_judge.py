@@ -506,6 +506,12 @@ class TestARandomModelProperly:
         assert found.draws == 100
         assert np.abs(found.x_adv - SMALL).max() <= eps + 1e-6
 
+    def test_a_fixed_draw_is_no_randomised_model(self):
+        """Noise that follows the image's bits gives an attack of no eps a choice among draws."""
+        noisy = attacks.eot(lambda key, x: x, jax.random.key(0), samples=1)
+        with pytest.raises(ValueError, match="give it as random=predict"):
+            evaluation.autoattack(noisy, SMALL, np.zeros(len(SMALL), int), T, version="rand")
+
     def test_all_stages_take_draws(self):
         found = ensemble.stages(T, "rand", 5, samples=7)
         assert [stage.name for stage in found] == ["apgd-ce", "apgd-dlr", "square"]

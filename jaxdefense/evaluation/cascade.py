@@ -101,8 +101,8 @@ def autoattack(
       images: (N, H, W, C) floats in the threat's bounds, or vectors (N, D).
       labels: (N,) integers; None judges the model against its own answers.
       threat: Linf, L2 or L1, its eps one number or one for each image.
-      version: 'standard', 'fast', 'plus', 'targeted', or 'rand' (for a predict made by
-        `attacks.eot`); see `attacks.autoattack`.
+      version: 'standard', 'fast', 'plus', 'targeted', or 'rand', which `random` alone has; see
+        `attacks.autoattack`.
       variables: any pytree of weights: arguments of the programs instead of constants in them.
       targets: (N,) classes to be reached instead of labels to be left; the version is then
         'targeted'.
@@ -153,6 +153,11 @@ def autoattack(
         if version not in ("standard", "rand"):
             raise ValueError(f"a randomised model is judged by version 'rand', got {version!r}")
         version = "rand"
+    elif version == "rand":
+        raise ValueError(
+            "version 'rand' judges a randomised model: give it as random=predict with predict(key, "
+            "images), not as `attacks.eot`, among whose draws an attack would choose the worst"
+        )
     elif targets is not None:
         version = "targeted"
     with_variables = variables is not None
