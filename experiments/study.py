@@ -169,12 +169,9 @@ def read_object(path: pathlib.Path) -> dict[str, Any]:
       ValueError: it is damaged; names it.
     """
     try:
-        found = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
+        return checksums.read_object(path)
+    except ValueError as error:
         raise ValueError(f"{path} is damaged ({error}); remove it and run this again") from error
-    if not isinstance(found, dict):
-        raise ValueError(f"{path} is damaged (not a JSON object); remove it and run this again")
-    return found
 
 
 def read_record(path: pathlib.Path) -> dict[str, Any]:
@@ -186,13 +183,12 @@ def read_record(path: pathlib.Path) -> dict[str, Any]:
     Raises:
       ValueError: it is damaged or was edited; names it.
     """
+    sealed = read_object(path)
     try:
-        record = checksums.unseal(read_object(path))
+        record = checksums.unseal(sealed)
         if lacking := [key for key in ("config", "results", "seconds") if not record.get(key)]:
             raise ValueError(f"it has no {', no '.join(lacking)}")
     except ValueError as error:
-        if str(path) in str(error):
-            raise
         message = f"{path} is damaged or was edited: {error}; remove it and run this again"
         raise ValueError(message) from error
     return record
